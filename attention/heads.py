@@ -1,0 +1,124 @@
+"""What attention layers share: grouped-query projections, rotary positions, norm and gate, and
+the plain form of attention over a cache."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from layerzoo.layer import Layer, State, StateBytes
+from layerzoo.nn import rotary
+from layerzoo.spec import Config, SpecError, divide
+
+
+class HeadsConfig(Config):
+    """Fields that every attention layer has.
+
+    heads: query heads H. kv_heads: key/value heads, a divisor of heads; null means heads.
+    head_dim: K of q, k and v; null means dim / heads.
+    rotary: base of the rotary embedding (needs an even head_dim); null is no positions at all.
+    qk_norm: RMS norm of q and k per head. out_gate: sigmoid gate of the output (2505.06708).
+    """
+
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rotary: float | None = 10000.0
+    qk_norm: bool = False
+    out_gate: bool = False
+
+    def check(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SpecError(f"{name}: must be at least 1, got {value}")
+        if self.rotary is not None and self.rotary <= 0:
+            raise SpecError(f"rotary: must be positive or null, got {self.rotary}")
+        if self.kv_heads:
+            divide(self.heads, self.kv_heads, "kv_heads")
+
+
+class Attention(Layer):
+    """Projections, rotary positions and output around an attention op over a cache.
+
+    Keys are cached after rotation, by absolute position. The state is a dict of k, v
+    `[B, n, kv_heads, K]` and the position, a 0-d CPU integer: the number of tokens seen.
+    """
+
+    Config: ClassVar[type[HeadsConfig]] = HeadsConfig
+    config: HeadsConfig
+    kind = "attention"
+
+    def __init__(self, dim: int, config: HeadsConfig) -> None:
+        super().__init__(dim, config)
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads or config.heads
+        self.head_dim = config.head_dim or divide(dim, self.heads, "heads (or give head_dim)")
+        if config.rotary and self.head_dim % 2:
+            raise SpecError(f"rotary: needs an even head_dim, got {self.head_dim}; or rotary: null")
+        self.q = nn.Linear(dim, self.heads * self.head_dim, bias=False)
+        self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        if config.out_gate:
+            self.gate = nn.Linear(dim, self.heads * self.head_dim, bias=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        """The layer's op."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        state = self.init_state(x.shape[0]) if state is None else state
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rotary:
+            start = int(state["position"])
+            q, k = (rotary(t, start, self.config.rotary) for t in (q, k))
+        o, state = self.attend(q, k, v, state)
+        o = o.flatten(-2)
+        if self.config.out_gate:
+            o = o * self.gate(x).sigmoid()
+        return self.out(o), state
+
+    def init_state(self, batch_size: int) -> State:
+        weight: Any = self.k.weight
+        return empty_cache(weight.new_empty(batch_size, 0, self.kv_heads, self.head_dim))
+
+    def cache_bytes(self, tokens: int) -> StateBytes:
+        return StateBytes(4 * 2 * tokens * self.kv_heads * self.head_dim, buffers=8)
+
+
+def empty_cache(kv: Tensor) -> State:
+    """A cache without tokens, like k or v in all but length."""
+    none = kv[:, :0].detach()
+    return {"k": none, "v": none, "position": torch.zeros((), dtype=torch.int64, device="cpu")}
+
+
+def append(past: Tensor, new: Tensor) -> Tensor:
+    """A longer cache in the dtype of what it holds; `past` stays as it is."""
+    return torch.cat((past, new.to(past.dtype)), 1) if past.shape[1] else new
+
+
+def check_heads(q: Tensor, k: Tensor) -> None:
+    if q.shape[2] % k.shape[2]:
+        raise SpecError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key heads")
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """o = softmax(scale q k^T) v for one query `[B, H, K]` over k, v `[B, n, G, K | V]`, where
+    query head h reads key head h // (H / G)."""
+    grouped = q.unflatten(1, (k.shape[2], -1))  # [B, G, H / G, K]
+    weights = (scale * grouped @ k.permute(0, 2, 3, 1)).softmax(-1)
+    return (weights @ v.transpose(1, 2)).flatten(1, 2)
+
+
+def repeat_heads(kv: Tensor, heads: int) -> Tensor:
+    """`[B, n, G, K]` -> `[B, n, heads, K]`: key head g serves heads / G neighbouring queries."""
+    groups = kv.shape[2]
+    return kv if groups == heads else kv.repeat_interleave(heads // groups, dim=2)

@@ -1,0 +1,189 @@
+"""Sliding-window attention with sinks: its op over a bounded cache, and its layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from layerzoo.layer import Reach, State, StateBytes
+from layerzoo.ops import Op
+from layerzoo.spec import SpecError
+
+from .heads import (
+    Attention,
+    HeadsConfig,
+    append,
+    attend_one,
+    check_heads,
+    empty_cache,
+    repeat_heads,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+OP = Op("sliding_attention")
+
+
+def sliding_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    state: State = None,
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "B T H V"], State]:
+    """o_i = sum_j softmax_j(scale <q_i, k_j>) v_j over j <= i with i - j < window or j < sinks.
+
+    Args:
+        q, k, v: query head h reads key/value head h // (H / G).
+        window: tokens that a query sees, itself counted; may be longer than the sequence.
+        sinks: the first tokens of the sequence, always visible (StreamingLLM).
+        scale: default K^-1/2.
+        state: cache {k, v, position}, default empty: the sinks, then the last window - 1 tokens.
+        impl: auto, recurrent, chunked or triton.
+
+    Raises:
+        SpecError: window < 1, sinks < 0, or G does not divide H. ImplError: an impl that cannot
+            run here.
+
+    Source: Beltagy et al. 2020, arXiv 2004.05150 (window); Xiao et al. 2023, 2309.17453 (sinks).
+    """
+    check_window(window, sinks)
+    check_heads(q, k)
+    state = empty_cache(k) if state is None else state
+    start = int(state["position"])
+    end = start + q.shape[1]
+    k, v = append(state["k"], k), append(state["v"], v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o = OP(impl, q, k, v, window=window, sinks=sinks, start=start, scale=scale)
+    kept = cached_sinks(end, window, sinks) + min(window - 1, end)
+    if kept < k.shape[1]:
+        head, tail = cached_sinks(end, window, sinks), min(window - 1, end)
+        k, v = (torch.cat((t[:, :head], t[:, t.shape[1] - tail :]), 1) for t in (k, v))
+    return o, {"k": k, "v": v, "position": state["position"] + q.shape[1]}
+
+
+def check_window(window: int, sinks: int) -> None:
+    if window < 1:
+        raise SpecError(f"window: must be at least 1 (it counts the current token), got {window}")
+    if sinks < 0:
+        raise SpecError(f"sinks: must not be negative, got {sinks}")
+
+
+def cached_sinks(position: int, window: int, sinks: int) -> int:
+    """How many sinks have left the window before `position`, and so stand apart in the cache."""
+    return max(0, min(sinks, position - (window - 1)))
+
+
+@OP.register("recurrent")
+def _recurrent(q, k, v, *, window, sinks, start, scale):
+    apart = cached_sinks(start, window, sinks)
+    past = k.shape[1] - q.shape[1] - apart  # cached tokens that are not sinks apart
+    position = torch.cat((torch.arange(apart), torch.arange(start - past, start + q.shape[1])))
+    outputs = []
+    for t in range(q.shape[1]):
+        i = start + t
+        seen = (position <= i) & ((i - position < window) | (position < sinks))
+        seen = seen.nonzero().squeeze(-1).to(k.device)
+        outputs.append(attend_one(q[:, t], k[:, seen], v[:, seen], scale))
+    return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
+
+
+@OP.register("chunked", upcast=False)
+def _chunked(q, k, v, *, window, sinks, start, scale):
+    """Blocks of `size` queries are folded into the batch; each sees the size + reach keys that
+    end at its last query, and the sinks."""
+    T, H, V = q.shape[1], q.shape[2], v.shape[3]
+    if T == 0:
+        return q.new_zeros(*q.shape[:3], V)
+    apart = cached_sinks(start, window, sinks)
+    past = k.shape[1] - T - apart
+    reach = min(window - 1, past + T - 1)  # how far back any query of this call looks
+    size = min(T, max(reach, 16))
+    blocks = -(-T // size)
+    k, v = (repeat_heads(t.to(q.dtype), H).transpose(1, 2) for t in (k, v))
+
+    def fold(t: Tensor) -> Tensor:
+        """Keys or values `[B, H, n, K]` -> `[B, N, H, size + reach, K]`, one row a block."""
+        recent = F.pad(t[:, :, apart:], (0, 0, reach - past, blocks * size - T))
+        return recent.unfold(2, size + reach, size).permute(0, 2, 1, 4, 3)
+
+    i = torch.arange(size, device=q.device)
+    j = torch.arange(size + reach, device=q.device) - reach  # relative to the block's first query
+    block = start + size * torch.arange(blocks, device=q.device)[:, None, None]
+    distance = i[:, None] - j
+    mask = (distance >= 0) & (distance <= reach) & (block + j >= start - past)
+    # No row is masked out whole: a padded query at the end sees at least its own padded key.
+    keys, values = fold(k), fold(v)
+    if sinks:
+        n = min(sinks, k.shape[2])  # the sequence's first tokens are always the first in k
+        first = torch.arange(n, device=q.device)
+        mask = torch.cat(((block + i[:, None]) - first >= window, mask), -1)
+        keys, values = (
+            torch.cat((t[:, None, :, :n].expand(-1, blocks, -1, -1, -1), f), 3)
+            for t, f in ((k, keys), (v, values))
+        )
+    rows = F.pad(q, (0, 0, 0, 0, 0, blocks * size - T)).unflatten(1, (blocks, size))
+    o = F.scaled_dot_product_attention(
+        rows.transpose(2, 3).flatten(0, 1),
+        keys.flatten(0, 1),
+        values.flatten(0, 1),
+        attn_mask=mask.repeat(q.shape[0], 1, 1).unsqueeze(1),
+        scale=scale,
+    )
+    return o.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)[:, :T]
+
+
+class Sliding(Attention, name="sliding"):
+    """Sliding-window softmax attention with sinks.
+
+    o_i = sum_j softmax_j(<q_i, k_j> / sqrt(K)) v_j,   j <= i and (i - j < window or j < sinks)
+
+    The window counts the current token. The state is bounded: the last window - 1 keys and
+    values, and the sinks. Deviation from StreamingLLM: rotary positions are those of the
+    sequence, not of the cache.
+
+    window: tokens that a query sees, itself counted. sinks: first tokens, always visible.
+    """
+
+    class Config(HeadsConfig):
+        window: int = 64
+        sinks: int = 0
+
+        def check(self) -> None:
+            HeadsConfig.check(self)
+            check_window(self.window, self.sinks)
+
+    config: Config
+    source = "Beltagy et al. 2020, arXiv 2004.05150"
+    op = OP
+    cases = (
+        {"heads": 2, "window": 5},
+        {"heads": 4, "kv_heads": 2, "window": 4, "sinks": 3, "out_gate": True},
+        {"heads": 3, "head_dim": 5, "window": 1, "rotary": None, "qk_norm": True},
+    )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        c = self.config
+        return sliding_attention(
+            q, k, v, window=c.window, sinks=c.sinks, state=state, impl=self.impl
+        )
+
+    def state_bytes(self, T: int) -> StateBytes:
+        c = self.config
+        return self.cache_bytes(cached_sinks(T, c.window, c.sinks) + min(c.window - 1, T))
+
+    def rule_flops(self, T: int) -> float:
+        c = self.config
+        seen = sum(min(i + 1, c.window) + cached_sinks(i, c.window, c.sinks) for i in range(T))
+        return self.heads * 4 * self.head_dim * seen / T
+
+    def reach(self) -> Reach:
+        return Reach(self.config.window - 1, self.config.sinks)

@@ -1,0 +1,110 @@
+"""Causal softmax attention: its op over a growing cache, and its layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from layerzoo.layer import State, StateBytes
+from layerzoo.ops import Op
+
+from .heads import (
+    Attention,
+    HeadsConfig,
+    append,
+    attend_one,
+    check_heads,
+    empty_cache,
+    repeat_heads,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+OP = Op("softmax_attention")
+
+
+def softmax_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    scale: float | None = None,
+    state: State = None,
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "B T H V"], State]:
+    """o_i = sum_{j <= i} softmax_j(scale <q_i, k_j>) v_j, over the cache and the new tokens.
+
+    Args:
+        q, k, v: query head h reads key/value head h // (H / G).
+        scale: default K^-1/2.
+        state: cache {k, v, position}, default empty; it grows with T.
+        impl: auto, recurrent, chunked or triton.
+
+    Raises:
+        SpecError: G does not divide H. ImplError: an impl that cannot run here.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query 2305.13245.
+    """
+    check_heads(q, k)
+    state = empty_cache(k) if state is None else state
+    k, v = append(state["k"], k), append(state["v"], v)
+    o = OP(impl, q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    return o, {"k": k, "v": v, "position": state["position"] + q.shape[1]}
+
+
+@OP.register("recurrent")
+def _recurrent(q, k, v, *, scale):
+    past = k.shape[1] - q.shape[1]
+    outputs = [
+        attend_one(q[:, t], k[:, : past + t + 1], v[:, : past + t + 1], scale)
+        for t in range(q.shape[1])
+    ]
+    return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
+
+
+@OP.register("chunked", upcast=False)
+def _chunked(q, k, v, *, scale):
+    new, total = q.shape[1], k.shape[1]
+    if new == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    k, v = (repeat_heads(t.to(q.dtype), q.shape[2]).transpose(1, 2) for t in (k, v))
+    mask = None
+    if 1 < new < total:
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=new == total, scale=scale
+    )
+    return o.transpose(1, 2)
+
+
+class Softmax(Attention, name="softmax"):
+    """Causal softmax attention with grouped-query heads and rotary positions.
+
+    o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K)) v_j
+
+    Its state is the cache of all keys and values: it grows with T and forgets nothing.
+    """
+
+    class Config(HeadsConfig):
+        pass
+
+    source = "Vaswani et al. 2017, arXiv 1706.03762"
+    op = OP
+    cases = (
+        {"heads": 2},
+        {"heads": 6, "kv_heads": 2, "head_dim": 4, "qk_norm": True, "out_gate": True},
+        {"heads": 3, "head_dim": 5, "rotary": None},
+    )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        return softmax_attention(q, k, v, state=state, impl=self.impl)
+
+    def state_bytes(self, T: int) -> StateBytes:
+        return self.cache_bytes(T)
+
+    def rule_flops(self, T: int) -> float:
+        return self.heads * 4 * self.head_dim * (T + 1) / 2

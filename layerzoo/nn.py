@@ -1,0 +1,69 @@
+"""Parts that layers and blocks share: SwiGLU, rotary embedding, short convolution, normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerzoo.ops import accumulator_dtype
+
+
+class SwiGLU(nn.Module):
+    """y = (silu(x W_g) * (x W_u)) W_d, without biases (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution with a residual: y_t = x_t + sum_j w_j x_{t-width+1+j}.
+
+    Its state is the last width - 1 inputs, `[B, width - 1, D]`. With width 2 or more a token sees
+    its predecessor, which is what binds a key to the value that follows it.
+    """
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(dim, width).uniform_(-1, 1) / width**0.5)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1] == 0:
+            return x, state
+        past = torch.cat((state.to(x.dtype), x), dim=1)
+        y = F.conv1d(past.mT, self.weight.to(x.dtype).unsqueeze(1), groups=x.shape[-1])
+        return x + y.mT, past[:, past.shape[1] - self.width + 1 :]
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.weight.new_zeros(batch_size, self.width - 1, self.weight.shape[0])
+
+
+def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(|x|^2 + eps) over the last dimension; finite gradient at zero."""
+    wide = x.to(accumulator_dtype(x))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotary(x: Tensor, start: int, base: float) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated.
+
+    Args:
+        x: `[B, T, H, K]`, K even.
+        start: position of the first token.
+        base: wavelengths run from 2 pi to 2 pi base.
+    """
+    T, half = x.shape[1], x.shape[-1] // 2
+    dtype = accumulator_dtype(x)
+    positions = torch.arange(start, start + T, device=x.device, dtype=dtype)
+    frequencies = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angles = (positions[:, None] * frequencies)[:, None, :]
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,111 @@
+"""Op: the mathematics inside a layer, one signature, several implementations.
+
+`recurrent` is the specification, `chunked` the portable PyTorch path, `triton` the performance
+path, in `layerzoo.kernels.<op>`. A named implementation runs or raises; only `auto` chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "recurrent", "chunked", "triton")
+
+
+class ImplError(RuntimeError):
+    """A named implementation that cannot run here; the message says why."""
+
+
+class Op:
+    """The implementations of one op, by name.
+
+    A Triton kernel is a module `layerzoo.kernels.<op name>` with `run`, of the signature of the
+    other implementations, and `supports(*args, **kwargs) -> str | None`, the reason why not.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.impls: dict[str, Callable[..., Any]] = {}
+        self.used: set[str] = set()
+        """The implementations that ran in this process, for the run record."""
+
+    def register(self, impl: str, *, upcast: bool = True) -> Callable[[Any], Any]:
+        """Decorator: add an implementation. With `upcast` it sees every floating-point tensor in
+        the accumulator's dtype and runs with autocast off; its output returns to q's dtype."""
+
+        def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+            self.impls[impl] = _upcast(fn) if upcast else fn
+            return fn
+
+        return add
+
+    def available(self) -> tuple[str, ...]:
+        """The named implementations, with `triton` where a kernel file exists."""
+        return (*self.impls, *(("triton",) if not isinstance(self._kernel(), str) else ()))
+
+    def select(self, impl: str, *args: Any, **kwargs: Any) -> tuple[str, Callable[..., Any]]:
+        """The implementation that `impl` means for these arguments, and its name.
+
+        Raises:
+            ImplError: the named implementation does not exist or does not support them.
+        """
+        if impl in self.impls:
+            return impl, self.impls[impl]
+        if impl not in ("auto", "triton"):
+            known = ", ".join(("auto", *self.available()))
+            raise ImplError(f"{self.name}: no impl '{impl}'; it has {known}")
+        portable = "chunked" if "chunked" in self.impls else "recurrent"
+        if impl == "auto" and not args[0].is_cuda:
+            return portable, self.impls[portable]
+        kernel = self._kernel()
+        reason = kernel if isinstance(kernel, str) else kernel.supports(*args, **kwargs)
+        if reason is None:
+            return "triton", kernel.run
+        if impl == "auto":
+            return portable, self.impls[portable]
+        raise ImplError(f"{self.name}: impl 'triton' cannot run: {reason}")
+
+    def __call__(self, impl: str, *args: Any, **kwargs: Any) -> Any:
+        name, fn = self.select(impl, *args, **kwargs)
+        self.used.add(name)
+        return fn(*args, **kwargs)
+
+    def _kernel(self) -> Any:
+        """The kernel module, or the reason why there is none."""
+        module = f"layerzoo.kernels.{self.name}"
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name == module:
+                return "it has no Triton kernel yet; use 'chunked' or 'auto'"
+            if error.name == "triton":
+                return "triton is not installed"
+            raise
+
+
+def accumulator_dtype(*tensors: Any) -> torch.dtype:
+    """float32, or float64 where any of the tensors is: what states and sums are kept in."""
+    is_double = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def _upcast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = accumulator_dtype(*args, *kwargs.values())
+
+        def up(t: Any) -> Any:
+            return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+        with torch.autocast(args[0].device.type, enabled=False):
+            out = fn(*map(up, args), **{name: up(t) for name, t in kwargs.items()})
+        if isinstance(out, tuple):
+            return out[0].to(args[0].dtype), *out[1:]
+        return out.to(args[0].dtype)
+
+    return run

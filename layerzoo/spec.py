@@ -1,0 +1,132 @@
+"""Specs and configs: what YAML holds, checked, with errors that name the place and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Union, dataclass_transform, get_args, get_origin, get_type_hints
+
+Spec = str | Mapping[str, Any]
+"""A layer's registered name, or a mapping of ``name`` and its config fields."""
+
+
+class SpecError(ValueError):
+    """A spec that cannot be built. The message is one line: the place, the fault, the way out."""
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Prefix any `SpecError` raised inside with the place where the user wrote the fault."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"{place}: {error}") from None
+
+
+def suggest(word: object, known: Iterable[str]) -> str:
+    """The way out of a mistyped name: the nearest known one, else all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def divide(total: int, parts: int, what: str) -> int:
+    """`total / parts`, which must be whole."""
+    if total % parts:
+        raise SpecError(f"{what}: {parts} does not divide {total}")
+    return total // parts
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Config:
+    """Base of every config: a subclass statement makes a frozen, keyword-only dataclass.
+
+    Values are checked against their annotations (bool, int, float, str, Literal, tuple and
+    unions of them) and in `check`, which a subclass overrides to refuse impossible values.
+
+    Raises:
+        SpecError: an unknown field, a value of the wrong type, or one that `check` refuses.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # YAML has no tuples
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            if not _matches(value, hints[field.name]):
+                want = _describe(hints[field.name])
+                raise SpecError(f"{field.name}: expected {want}, got {value!r}")
+        self.check()
+
+    def check(self) -> None:
+        """Refuse values that are of the right type but make no sense."""
+
+    @classmethod
+    def fields(cls) -> tuple[dataclasses.Field[Any], ...]:
+        return dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Any:
+        """Build from a mapping, naming unknown and missing fields."""
+        known = {field.name: field for field in cls.fields()}
+        for name in fields:
+            if name not in known:
+                raise SpecError(f"unknown field '{name}'; {suggest(name, known)}")
+        for name, field in known.items():
+            if name not in fields and required(field):
+                raise SpecError(f"{name}: missing, and it has no default")
+        return cls(**fields)
+
+    def to_fields(self) -> dict[str, Any]:
+        """The inverse of `from_fields`, in plain types that YAML and JSON hold."""
+        return {field.name: _plain(getattr(self, field.name)) for field in self.fields()}
+
+
+def required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(arg) for arg in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}"
+    return "null" if hint is type(None) else getattr(origin or hint, "__name__", str(hint))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.spec() if hasattr(value, "spec") else value
