@@ -57,7 +57,9 @@ class Attention(Layer):
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_dim or divide(dim, self.heads, "heads (or give head_dim)")
         if config.rotary and self.head_dim % 2:
-            raise SpecError(f"rotary: needs an even head_dim, got {self.head_dim}; or rotary: null")
+            raise SpecError(
+                f"rotary: needs an even head_dim, got {self.head_dim}; or rotary: null"
+            )
         self.q = nn.Linear(dim, self.heads * self.head_dim, bias=False)
         self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
         self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)

@@ -69,7 +69,12 @@ class Parallel(Composition, name="parallel"):
     config: Config
     source = "AllMem, arXiv 2602.13680"
     cases = (
-        {"children": [{"name": "sliding", "heads": 2, "window": 4}, {"name": "linear", "heads": 2}]},
+        {
+            "children": [
+                {"name": "sliding", "heads": 2, "window": 4},
+                {"name": "linear", "heads": 2},
+            ]
+        },
         {
             "children": ["softmax", {"name": "gated_delta", "heads": 2}, {"name": "linear"}],
             "scale_init": 0.0,

@@ -1,4 +1,4 @@
-"""Parts that layers and blocks share: SwiGLU, rotary embedding, short convolution, normalisation."""
+"""Parts of layers and blocks: SwiGLU, rotary embedding, short convolution, normalisation."""
 
 from __future__ import annotations
 

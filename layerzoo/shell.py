@@ -47,7 +47,7 @@ class Shell(Config):
 
 
 class Memory(Layer):
-    """`forward` = `project(x) -> q, write`; `mix(q, write, state) -> o, state`; `merge(o, x) -> y`.
+    """forward = project(x) -> q, write; mix(q, write, state) -> o, state; merge(o, x) -> y.
 
     A rule defines `rule` (as many queries as writes) and `read` (queries alone), and for its
     gates, if any, `gates`. Compositions that read one stream and write another call `mix`.

@@ -13,8 +13,11 @@ Spec = str | Mapping[str, Any]
 """A layer's registered name, or a mapping of ``name`` and its config fields."""
 
 
-class SpecError(ValueError):
-    """A spec that cannot be built. The message is one line: the place, the fault, the way out."""
+class SpecError(Exception):
+    """Bad input: the message is one line that names the place, the fault and the way out.
+
+    Not a ValueError, which a config parser would catch and bury in a message of its own.
+    """
 
 
 @contextmanager

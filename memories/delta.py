@@ -16,6 +16,7 @@ from .matrix import (
     MatrixConfig,
     MatrixMemory,
     chunk_size,
+    decay_ratio,
     decayed_scores,
     from_chunks,
     per_token,
@@ -87,7 +88,8 @@ def _chunked(q, k, v, beta, log_decay, *, scale, state):
     )
     g = log_decay.cumsum(-2)
     end = g[..., -1:, :]
-    A = decayed_scores(beta * k, k, g, -1)
+    ratio = decay_ratio(g)
+    A = decayed_scores(beta * k, k, ratio).tril(-1)
     rhs = torch.cat((beta * v, beta * k * g.exp()), -1)
     solved = torch.linalg.solve_triangular(
         A + torch.eye(size, dtype=A.dtype, device=A.device), rhs, upper=False, unitriangular=True
@@ -101,7 +103,7 @@ def _chunked(q, k, v, beta, log_decay, *, scale, state):
         state = kept[:, :, n] * state + R[:, :, n] - P[:, :, n] @ state
     start = torch.stack(states, 2)
     u = U - W @ start
-    o = (q * g.exp()) @ start + decayed_scores(q, k, g, 0) @ u
+    o = (q * g.exp()) @ start + decayed_scores(q, k, ratio) @ u
     return from_chunks(o, T), state
 
 

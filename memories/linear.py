@@ -16,6 +16,7 @@ from .matrix import (
     MatrixConfig,
     MatrixMemory,
     chunk_size,
+    decay_ratio,
     decayed_scores,
     from_chunks,
     per_token,
@@ -84,7 +85,7 @@ def _chunked(q, k, v, log_decay, *, scale, state):
         states.append(state)
         state = kept[:, :, n] * state + added[:, :, n]
     q = scale * q
-    o = (q * g.exp()) @ torch.stack(states, 2) + decayed_scores(q, k, g, 0) @ v
+    o = (q * g.exp()) @ torch.stack(states, 2) + decayed_scores(q, k, decay_ratio(g)) @ v
     return from_chunks(o, T), state
 
 

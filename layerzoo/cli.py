@@ -1,0 +1,172 @@
+"""The command `layerzoo`. Each subcommand imports what it needs, and no more."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from layerzoo.layer import Layer, build, get_layer, list_layers
+from layerzoo.ops import ImplError
+from layerzoo.spec import SpecError, required, suggest
+
+DIM, LENGTH = 256, 4096
+"""What `layerzoo list` computes state sizes for."""
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What `layerzoo list` says of a layer."""
+    cls = get_layer(name)
+    fields = cls.Config.fields()
+    state = None
+    if not any(map(required, fields)):
+        state = build(name, dim=DIM).state_bytes(LENGTH).total
+    return {"name": name, "kind": cls.kind, "state_bytes": state, "source": cls.source}
+
+
+def describe_fully(cls: type[Layer]) -> dict[str, Any]:
+    """`describe`, the docstring with the equation, and the fields with types and defaults."""
+    fields = {
+        field.name: {
+            "type": field.type if isinstance(field.type, str) else str(field.type),
+            "default": None if required(field) else field.default,
+            "required": required(field),
+        }
+        for field in cls.Config.fields()
+    }
+    # A dataclass without a docstring is given its signature as one: it says nothing new.
+    docs = [inspect.getdoc(base) or "" for base in reversed(cls.Config.__mro__[:-2])]
+    text = [doc for doc in docs if not doc.startswith("Config(")]
+    return {
+        **describe(cls.name),
+        "impls": [impl for impl in ("recurrent", "chunked", "triton") if impl in _impls(cls)],
+        "doc": inspect.getdoc(cls),
+        "field_docs": text,
+        "fields": fields,
+    }
+
+
+def _impls(cls: type[Layer]) -> tuple[str, ...]:
+    return cls.op.available() if cls.op else ("recurrent", "chunked")
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "its children's"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def list_command(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("layerzoo list", description=list_command.__doc__)
+    parser.add_argument("name", nargs="?", help="show this layer's equation and fields")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    if options.name:
+        info = describe_fully(get_layer(options.name))
+        print(json.dumps(info, indent=2) if options.json else _page(info))
+        return 0
+    rows = [describe(name) for name in list_layers()]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    head = ("name", "kind", f"state at dim {DIM}, T {LENGTH}", "source")
+    table = [head, *((r["name"], r["kind"], _size(r["state_bytes"]), r["source"]) for r in rows)]
+    widths = [max(len(row[n]) for row in table) for n in range(len(head))]
+    for row in table:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _page(info: dict[str, Any]) -> str:
+    lines = [f"{info['name']} ({info['kind']}), {info['source']}", "", info["doc"], ""]
+    lines += [f"State at dim {DIM}, T {LENGTH}: {_size(info['state_bytes'])}."]
+    lines += [f"Implementations: {', '.join(info['impls'])}.", "", "Config fields:"]
+    for name, field in info["fields"].items():
+        default = "required" if field["required"] else f"= {json.dumps(field['default'])}"
+        lines.append(f"  {name}: {field['type']} {default}")
+    for doc in info["field_docs"]:
+        lines += ["", doc]
+    return "\n".join(lines)
+
+
+def generate_command(argv: Sequence[str]) -> int:
+    """Continue a prompt with a trained model."""
+    parser = argparse.ArgumentParser("layerzoo generate", description=generate_command.__doc__)
+    parser.add_argument("checkpoint", help="a .ckpt file that `layerzoo fit` wrote")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text, for a model of bytes")
+    what.add_argument("--tokens", help="token ids, separated by spaces")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--impl", default="auto")
+    options = parser.parse_args(argv)
+
+    from layerzoo.lit import load_model
+    from layerzoo.model import generate
+
+    model = load_model(options.checkpoint, impl=options.impl)
+    if options.prompt is not None and model.config.vocab_size != 256:
+        raise SpecError(
+            f"--prompt: the model has {model.config.vocab_size} tokens, not bytes; use --tokens"
+        )
+    try:
+        ids = list(map(int, options.tokens.split())) if options.tokens is not None else None
+    except ValueError:
+        raise SpecError(f"--tokens: expected integers, got '{options.tokens}'") from None
+    prompt = list(options.prompt.encode()) if ids is None else ids
+    (out,) = generate(
+        model,
+        [prompt],
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    tokens = out.tolist()
+    print(bytes(tokens).decode(errors="replace") if ids is None else " ".join(map(str, tokens)))
+    return 0
+
+
+def train_command(argv: Sequence[str]) -> int:
+    from layerzoo import training
+
+    return training.main(argv)
+
+
+def ablate_command(argv: Sequence[str]) -> int:
+    return importlib.import_module("layerzoo.ablations.command").main(argv)
+
+
+COMMANDS = {
+    "fit": (train_command, "train a model from a config"),
+    "validate": (train_command, "evaluate a checkpoint on the validation split"),
+    "test": (train_command, "evaluate a checkpoint on the test split"),
+    "predict": (train_command, "save a checkpoint's predictions on the test split"),
+    "list": (list_command, "list the layers; `list NAME` shows equation and fields"),
+    "generate": (generate_command, "continue a prompt with a checkpoint"),
+    "ablate": (ablate_command, "run a grid of training runs and compare them"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; the exit status is 2 after bad input, which is one line on stderr."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: layerzoo COMMAND [options]\n")
+        print("\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\nlayerzoo COMMAND --help shows a command's options.")
+        return 0
+    try:
+        if args[0] not in COMMANDS:
+            raise SpecError(f"unknown command '{args[0]}'; {suggest(args[0], COMMANDS)}")
+        command = COMMANDS[args[0]][0]
+        return command(args if command is train_command else args[1:])
+    except (SpecError, ImplError) as error:
+        print(f"layerzoo: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,254 @@
+"""LanguageModel: layer specs tiled over depth, and generate() on its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from layerzoo.layer import Reach, State, StateBytes, build, check_spec
+from layerzoo.nn import ShortConv, SwiGLU
+from layerzoo.spec import Config, SpecError, at
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@final  # jsonargparse: its fields stand directly below `network` in YAML
+class ModelConfig(Config):
+    """What a language model computes.
+
+    vocab_size: number of token ids. dim: width D. depth: number of blocks.
+    layers: specs, tiled over the depth: block n runs layers[n % len(layers)].
+    conv: width of the causal convolution in front of every layer, 0 is off.
+    mlp: hidden width of the SwiGLU after every layer as a multiple of dim, 0 is off.
+    tie: the output head shares the embedding's weight (then the embedding starts small).
+    """
+
+    vocab_size: int
+    layers: tuple[Any, ...]
+    dim: int = 128
+    depth: int = 2
+    conv: int = 4
+    mlp: float = 0.0
+    tie: bool = False
+
+    def check(self) -> None:
+        for name in ("vocab_size", "dim", "depth"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("conv", "mlp"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"{name}: must not be negative, got {getattr(self, name)}")
+        if not 1 <= len(self.layers) <= self.depth:
+            raise SpecError(
+                f"layers: needs 1 to depth={self.depth} specs to tile, got {len(self.layers)}"
+            )
+        for n, spec in enumerate(self.layers):
+            with at(f"layers[{n}]"):
+                check_spec(spec)
+
+
+class Block(nn.Module):
+    """x + layer(conv(norm(x))), then x + SwiGLU(norm(x)) where there is one."""
+
+    def __init__(self, config: ModelConfig, spec: Any) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.conv = ShortConv(config.dim, config.conv) if config.conv else None
+        self.layer = build(spec, dim=config.dim)
+        hidden = round(config.mlp * config.dim)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=1e-6) if hidden else None
+        self.mlp = SwiGLU(config.dim, hidden) if hidden else None
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        h, new = self.norm(x), {}
+        if self.conv is not None:
+            h, new["conv"] = self.conv(h, state["conv"])
+        h, new["layer"] = self.layer(h, state["layer"])
+        x = x + h
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, new
+
+    def init_state(self, batch_size: int) -> State:
+        conv = {"conv": self.conv.init_state(batch_size)} if self.conv is not None else {}
+        return {**conv, "layer": self.layer.init_state(batch_size)}
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, final norm, head. It obeys the law of a layer: `model(tokens, state)`
+    in any pieces equals the whole.
+
+    Args:
+        config: a `ModelConfig`, or else
+        fields: its fields, as in ``LanguageModel(vocab_size=256, layers=["linear"])``.
+        impl: how every layer runs (auto, recurrent, chunked, triton); not part of the function.
+    """
+
+    Config = ModelConfig
+
+    def __init__(
+        self, config: ModelConfig | None = None, *, impl: str = "auto", **fields: Any
+    ) -> None:
+        super().__init__()
+        self.config = c = config or ModelConfig.from_fields(fields)
+        self.embedding = nn.Embedding(c.vocab_size, c.dim)
+        nn.init.normal_(self.embedding.weight, std=c.dim**-0.5 if c.tie else 1.0)
+        self.blocks = nn.ModuleList()
+        for n in range(c.depth):
+            with at(f"layers[{n % len(c.layers)}]"):
+                self.blocks.append(Block(c, c.layers[n % len(c.layers)]))
+        self.norm = nn.RMSNorm(c.dim, eps=1e-6)
+        self.out = nn.Linear(c.dim, c.vocab_size, bias=False)
+        if c.tie:
+            self.out.weight = self.embedding.weight
+        for block in self.each_block():
+            block.layer.impl = impl
+
+    def each_block(self) -> Iterable[Block]:
+        return (block for block in self.blocks if isinstance(block, Block))
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: State = None,
+        documents: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """The last hidden states, before the head, and the state.
+
+        Args:
+            documents: id of the document that each token belongs to; a run of equal ids is one
+                document, and no document sees another. The returned state is then None.
+
+        Raises:
+            SpecError: tokens that are not ids of the vocabulary, or documents beside a state.
+        """
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise SpecError(f"tokens: expected integers [B, T], got {tuple(tokens.shape)}")
+        if documents is not None:
+            if state is not None:
+                raise SpecError("documents: cannot continue a state; give one or the other")
+            rows, where = unpack(tokens, documents)
+            return self.hidden(rows)[0][where], None
+        x = self.embedding(tokens)
+        states = self.init_state(len(tokens)) if state is None else state
+        new = []
+        for block, block_state in zip(self.blocks, states, strict=True):
+            x, block_state = block(x, block_state)
+            new.append(block_state)
+        return self.norm(x), new
+
+    def head(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... vocab"]:
+        """Logits of hidden states; give it only the positions that need them."""
+        return self.out(h)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: State = None,
+        documents: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T vocab"], State]:
+        h, state = self.hidden(tokens, state, documents)
+        return self.head(h), state
+
+    def init_state(self, batch_size: int) -> State:
+        return [block.init_state(batch_size) for block in self.each_block()]
+
+    def state_bytes(self, T: int) -> StateBytes:
+        """Bytes of the state after T tokens, batch 1, float32; convolutions count as buffers."""
+        sizes = [block.layer.state_bytes(T) for block in self.each_block()]
+        conv = 4 * self.config.dim * max(0, self.config.conv - 1) * self.config.depth
+        return StateBytes(sum(s.memory for s in sizes), sum(s.buffers for s in sizes) + conv)
+
+    def flops_per_token(self, T: int) -> float:
+        """Matrix-product FLOPs per token, forward, mean over T: layers, SwiGLUs and head."""
+        outside = [self.out, *(block.mlp for block in self.each_block() if block.mlp)]
+        linear = (m for part in outside for m in part.modules() if isinstance(m, nn.Linear))
+        total = sum(2.0 * m.in_features * m.out_features for m in linear)
+        return total + sum(block.layer.flops_per_token(T) for block in self.each_block())
+
+    def reach(self) -> Reach | None:
+        """How far back a token can be and still have an effect; None is unbounded."""
+        reaches = [block.layer.reach() for block in self.each_block()]
+        if any(reach is None for reach in reaches):
+            return None
+        back, sinks = zip(*filter(None, reaches), strict=True)
+        return Reach(sum(back) + self.config.depth * max(0, self.config.conv - 1), max(sinks))
+
+    def choices(self) -> dict[str, list[str]]:
+        """Which implementations of the model's ops have run in this process."""
+        ops = {op.name: op for block in self.each_block() for op in block.layer.ops()}
+        return {name: sorted(op.used) for name, op in ops.items()}
+
+
+def unpack(tokens: Tensor, documents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One row a document, padded at the right, and the index that puts rows back into place."""
+    B, T = tokens.shape
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    row = first.flatten().cumsum(0).view(B, T) - 1
+    steps = torch.arange(T, device=tokens.device).expand(B, T)
+    column = steps - torch.where(first, steps, 0).cummax(1).values
+    count, length = (int(i.max()) + 1 if i.numel() else 0 for i in (row, column))
+    rows = tokens.new_zeros(count, length)
+    rows[row, column] = tokens
+    return rows, (row, column)
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompts: Tensor | Sequence[Sequence[int] | Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Continue prompts on the model's state: one prefill, then one token a step.
+
+    Args:
+        prompts: rows of token ids; prompts of equal length run as one batch.
+        temperature: 0 is greedy; else logits are divided by it and sampled.
+        top_k: sample among the k likeliest tokens.
+        seed: of the sampling.
+
+    Returns:
+        Prompt and continuation of every prompt, in order, as 1-d tensors.
+
+    Raises:
+        SpecError: an empty prompt, a token outside the vocabulary, a negative temperature.
+    """
+    device, vocab = model.embedding.weight.device, model.config.vocab_size
+    rows = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise SpecError(f"temperature {temperature}, top_k {top_k}: need >= 0 and >= 1")
+    for n, row in enumerate(rows):
+        if row.numel() == 0:
+            raise SpecError(f"prompt {n} is empty: give at least one token")
+        if int(row.min()) < 0 or int(row.max()) >= vocab:
+            raise SpecError(f"prompt {n} has a token outside the vocabulary 0..{vocab - 1}")
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        if top_k is not None and top_k < vocab:
+            floor = logits.topk(top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < floor, -torch.inf)
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+
+    done: dict[int, Tensor] = {}
+    for length in sorted({len(row) for row in rows}):
+        group = [n for n, row in enumerate(rows) if len(row) == length]
+        tokens = torch.stack([rows[n] for n in group])
+        news, state = tokens, None
+        for _ in range(max_new_tokens):
+            h, state = model.hidden(news, state)
+            news = choose(model.head(h[:, -1]).float())
+            tokens = torch.cat((tokens, news), 1)
+        done.update(zip(group, tokens, strict=True))
+    return [done[n] for n in range(len(rows))]
