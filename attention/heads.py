@@ -47,8 +47,7 @@ class Attention(Layer):
     `[B, n, kv_heads, K]` and the position, a 0-d CPU integer: the number of tokens seen.
     """
 
-    Config: ClassVar[type[HeadsConfig]] = HeadsConfig
-    config: HeadsConfig
+    Config: ClassVar[Any] = HeadsConfig
     kind = "attention"
 
     def __init__(self, dim: int, config: HeadsConfig) -> None:

@@ -161,7 +161,6 @@ class Sliding(Attention, name="sliding"):
             HeadsConfig.check(self)
             check_window(self.window, self.sinks)
 
-    config: Config
     source = "Beltagy et al. 2020, arXiv 2004.05150"
     op = OP
     cases = (

@@ -119,7 +119,7 @@ def generate_command(argv: Sequence[str]) -> int:
         ids = list(map(int, options.tokens.split())) if options.tokens is not None else None
     except ValueError:
         raise SpecError(f"--tokens: expected integers, got '{options.tokens}'") from None
-    prompt = list(options.prompt.encode()) if ids is None else ids
+    prompt = list(str(options.prompt).encode()) if ids is None else ids
     (out,) = generate(
         model,
         [prompt],

@@ -27,8 +27,7 @@ class ChildrenConfig(Config):
 class Composition(Layer):
     """Builds its children; its state is the list of theirs."""
 
-    Config: ClassVar[type[ChildrenConfig]] = ChildrenConfig
-    config: ChildrenConfig
+    Config: ClassVar[Any] = ChildrenConfig
     kind = "composition"
 
     def __init__(self, dim: int, config: ChildrenConfig) -> None:
@@ -66,7 +65,6 @@ class Parallel(Composition, name="parallel"):
     class Config(ChildrenConfig):
         scale_init: float = 1.0
 
-    config: Config
     source = "AllMem, arXiv 2602.13680"
     cases = (
         {
@@ -81,7 +79,7 @@ class Parallel(Composition, name="parallel"):
         },
     )
 
-    def __init__(self, dim: int, config: Config) -> None:
+    def __init__(self, dim: int, config: Parallel.Config) -> None:
         super().__init__(dim, config)
         rest = len(config.children) - 1
         self.scales = nn.Parameter(torch.full((rest, dim), float(config.scale_init)))

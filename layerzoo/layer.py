@@ -65,7 +65,8 @@ class Layer(nn.Module):
     Whatever does not change the function (`impl`) is an attribute, never a config field.
     """
 
-    Config: ClassVar[type[Config]]
+    Config: ClassVar[Any]  # a subclass of layerzoo.spec.Config
+    config: Any
     name: ClassVar[str]
     kind: ClassVar[str] = "layer"
     source: ClassVar[str] = ""
@@ -192,6 +193,8 @@ def check_spec(spec: Spec | Layer, **fields: Any) -> tuple[type[Layer], Config]:
     """The class and config that a spec names, checked without building anything."""
     if isinstance(spec, Layer):
         return type(spec), spec.config
+    if not isinstance(spec, (str, Mapping)):
+        raise SpecError(f"a layer spec is a name or a mapping, got {spec!r}")
     merged = {"name": spec, **fields} if isinstance(spec, str) else {**spec, **fields}
     if "name" not in merged:
         raise SpecError(f"a layer spec needs a name, got {merged!r}")

@@ -160,7 +160,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["state_dict"], checkpoint["hyper_parameters"]["network"]
+        for part in (checkpoint["state_dict"], checkpoint["hyper_parameters"]["network"]):
+            len(part)  # both are mappings, or this is another program's file
     except OSError as error:
         raise SpecError(f"checkpoint {path}: cannot be read: {error.strerror}") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:

@@ -46,7 +46,7 @@ class Op:
 
     def available(self) -> tuple[str, ...]:
         """The named implementations, with `triton` where a kernel file exists."""
-        return (*self.impls, *(("triton",) if not isinstance(self._kernel(), str) else ()))
+        return (*self.impls, *(("triton",) if self._kernel()[0] else ()))
 
     def select(self, impl: str, *args: Any, **kwargs: Any) -> tuple[str, Callable[..., Any]]:
         """The implementation that `impl` means for these arguments, and its name.
@@ -62,10 +62,11 @@ class Op:
         portable = "chunked" if "chunked" in self.impls else "recurrent"
         if impl == "auto" and not args[0].is_cuda:
             return portable, self.impls[portable]
-        kernel = self._kernel()
-        reason = kernel if isinstance(kernel, str) else kernel.supports(*args, **kwargs)
-        if reason is None:
-            return "triton", kernel.run
+        kernel, reason = self._kernel()
+        if kernel is not None:
+            reason = kernel.supports(*args, **kwargs)
+            if reason is None:
+                return "triton", kernel.run
         if impl == "auto":
             return portable, self.impls[portable]
         raise ImplError(f"{self.name}: impl 'triton' cannot run: {reason}")
@@ -75,16 +76,16 @@ class Op:
         self.used.add(name)
         return fn(*args, **kwargs)
 
-    def _kernel(self) -> Any:
-        """The kernel module, or the reason why there is none."""
+    def _kernel(self) -> tuple[Any, str]:
+        """The kernel module, or None and the reason why."""
         module = f"layerzoo.kernels.{self.name}"
         try:
-            return importlib.import_module(module)
+            return importlib.import_module(module), ""
         except ModuleNotFoundError as error:
             if error.name == module:
-                return "it has no Triton kernel yet; use 'chunked' or 'auto'"
+                return None, "it has no Triton kernel yet; use 'chunked' or 'auto'"
             if error.name == "triton":
-                return "triton is not installed"
+                return None, "triton is not installed"
             raise
 
 

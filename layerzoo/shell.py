@@ -53,8 +53,7 @@ class Memory(Layer):
     gates, if any, `gates`. Compositions that read one stream and write another call `mix`.
     """
 
-    Config: ClassVar[type[Shell]] = Shell
-    config: Shell
+    Config: ClassVar[Any] = Shell
     kind = "memory"
 
     def __init__(self, dim: int, config: Shell) -> None:

@@ -1,4 +1,4 @@
-"""`layerzoo fit|validate|test|predict`: the LightningCLI, its callbacks, and errors in one line."""
+"""`layerzoo fit|validate|test|predict`: the LightningCLI, its callbacks, one-line errors."""
 
 from __future__ import annotations
 
@@ -104,10 +104,14 @@ def _options(parser: jsonargparse.ArgumentParser) -> set[str]:
 class TokensPerSecond(Callback):
     """Logs `speed/tokens_per_s`, training throughput without validation, to bar and logger."""
 
-    def _restart(self, *_: Any) -> None:
+    def _restart(self) -> None:
         self.since, self.tokens = time.perf_counter(), 0
 
-    on_train_start = on_validation_end = _restart
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._restart()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -203,7 +207,7 @@ class TrainCLI(LightningCLI):
         path = options.get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry"):
             network = read_checkpoint(path)["hyper_parameters"]["network"]
-            options["model"]["network"] = jsonargparse.dict_to_namespace(network)
+            options["model"]["network"] = jsonargparse.Namespace(**network)
 
     def instantiate_classes(self) -> None:
         try:

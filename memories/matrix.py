@@ -82,8 +82,7 @@ def decay_reductions(*extra: Reduction) -> tuple[Reduction, ...]:
 class MatrixMemory(Memory):
     """Shell, decay, state and read-out of the matrix memories; a rule adds its op."""
 
-    Config: ClassVar[type[MatrixConfig]] = MatrixConfig
-    config: MatrixConfig
+    Config: ClassVar[Any] = MatrixConfig
     reductions = decay_reductions()
 
     def __init__(self, dim: int, config: MatrixConfig) -> None:
