@@ -19,7 +19,7 @@ from layerzoo.spec import SpecError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-CHUNK = 32
+CHUNK = 64
 CHUNK_VECTOR = 16
 """Per-channel ratios are held explicitly, `[C, C, K]` a chunk: exact at any decay, so short."""
 FLOOR = -40.0
@@ -150,9 +150,9 @@ def from_chunks(x: Float[Tensor, "B H N C D"], T: int) -> Float[Tensor, "B T H D
     return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T]
 
 
-def chunk_size(g: Tensor) -> int:
-    """g: a decay as of `per_token`."""
-    return CHUNK if g.shape[-1] == 1 else CHUNK_VECTOR
+def chunk_size(log_decay: Tensor) -> int:
+    """Tokens a chunk, for a decay as of `per_token`; a short sequence is one chunk."""
+    return max(1, min(CHUNK if log_decay.shape[-1] == 1 else CHUNK_VECTOR, log_decay.shape[1]))
 
 
 def decay_ratio(g: Tensor) -> Float[Tensor, "... C C K|1"]:

@@ -51,7 +51,9 @@ class Task(LightningDataModule):
     ) -> None:
         super().__init__()
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
-        self.samples: dict[str, int] = dict(zip(SPLITS, (train_samples, val_samples, test_samples), strict=True))
+        self.samples: dict[str, int] = dict(
+            zip(SPLITS, (train_samples, val_samples, test_samples), strict=True)
+        )
         self.require(batch_size >= 1, f"batch_size: must be at least 1, got {batch_size}")
         self.require(seed >= 0, f"seed: must not be negative, got {seed}")
         self.require(

@@ -1,0 +1,1 @@
+"""Ablations: grids of training runs, their runner, statistics, tables and plots."""

@@ -1,0 +1,141 @@
+"""A grid: axes over a base config. Its cells are ordinary training runs."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from layerzoo.model import LanguageModel, ModelConfig
+from layerzoo.spec import Config, SpecError, at, suggest
+from layerzoo.training import config_path
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: an option of every axis, and a seed."""
+
+    options: dict[str, str]
+    seed: int
+    config: DictConfig
+
+    @property
+    def arm(self) -> str:
+        return ",".join(self.options.values())
+
+    @property
+    def path(self) -> str:
+        return f"{self.arm}/seed-{self.seed}"
+
+
+class Grid(Config):
+    """A grid file.
+
+    name: of the grid and its folder of results.
+    base: a shipped config's name, or a path relative to the grid file.
+    axes: axis -> option -> overrides, dotted config keys and their values; the arms are the
+        product of the axes.
+    seeds: each arm runs once a seed, which sets initialisation (`seed_everything`) and data
+        (`data.init_args.seed`), so that cells of one seed are paired.
+    set: overrides for every cell.
+    window_arm: axis -> option of the arm whose model's reach defines the ceiling of all.
+    """
+
+    name: str
+    base: str
+    axes: dict[str, Any]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    set: dict[str, Any] | None = None
+    window_arm: dict[str, str] | None = None
+
+    def check(self) -> None:
+        if not self.axes or not all(self.axes.values()):
+            raise SpecError("axes: needs at least one axis with one option")
+        if not self.seeds or len({*self.seeds}) != len(self.seeds):
+            raise SpecError(f"seeds: needs at least one, each once, got {list(self.seeds)}")
+        for axis, option in (self.window_arm or {}).items():
+            options = self.axes.get(axis)
+            if options is None or option not in options:
+                raise SpecError(
+                    f"window_arm: {axis}: {option}; {suggest(option, options or self.axes)}"
+                )
+
+
+def shipped_grids() -> dict[str, Path]:
+    folder = Path(str(resources.files("layerzoo.ablations"))) / "grids"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_grid(name: str) -> tuple[Grid, list[Cell]]:
+    """Read a grid by its shipped name or its path, and check every cell before any runs.
+
+    Raises:
+        SpecError: no such grid, a wrong field, or a cell whose config does not build.
+    """
+    path = Path(name) if Path(name).is_file() else shipped_grids().get(name)
+    if path is None:
+        raise SpecError(f"no grid '{name}'; {suggest(name, shipped_grids())}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise SpecError(f"grid {path}: {str(error).splitlines()[0]}") from None
+    with at(f"grid {path}"):
+        if not isinstance(tree, dict):
+            raise SpecError("expected fields name, base, axes, ..")
+        grid = Grid.from_fields({str(key): value for key, value in tree.items()})
+        local = path.parent / grid.base
+        with at("base"):
+            base = OmegaConf.load(local if local.is_file() else config_path(grid.base))
+        return grid, _cells(grid, base)
+
+
+def _cells(grid: Grid, base: Any) -> list[Cell]:
+    cells = []
+    for seed, arm in itertools.product(grid.seeds, itertools.product(*grid.axes.values())):
+        options = dict(zip(grid.axes, arm, strict=True))
+        config = base.copy()
+        overrides = [grid.set or {}, *(grid.axes[axis][option] for axis, option in options.items())]
+        with at(",".join(arm)):
+            for key, value in itertools.chain(*(part.items() for part in overrides)):
+                _override(config, key, value)
+        for key in ("seed_everything", "data.init_args.seed"):
+            OmegaConf.update(config, key, seed, force_add=True)
+        cells.append(Cell(options, seed, config))
+    models = {cell.arm: _model(cell) for cell in cells if cell.seed == grid.seeds[0]}
+    if grid.window_arm:
+        arms = {c.arm for c in cells if grid.window_arm.items() <= c.options.items()}
+        reach = models[min(arms)].reach()
+        if reach is None:
+            raise SpecError("window_arm: this arm's reach is unbounded: it defines no ceiling")
+        for cell in cells:
+            OmegaConf.update(cell.config, "data.init_args.reach", reach.back, force_add=True)
+            OmegaConf.update(cell.config, "data.init_args.sinks", reach.sinks, force_add=True)
+    return cells
+
+
+def _override(config: Any, key: str, value: Any) -> None:
+    """Set a dotted key whose parent exists: a mistyped section is an error, not a new section."""
+    parent, _, last = key.rpartition(".")
+    section = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(section, DictConfig):
+        known = suggest(parent, map(str, config))
+        raise SpecError(f"{key}: the base config has no '{parent}'; {known}")
+    OmegaConf.update(section, last, value, force_add=True, merge=False)
+
+
+def _model(cell: Cell) -> LanguageModel:
+    """The cell's model without memory for its weights."""
+    with at(cell.arm):
+        try:
+            network = OmegaConf.to_container(cell.config.model.network, resolve=True)
+        except OmegaConfBaseException as error:
+            raise SpecError(str(error).splitlines()[0]) from None
+        with at("model.network"), torch.device("meta"):
+            assert isinstance(network, dict)
+            return LanguageModel(ModelConfig.from_fields({str(k): v for k, v in network.items()}))

@@ -1,0 +1,82 @@
+"""The picture of a recall grid: accuracy by arm, and recall by lag."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+from .report import Row, bound_of
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#444444", "#CC79A7", "#F0E442")
+MARKERS = "osD^vPX*"
+
+
+def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool:
+    """Draw the finished arms; False if none has a recall to draw."""
+    rows = [row for row in rows if row.values("recall/accuracy")]
+    if not rows:
+        return False
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for n, row in enumerate(rows):
+        colour = COLOURS[n % len(COLOURS)]
+        seeds, y = row.values("recall/accuracy"), len(rows) - 1 - n
+        left.scatter(seeds, [y] * len(seeds), color=colour, alpha=0.45, s=28, zorder=2)
+        left.plot([row.estimate("recall/accuracy").mean], [y], "|", color=colour, ms=22, mew=3)
+        lags = row.lags()
+        right.plot(
+            list(lags),
+            [lags[edge].mean for edge in lags],
+            marker=MARKERS[n % len(MARKERS)],
+            color=colour,
+            label=row.arm,
+        )
+    left.set_yticks(range(len(rows)), [row.arm for row in reversed(rows)])
+    left.set_xlim(-0.02, 1.04)
+    left.set_xlabel("recall of the test queries (dots: seeds, bar: mean)")
+    if bound := bound_of(rows):
+        left.axvline(bound[0], color="0.5", ls="--", lw=1)
+        left.annotate(
+            "most that the window allows",
+            (bound[0], len(rows) - 0.55),
+            ha="center",
+            color="0.35",
+            fontsize=9,
+            annotation_clip=False,
+        )
+    edges = sorted({edge for row in rows for edge in row.lags()})
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_locator(FixedLocator(edges))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.set_xticklabels([f"{e}-{2 * e - 1}" if e > 1 else "1" for e in edges])
+    right.set_xlabel("lag: tokens between the value and its query")
+    right.set_ylabel("recall (mean over seeds)")
+    right.set_ylim(-0.04, 1.04)
+    if reach is not None:
+        # A bin's point stands at its lower edge; the reach is one short of the key's distance.
+        right.axvline(reach - 0.5, color="0.5", ls="--", lw=1)
+        right.annotate(
+            " reach of the\n window arm",
+            (reach - 0.5, 0.02),
+            color="0.35",
+            fontsize=9,
+            va="bottom",
+        )
+    for axis in (left.xaxis, right.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x" if axes is left else "y", color="0.9")
+        axes.set_axisbelow(True)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True

@@ -1,0 +1,133 @@
+"""What a grid found: rows per arm, a table, a summary on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .grid import Cell, Grid
+from .statistics import Estimate, mean_interval, window_bound
+from .worker import METRICS
+
+SUCCESS = 0.9
+"""Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm's metrics over its seeds."""
+
+    arm: str
+    options: dict[str, str]
+    seeds: list[int]
+    metrics: list[dict[str, Any]]
+
+    def values(self, name: str) -> list[float]:
+        return [m[name] for m in self.metrics if m.get(name) is not None]
+
+    def estimate(self, name: str) -> Estimate:
+        return mean_interval(self.values(name))
+
+    def lags(self) -> dict[int, Estimate]:
+        """Recall by the lower edge of the lag's bin."""
+        names = {n for m in self.metrics for n in m if n.startswith("recall_lag/")}
+        return {
+            edge: self.estimate(f"recall_lag/{edge}")
+            for edge in sorted(int(n.split("/")[1]) for n in names)
+        }
+
+
+def read_rows(cells: Sequence[Cell], out: Path) -> list[Row]:
+    """The finished cells' metrics, grouped by arm, in the grid's order."""
+    rows: dict[str, Row] = {}
+    for cell in cells:
+        path = out / cell.path / METRICS
+        row = rows.setdefault(cell.arm, Row(cell.arm, cell.options, [], []))
+        if path.is_file():
+            row.seeds.append(cell.seed)
+            row.metrics.append(json.loads(path.read_text()))
+    return list(rows.values())
+
+
+def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
+    """The window's bound on accuracy and its standard error, if the grid has a ceiling."""
+    all_metrics = [m for row in rows for m in row.metrics if m.get("chance") is not None]
+    if not all_metrics:
+        return None
+    ceiling = mean_interval([m["recall/ceiling"] for m in all_metrics]).mean
+    return window_bound(ceiling, all_metrics[0]["chance"], all_metrics[0]["recall/queries"])
+
+
+def table(grid: Grid, rows: Sequence[Row]) -> Table:
+    """Mean and 95% t interval over seeds; dashes where a task has no such metric."""
+    out = Table(title=f"{grid.name}: {len(grid.seeds)} seeds, mean ± 95% t interval (test split)")
+    heads = ("arm", "n", "recall", "beyond window", "ceiling", f"seeds ≥ {SUCCESS:.0%}")
+    for n, head in enumerate((*heads, "loss", "parameters", "state", "s/run")):
+        out.add_column(head, justify="right" if n else "left", no_wrap=True)
+    for row in rows:
+        accuracy = row.values("recall/accuracy")
+        wins = f"{sum(a >= SUCCESS for a in accuracy)}/{len(accuracy)}" if accuracy else "-"
+        out.add_row(
+            row.arm,
+            str(len(row.metrics)),
+            _show(row.estimate("recall/accuracy")),
+            _show(row.estimate("recall/beyond_window")),
+            _show(row.estimate("recall/ceiling"), "{:.3f}"),
+            wins,
+            _show(row.estimate("loss/held_out"), "{:.3f}"),
+            _show(row.estimate("parameters"), "{:,.0f}"),
+            _show(row.estimate("state_bytes"), "{:,.0f} B"),
+            _show(row.estimate("seconds"), "{:.0f}"),
+        )
+    return out
+
+
+def _show(estimate: Estimate, form: str | None = None) -> str:
+    if estimate.mean != estimate.mean:
+        return "-"
+    return form.format(estimate.mean) if form else str(estimate)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What the table's numbers mean, and what is missing from it."""
+    lines = []
+    if bound := bound_of(rows):
+        lines.append(
+            f"A model that sees no further than the window can reach {bound[0]:.3f} "
+            f"(ceiling + guessing; standard error {bound[1]:.3f})."
+        )
+    if rows and rows[0].metrics:
+        length = rows[0].metrics[0]["length"]
+        lines.append(f"State: bytes after {length} tokens, batch 1, float32, all layers.")
+    return lines
+
+
+def write_summary(
+    grid: Grid, rows: Sequence[Row], failed: dict[str, str], command: str, path: Path
+) -> None:
+    """One JSON file with every arm's estimates and every cell's metrics."""
+    names = ("recall/accuracy", "recall/beyond_window", "recall/ceiling", "loss/held_out")
+    arms = [
+        {
+            "arm": row.arm,
+            "options": row.options,
+            "seeds": row.seeds,
+            **{name: row.estimate(name)._asdict() for name in names if row.values(name)},
+            "cells": row.metrics,
+        }
+        for row in rows
+    ]
+    bound = bound_of(rows)
+    summary = {
+        "grid": grid.to_fields(),
+        "command": command,
+        "window_bound": {"mean": bound[0], "standard_error": bound[1]} if bound else None,
+        "failed": failed,
+        "arms": arms,
+    }
+    path.write_text(json.dumps(summary, indent=2) + "\n")

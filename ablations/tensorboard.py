@@ -1,0 +1,53 @@
+"""Makes a grid's cells comparable in TensorBoard's HPARAMS tab.
+
+The tab takes the list of columns from one run's experiment record. So one record with the union
+of all columns is written at the grid's root, and each cell gets its start and end alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.writer import FileWriter
+
+from .report import Row
+
+SUFFIX = ".hparams"
+COLUMNS = ("recall/accuracy", "recall/beyond_window", "recall/ceiling", "loss/held_out")
+
+
+def write_hparams(rows: Sequence[Row], out: Path) -> None:
+    """Write the records anew; earlier ones are removed."""
+    for stale in out.rglob(f"events.*{SUFFIX}"):
+        stale.unlink()
+    finished = [(row, *cell) for row in rows for cell in zip(row.seeds, row.metrics, strict=True)]
+    if not finished:
+        return
+    seen = {name for _, _, metrics in finished for name in metrics}
+    columns = {f"test/{name}": 0.0 for name in COLUMNS if name in seen}
+    domain: dict[str, list[bool | float | str]] = {}
+    for row, _, _ in finished:
+        for axis, option in row.options.items():
+            options = domain.setdefault(axis, [])
+            if option not in options:
+                options.append(option)
+    for n, (row, seed, metrics) in enumerate(finished):
+        values = {
+            **row.options,
+            "seed": seed,
+            "parameters": metrics["parameters"],
+            "state_bytes": metrics["state_bytes"],
+        }
+        experiment, start, end = hparams(values, columns, domain)
+        if n == 0:
+            _write(out, experiment)
+        _write(out / row.arm / f"seed-{seed}", start, end)
+
+
+def _write(folder: Path, *records: object) -> None:
+    writer = FileWriter(str(folder), filename_suffix=SUFFIX)
+    for record in records:
+        writer.add_summary(record)
+    writer.close()
