@@ -66,7 +66,7 @@ def run(name: str, out: Path | None, jobs: int | None) -> int:
     grid, cells = load_grid(name)
     out = (out or Path("runs") / "ablations") / grid.name
     todo = [cell for cell in cells if prepare(cell, out)]
-    console = Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     display = Display(console, len(cells))
     display.finished(len(cells) - len(todo))
     workers = max(1, min(jobs or os.cpu_count() or 1, len(todo)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -57,6 +58,14 @@ class Grid(Config):
     def check(self) -> None:
         if not self.axes or not all(self.axes.values()):
             raise SpecError("axes: needs at least one axis with one option")
+        for axis, options in self.axes.items():
+            for option, overrides in options.items():
+                if not re.fullmatch(r"[\w.+=-]+", str(option)):
+                    raise SpecError(
+                        f"axes: {axis}: '{option}' is no folder name; use A-z 0-9 _.+=-"
+                    )
+                if not isinstance(overrides, dict):
+                    raise SpecError(f"axes: {axis}: {option}: expected overrides, key: value")
         if not self.seeds or len({*self.seeds}) != len(self.seeds):
             raise SpecError(f"seeds: needs at least one, each once, got {list(self.seeds)}")
         for axis, option in (self.window_arm or {}).items():
@@ -88,11 +97,20 @@ def load_grid(name: str) -> tuple[Grid, list[Cell]]:
     with at(f"grid {path}"):
         if not isinstance(tree, dict):
             raise SpecError("expected fields name, base, axes, ..")
-        grid = Grid.from_fields({str(key): value for key, value in tree.items()})
+        fields: dict[str, Any] = {str(key): value for key, value in tree.items()}
+        if isinstance(fields.get("axes"), dict):
+            fields["axes"] = dict(_axis(name, axis) for name, axis in fields["axes"].items())
+        grid = Grid.from_fields(fields)
         local = path.parent / grid.base
         with at("base"):
             base = OmegaConf.load(local if local.is_file() else config_path(grid.base))
         return grid, _cells(grid, base)
+
+
+def _axis(name: Any, options: Any) -> tuple[str, dict[str, Any]]:
+    if not isinstance(options, dict):
+        raise SpecError(f"axes: {name}: expected options, name: overrides, got {options!r}")
+    return str(name), {str(option): value for option, value in options.items()}  # 16 is "16"
 
 
 def _cells(grid: Grid, base: Any) -> list[Cell]:
@@ -100,7 +118,10 @@ def _cells(grid: Grid, base: Any) -> list[Cell]:
     for seed, arm in itertools.product(grid.seeds, itertools.product(*grid.axes.values())):
         options = dict(zip(grid.axes, arm, strict=True))
         config = base.copy()
-        overrides = [grid.set or {}, *(grid.axes[axis][option] for axis, option in options.items())]
+        overrides = [
+            grid.set or {},
+            *(grid.axes[axis][option] for axis, option in options.items()),
+        ]
         with at(",".join(arm)):
             for key, value in itertools.chain(*(part.items() for part in overrides)):
                 _override(config, key, value)

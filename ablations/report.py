@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .grid import Cell, Grid
@@ -65,32 +67,43 @@ def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
 
 def table(grid: Grid, rows: Sequence[Row]) -> Table:
     """Mean and 95% t interval over seeds; dashes where a task has no such metric."""
-    out = Table(title=f"{grid.name}: {len(grid.seeds)} seeds, mean ± 95% t interval (test split)")
-    heads = ("arm", "n", "recall", "beyond window", "ceiling", f"seeds ≥ {SUCCESS:.0%}")
-    for n, head in enumerate((*heads, "loss", "parameters", "state", "s/run")):
+    title = f"{grid.name}: recall in %, mean ± 95% t interval over {len(grid.seeds)} seeds"
+    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    heads = (
+        "arm",
+        "recall",
+        "beyond window",
+        "ceiling",
+        f"≥{SUCCESS:.0%}",
+        "loss",
+        "params",
+        "state",
+    )
+    for n, head in enumerate(heads):
         out.add_column(head, justify="right" if n else "left", no_wrap=True)
     for row in rows:
         accuracy = row.values("recall/accuracy")
-        wins = f"{sum(a >= SUCCESS for a in accuracy)}/{len(accuracy)}" if accuracy else "-"
+        missing = "" if len(row.metrics) == len(grid.seeds) else f" ({len(row.metrics)} seeds)"
         out.add_row(
-            row.arm,
-            str(len(row.metrics)),
-            _show(row.estimate("recall/accuracy")),
-            _show(row.estimate("recall/beyond_window")),
-            _show(row.estimate("recall/ceiling"), "{:.3f}"),
-            wins,
-            _show(row.estimate("loss/held_out"), "{:.3f}"),
-            _show(row.estimate("parameters"), "{:,.0f}"),
-            _show(row.estimate("state_bytes"), "{:,.0f} B"),
-            _show(row.estimate("seconds"), "{:.0f}"),
+            row.arm + missing,
+            _percent(row.estimate("recall/accuracy")),
+            _percent(row.estimate("recall/beyond_window")),
+            _mean(row.estimate("recall/ceiling"), "{:.1%}"),
+            f"{sum(a >= SUCCESS for a in accuracy)}/{len(accuracy)}" if accuracy else "-",
+            _mean(row.estimate("loss/held_out"), "{:.3f}"),
+            _mean(row.estimate("parameters"), "{:,.0f}"),
+            _mean(row.estimate("state_bytes"), "{:,.0f}"),
         )
     return out
 
 
-def _show(estimate: Estimate, form: str | None = None) -> str:
-    if estimate.mean != estimate.mean:
-        return "-"
-    return form.format(estimate.mean) if form else str(estimate)
+def _percent(estimate: Estimate) -> str:
+    half = "" if math.isnan(estimate.half) else f" ±{100 * estimate.half:.1f}"
+    return _mean(estimate, f"{{:.1%}}{half}").replace("%", "")
+
+
+def _mean(estimate: Estimate, form: str) -> str:
+    return "-" if math.isnan(estimate.mean) else form.format(estimate.mean)
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -98,12 +111,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
     lines = []
     if bound := bound_of(rows):
         lines.append(
-            f"A model that sees no further than the window can reach {bound[0]:.3f} "
-            f"(ceiling + guessing; standard error {bound[1]:.3f})."
+            f"A model that sees no further than the window can reach {bound[0]:.1%} recall "
+            f"(ceiling + guesses; standard error of one run {bound[1]:.1%})."
         )
     if rows and rows[0].metrics:
         length = rows[0].metrics[0]["length"]
-        lines.append(f"State: bytes after {length} tokens, batch 1, float32, all layers.")
+        lines.append(f"State: bytes of all layers after {length} tokens, batch 1, float32.")
     return lines
 
 

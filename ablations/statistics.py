@@ -16,9 +16,6 @@ class Estimate(NamedTuple):
     mean: float
     half: float
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if math.isnan(self.half) else f" ±{self.half:.3f}")
-
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     """Mean and Student's t interval: mean ± t_{n-1} s / sqrt(n)."""

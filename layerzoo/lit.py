@@ -19,6 +19,9 @@ from layerzoo.metrics import TokenLoss
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError, at
 
+SHOWN = ("loss/held_out", "loss/bits_per_byte", "recall/accuracy")
+"""The held-out figures that the progress bar and the summary show."""
+
 
 class LitModel(LightningModule):
     """Trains a `LanguageModel` on a task with AdamW.
@@ -117,8 +120,7 @@ class LitModel(LightningModule):
     def _report(self, split: str, prefix: str) -> None:
         for metric in self._each_metric(split):
             for name, value in metric.compute().items():
-                shown = name in ("loss/held_out", "loss/bits_per_byte", "recall/accuracy")
-                self.log(prefix + name, value, prog_bar=shown)
+                self.log(prefix + name, value, prog_bar=name in SHOWN)
             metric.reset()
 
     def configure_optimizers(self) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerzoo.layer import Reach, State, StateBytes, build, check_spec
 from layerzoo.nn import ShortConv, SwiGLU
+from layerzoo.ops import Op
 from layerzoo.spec import Config, SpecError, at
 
 if TYPE_CHECKING:
@@ -179,9 +180,17 @@ class LanguageModel(nn.Module):
         return Reach(sum(back) + self.config.depth * max(0, self.config.conv - 1), max(sinks))
 
     def choices(self) -> dict[str, list[str]]:
-        """Which implementations of the model's ops have run in this process."""
-        ops = {op.name: op for block in self.each_block() for op in block.layer.ops()}
-        return {name: sorted(op.used) for name, op in ops.items()}
+        """Which implementations of its ops have run in this process since `forget_choices`."""
+        return {op.name: sorted(op.used) for op in self._ops()}
+
+    def forget_choices(self) -> None:
+        """Start the record of `choices` anew."""
+        for op in self._ops():
+            op.used.clear()
+
+    def _ops(self) -> list[Op]:
+        found = {op.name: op for block in self.each_block() for op in block.layer.ops()}
+        return list(found.values())
 
 
 def unpack(tokens: Tensor, documents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

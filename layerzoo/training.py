@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import re
 import time
@@ -24,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.data import Task
-from layerzoo.lit import LitModel, read_checkpoint
+from layerzoo.lit import SHOWN, LitModel, read_checkpoint
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError, at, suggest
 
@@ -39,6 +40,10 @@ def quiet() -> None:
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip:" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # A resumed run logs into a folder of its own.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
+    # Lightning 2.6 calls jsonargparse by names that it has since renamed.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     # Lightning 2.6 asks torch for a pytree name that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
@@ -129,11 +134,30 @@ class ConfigWriter(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class RecordWriter(Callback):
-    """Writes `record.json` beside the logs when training ends: what ran, and on what."""
+class Summary(Callback):
+    """When training ends: prints the first and the last held-out figures, and writes
+    `record.json` beside the logs: what ran, and on what."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        pl_module.model.forget_choices()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        for name in SHOWN:
+            if name in trainer.callback_metrics:
+                value = (trainer.global_step, float(trainer.callback_metrics[name]))
+                self.history.setdefault(name, []).append(value)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.is_global_zero and trainer.logger is not None:
+        if not trainer.is_global_zero:
+            return
+        for name, values in self.history.items():
+            (first, before), (last, after) = values[0], values[-1]
+            print(f"{name}: {before:.3f} at step {first}, {after:.3f} at step {last}")
+        if trainer.logger is not None:
+            print(f"logs: {trainer.log_dir}")
             length = getattr(trainer.datamodule, "length", 1)
             text = json.dumps(record(pl_module.model, length), indent=2)
             Path(trainer.log_dir, "record.json").write_text(text + "\n")
@@ -183,7 +207,7 @@ class TrainCLI(LightningCLI):
             "class_path": f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__qualname__}",
             "init_args": {"save_dir": "runs", "name": "layerzoo", "default_hp_metric": False},
         }
-        callbacks = [TokensPerSecond(), RecordWriter(), PredictionWriter()]
+        callbacks = [TokensPerSecond(), Summary(), PredictionWriter()]
         super().__init__(
             LitModel,
             Task,

@@ -1,0 +1,200 @@
+"""Grids: cells, pairing, resuming, failing, reporting."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from layerzoo import SpecError
+from layerzoo.ablations.command import run
+from layerzoo.ablations.grid import load_grid, shipped_grids
+from layerzoo.ablations.runner import Pool, prepare
+from layerzoo.ablations.statistics import mean_interval, window_bound
+
+AXES = {"x": {"a": {}}}
+
+
+def grid_file(folder: Path, **changes: Any) -> Path:
+    """A grid of two arms and two seeds that runs in a moment."""
+    layers = "model.network.layers"
+    tree = {
+        "name": "tiny",
+        "base": "mqar",
+        "set": {
+            "trainer.max_steps": 2,
+            "trainer.val_check_interval": 2,
+            "data.init_args.val_samples": 8,
+            "data.init_args.test_samples": 8,
+            "data.init_args.batch_size": 8,
+            "model.network.dim": 16,
+        },
+        "axes": {
+            "layer": {
+                "window": {layers: [{"name": "sliding", "heads": 2, "window": 8}]},
+                "memory": {layers: [{"name": "linear", "heads": 2}]},
+            }
+        },
+        "seeds": [0, 1],
+        "window_arm": {"layer": "window"},
+        **changes,
+    }
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def test_cells_are_paired_and_share_one_ceiling(tmp_path: Path) -> None:
+    _, cells = load_grid(str(grid_file(tmp_path)))
+    assert [cell.path for cell in cells] == [
+        f"{arm}/seed-{seed}" for seed in (0, 1) for arm in ("window", "memory")
+    ]
+    for cell in cells:
+        assert cell.config.seed_everything == cell.config.data.init_args.seed == cell.seed
+        assert cell.config.data.init_args.reach == 2 * 7 + 2 * 2  # of the window arm, for all
+        assert cell.config.model.network.dim == 16
+    assert cells[1].config.model.network.layers == [{"name": "linear", "heads": 2}]
+
+
+def test_axes_multiply_and_options_may_be_numbers(tmp_path: Path) -> None:
+    sizes = {n: {"model.network.dim": n} for n in (16, 32)}
+    deep = {"one": {"model.network.depth": 1}, "two": {"model.network.depth": 2}}
+    path = grid_file(tmp_path, axes={"dim": sizes, "depth": deep}, window_arm=None, seeds=[3])
+    _, cells = load_grid(str(path))
+    assert [cell.arm for cell in cells] == ["16,one", "16,two", "32,one", "32,two"]
+    assert cells[2].config.model.network.dim == 32
+
+
+@pytest.mark.parametrize("name", shipped_grids())
+def test_shipped_grids_build(name: str) -> None:
+    grid, cells = load_grid(name)
+    assert grid.name == name and cells
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seedz": [1]}, "unknown field 'seedz'; did you mean 'seeds'?"),
+        ({"seeds": [0, 0]}, "each once"),
+        ({"base": "mqarr"}, "did you mean 'mqar'?"),
+        ({"axes": {}}, "at least one axis"),
+        ({"axes": {"layer": ["a"]}}, "axes: layer: expected options"),
+        ({"axes": {"layer": {"a/b": {}}}}, "'a/b' is no folder name"),
+        ({"axes": {"layer": {"a": 3}}}, "layer: a: expected overrides"),
+        ({"window_arm": {"layer": "windo"}}, "did you mean 'window'?"),
+        ({"window_arm": {"layer": "memory"}}, "unbounded"),
+        ({"set": {"modle.lr": 1}}, "no 'modle'; did you mean 'model'?"),
+        (
+            {"set": {"model.network.layers": ["linaer"]}, "axes": AXES, "window_arm": None},
+            "'linear'?",
+        ),
+        ({"set": {"model.network.dim": "${data.nope}"}}, "not found"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_runs(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpecError, match="grid ") as error:
+        load_grid(str(grid_file(tmp_path, **changes)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
+    broken = {"model.network.layers": ["linear"], "model.impl": "triton"}  # fails when it runs
+    tree = yaml.safe_load(grid_file(tmp_path).read_text())
+    path = grid_file(tmp_path, axes={"layer": {**tree["axes"]["layer"], "broken": broken}})
+    assert run(str(path), tmp_path, jobs=2) == 1
+    out, err = capsys.readouterr()
+    assert "6 of 6 cells to run" in out
+    assert "failed: broken/seed-0: " in err and "no Triton kernel yet" in err
+    root = tmp_path / "tiny"
+    first = {p.parent: p.read_text() for p in sorted(root.rglob("metrics.json"))}
+    assert sorted(p.relative_to(root).as_posix() for p in first) == [
+        f"{arm}/seed-{seed}" for arm in ("memory", "window") for seed in (0, 1)
+    ]
+    summary = json.loads((root / "summary.json").read_text())
+    assert {arm["arm"]: arm["seeds"] for arm in summary["arms"]} == {
+        "window": [0, 1],
+        "memory": [0, 1],
+        "broken": [],
+    }
+    cell = summary["arms"][0]["cells"][0]
+    assert {"recall/accuracy", "recall/ceiling", "recall/beyond_window"} <= cell.keys()
+    assert {"parameters", "state_bytes", "impl", "chance"} <= cell.keys()
+    assert cell["impl"] == {"sliding_attention": ["chunked"]} and cell["steps"] == 2
+    assert (root / "plot.png").stat().st_size > 10_000
+
+    # Paired: the arms of one seed see the same queries; another seed sees others.
+    ceilings = [[c["recall/ceiling"] for c in arm["cells"]] for arm in summary["arms"][:2]]
+    assert ceilings[0] == ceilings[1] and ceilings[0][0] != ceilings[0][1]
+
+    # TensorBoard: one experiment record at the root, a session in every finished cell.
+    assert len(list(root.glob("events*.hparams"))) == 1
+    assert len(list(root.glob("*/*/events*.hparams"))) == 4
+    events = EventAccumulator(str(root / "window" / "seed-0")).Reload()
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert {"test/recall/accuracy", "recall/accuracy"} <= {*events.Tags()["scalars"]}
+
+    # A finished cell is never rerun; a killed one starts again, and comes to the same result.
+    lost = root / "memory" / "seed-1"
+    (lost / "metrics.json").unlink()
+    (lost / "stale").write_text("of the killed run")
+    tiny = grid_file(tmp_path)
+    assert run(str(tiny), tmp_path, jobs=1) == 0
+    assert "1 of 4 cells to run" in capsys.readouterr().out
+    assert not (lost / "stale").exists()
+    again, before = json.loads((lost / "metrics.json").read_text()), json.loads(first[lost])
+    assert again["loss/held_out"] == pytest.approx(before["loss/held_out"], rel=1e-4)
+    for folder in first.keys() - {lost}:
+        assert (folder / "metrics.json").read_text() == first[folder]
+
+    # Another config never overwrites, nor passes for, these results; another impl is the same run.
+    other = tree["set"] | {"model.network.dim": 32}
+    with pytest.raises(SpecError, match="results of another config; give another --out"):
+        run(str(grid_file(tmp_path, set=other)), tmp_path, jobs=1)
+    same = tree["set"] | {"model.impl": "chunked"}
+    assert run(str(grid_file(tmp_path, set=same)), tmp_path, jobs=1) == 0
+
+
+def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
+    endless = {"trainer.max_steps": 100_000, "data.init_args.train_samples": 10_000_000}
+    quick = {"trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    axes = {"steps": {"endless": endless, "quick": quick}}
+    base = yaml.safe_load(grid_file(tmp_path).read_text())["set"]
+    path = grid_file(tmp_path, axes=axes, set=base, seeds=[0], window_arm=None)
+    _, cells = load_grid(str(path))
+    assert all(prepare(cell, tmp_path) for cell in cells)
+    seen: dict[str, dict[str, Any]] = {}
+
+    def report(cell: Any, answer: dict[str, Any]) -> None:
+        seen[cell.path] = answer
+        if cell.arm == "endless" and "step" in answer:
+            next(iter(pool.workers)).kill()
+
+    pool = Pool(cells, tmp_path, jobs=1, report=report)
+    pool.run()
+    assert seen["endless/seed-0"] == {"failed": "killed by signal 9"}
+    assert seen["quick/seed-0"] == {"done": True}
+    assert not pool.workers
+    assert prepare(cells[0], tmp_path) and not prepare(cells[1], tmp_path)
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    _, cells = load_grid(str(grid_file(tmp_path)))
+    precious = tmp_path / cells[0].path / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    with pytest.raises(SpecError, match="is not a cell's folder"):
+        prepare(cells[0], tmp_path)
+    assert precious.read_text() == "years of work"
+
+
+def test_statistics() -> None:
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.302653 / math.sqrt(3)), rel=1e-6)
+    assert math.isnan(mean_interval([1.0]).half) and math.isnan(mean_interval([]).mean)
+    assert window_bound(0.5, 0.1, 99) == pytest.approx((0.55, math.sqrt(0.55 * 0.45 / 99)))

@@ -1,0 +1,145 @@
+"""Training end to end through the CLI, on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from layerzoo.cli import main
+from layerzoo.data import MQAR
+from layerzoo.lit import LitModel, load_model
+from layerzoo.metrics import Recall, RecallByLag, TokenLoss
+from layerzoo.model import LanguageModel, ModelConfig
+
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+
+
+def fit(folder: Path, config: str, *options: str) -> Path:
+    """Train, logging to `folder`; returns the folder."""
+    where = ["--trainer.logger.init_args.save_dir", str(folder)]
+    where += ["--trainer.logger.init_args.name", "", "--trainer.logger.init_args.version", ""]
+    assert main(["fit", "--config", config, *where, *QUIET, *options]) == 0
+    return folder
+
+
+def scalars(folder: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+SMALL = [
+    *("--trainer.max_steps", "12", "--trainer.val_check_interval", "6"),
+    *("--data.init_args.train_samples", "80", "--data.init_args.batch_size", "8"),
+    *("--data.init_args.val_samples", "16", "--model.network.dim", "32"),
+    *("--trainer.callbacks.init_args.save_top_k", "-1"),
+]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(tmp_path_factory.mktemp("small"), "mqar", *SMALL)
+
+
+def test_fit_lowers_the_loss_on_real_text(tmp_path: Path, capsys) -> None:
+    options = ("--trainer.max_steps", "60", "--trainer.val_check_interval", "30")
+    size = ("--data.length", "64", "--data.val_samples", "32", "--model.network.dim", "32")
+    folder = fit(tmp_path, "text", *options, *size)
+    losses = scalars(folder, "loss/held_out")
+    assert losses[-1] < losses[0] < 5.6  # log 256 = 5.55 is a uniform guess
+    assert scalars(folder, "loss/bits_per_byte")[-1] == pytest.approx(losses[-1] / 0.693147, 1e-4)
+    assert scalars(folder, "speed/tokens_per_s")[-1] > 0
+    record = json.loads((folder / "record.json").read_text())
+    assert record["impl"] == {"sliding_attention": ["chunked"], "delta_rule": ["chunked"]}
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    assert main(["generate", str(checkpoint), "--prompt", "def ", "--max_new_tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(small_run: Path, tmp_path: Path) -> None:
+    # 10 batches an epoch: step 6 is inside the first one, so the data must go on there too.
+    checkpoint = small_run / "checkpoints" / "epoch=0-step=6.ckpt"
+    resumed = fit(tmp_path, "mqar", *SMALL, "--ckpt_path", str(checkpoint))
+    whole, again = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        for folder in (small_run, resumed)
+    )
+    assert again["global_step"] == whole["global_step"] == 12
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, again["state_dict"][name]), name
+
+
+def test_a_checkpoint_brings_its_network(small_run: Path, tmp_path: Path) -> None:
+    checkpoint = str(small_run / "checkpoints" / "last.ckpt")
+    where = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--ckpt_path", checkpoint]
+    assert main(["test", "--config", "mqar", "--data.test_samples", "8", *where, *QUIET]) == 0
+    assert main(["predict", "--config", "mqar", "--data.test_samples", "8", *where, *QUIET]) == 0
+    (saved,) = tmp_path.rglob("predictions-0.pt")
+    (batch,) = torch.load(saved, weights_only=True)
+    assert batch["prediction"].shape == batch["label"].shape == batch["lag"].shape == (64,)
+    model = load_model(checkpoint)
+    assert model.config.dim == 32 and not model.training
+    assert LitModel.load_from_checkpoint(checkpoint).model.config == model.config
+
+
+def test_recall_is_logged_with_ceiling_and_beyond_window(small_run: Path) -> None:
+    # The config's model has a memory: its own reach is unbounded, so the ceiling is 1.
+    assert scalars(small_run, "recall/ceiling") == [1.0, 1.0]
+    assert len(scalars(small_run, "recall/accuracy")) == 2
+
+
+def test_recall_metrics_on_known_answers() -> None:
+    labels = torch.tensor([3, 1, 2, 0])
+    logits = torch.nn.functional.one_hot(torch.tensor([3, 1, 0, 1]), 4).float()
+    notes = {
+        "reachable": torch.tensor([True, False, False, False]),
+        "lag": torch.tensor([1, 4, 7, 9]),
+    }
+    metric = Recall()
+    metric.update(logits, labels, **notes)
+    out = {name: value.item() for name, value in metric.compute().items()}
+    assert out == pytest.approx(
+        {
+            "recall/accuracy": 0.5,
+            "recall/ceiling": 0.25,
+            "recall/queries": 4,
+            "recall/beyond_window": 1 / 3,
+        }
+    )
+    by_lag = RecallByLag(16)
+    by_lag.update(logits, labels, **notes)
+    out = {name: value.item() for name, value in by_lag.compute().items()}
+    assert out == {"recall_lag/1": 1.0, "recall_lag/4": 0.5, "recall_lag/8": 0.0}
+    loss = TokenLoss(bytes=True)
+    loss.update(torch.zeros(4, 256), labels)
+    assert loss.compute()["loss/bits_per_byte"].item() == pytest.approx(8)
+
+
+def test_only_matrices_of_linear_maps_decay() -> None:
+    network = ModelConfig(vocab_size=64, layers=("gated_delta",), dim=32, mlp=1, tie=True)
+    lit = LitModel(network)
+
+    class Trainer:
+        estimated_stepping_batches = 100
+
+    lit._trainer = Trainer()  # type: ignore[assignment]
+    optimiser = lit.configure_optimizers()["optimizer"]
+    decayed, rest = (group["params"] for group in optimiser.param_groups)
+    names = {id(p): n for n, p in lit.model.named_parameters()}
+    assert len(decayed) + len(rest) == len(names)
+    assert "embedding.weight" in {names[id(p)] for p in rest}
+    assert all(p.dim() == 2 for p in decayed)
+    assert not any("A_log" in names[id(p)] or "norm" in names[id(p)] for p in decayed)
+
+
+def test_logits_are_made_only_where_labels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    head = LanguageModel.head
+    monkeypatch.setattr(LanguageModel, "head", lambda m, h: asked.append(h.shape) or head(m, h))
+    lit = LitModel(ModelConfig(vocab_size=64, layers=("linear",), dim=32))
+    lit.labelled(MQAR(vocab_size=64, pairs=4).batch("train", range(5)))
+    assert asked == [(20, 32)]
