@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import Layer, State, StateBytes
-from layerzoo.nn import rotary
+from layerzoo.nn import RMSNorm, rotary
 from layerzoo.spec import Config, SpecError, divide
 
 
@@ -64,8 +64,8 @@ class Attention(Layer):
         self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.q_norm = RMSNorm(self.head_dim, eps=1e-6)
+            self.k_norm = RMSNorm(self.head_dim, eps=1e-6)
         if config.out_gate:
             self.gate = nn.Linear(dim, self.heads * self.head_dim, bias=False)
 

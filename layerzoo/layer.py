@@ -154,7 +154,6 @@ def discover() -> None:
     global _discovered
     if _discovered:
         return
-    _discovered = True
     importlib.import_module("layerzoo.compose")
     for package in DISCOVER:
         module = importlib.import_module(package)
@@ -169,6 +168,7 @@ def discover() -> None:
                 f"entry point '{point.name} = {point.value}' of {owner} does not load: {error}; "
                 f"mend or uninstall it"
             ) from error
+    _discovered = True  # only now: a failed discovery must fail again, not list half a zoo
 
 
 def list_layers(kind: str | None = None) -> list[str]:
@@ -190,7 +190,7 @@ def get_layer(name: str) -> type[Layer]:
 
 
 def check_spec(spec: Spec | Layer, **fields: Any) -> tuple[type[Layer], Config]:
-    """The class and config that a spec names, checked without building anything."""
+    """The class and config that a spec names, checked without building anything (or its dim)."""
     if isinstance(spec, Layer):
         return type(spec), spec.config
     if not isinstance(spec, (str, Mapping)):
@@ -198,6 +198,7 @@ def check_spec(spec: Spec | Layer, **fields: Any) -> tuple[type[Layer], Config]:
     merged = {"name": spec, **fields} if isinstance(spec, str) else {**spec, **fields}
     if "name" not in merged:
         raise SpecError(f"a layer spec needs a name, got {merged!r}")
+    merged.pop("dim", None)
     cls = get_layer(merged.pop("name"))
     with at(cls.name):
         return cls, cls.Config.from_fields(merged)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import Reach, State, StateBytes, build, check_spec
-from layerzoo.nn import ShortConv, SwiGLU
+from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op
 from layerzoo.spec import Config, SpecError, at
 
@@ -57,11 +57,11 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, spec: Any) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.norm = RMSNorm(config.dim, eps=1e-6)
         self.conv = ShortConv(config.dim, config.conv) if config.conv else None
         self.layer = build(spec, dim=config.dim)
         hidden = round(config.mlp * config.dim)
-        self.mlp_norm = nn.RMSNorm(config.dim, eps=1e-6) if hidden else None
+        self.mlp_norm = RMSNorm(config.dim, eps=1e-6) if hidden else None
         self.mlp = SwiGLU(config.dim, hidden) if hidden else None
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
         for n in range(c.depth):
             with at(f"layers[{n % len(c.layers)}]"):
                 self.blocks.append(Block(c, c.layers[n % len(c.layers)]))
-        self.norm = nn.RMSNorm(c.dim, eps=1e-6)
+        self.norm = RMSNorm(c.dim, eps=1e-6)
         self.out = nn.Linear(c.dim, c.vocab_size, bias=False)
         if c.tie:
             self.out.weight = self.embedding.weight

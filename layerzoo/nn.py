@@ -9,6 +9,13 @@ from torch.nn import functional as F
 from layerzoo.ops import accumulator_dtype
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in the weight's dtype under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class SwiGLU(nn.Module):
     """y = (silu(x W_g) * (x W_u)) W_d, without biases (Shazeer 2020, arXiv 2002.05202)."""
 
@@ -39,7 +46,8 @@ class ShortConv(nn.Module):
             return x, state
         past = torch.cat((state.to(x.dtype), x), dim=1)
         y = F.conv1d(past.mT, self.weight.to(x.dtype).unsqueeze(1), groups=x.shape[-1])
-        return x + y.mT, past[:, past.shape[1] - self.width + 1 :]
+        # A view would keep the whole piece alive.
+        return x + y.mT, past[:, past.shape[1] - self.width + 1 :].clone()
 
     def init_state(self, batch_size: int) -> Tensor:
         return self.weight.new_zeros(batch_size, self.width - 1, self.weight.shape[0])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerzoo.layer import Layer, State
-from layerzoo.nn import l2_normalise
+from layerzoo.nn import RMSNorm, l2_normalise
 from layerzoo.spec import Config, SpecError, divide
 
 Write = dict[str, Tensor]
@@ -68,10 +68,10 @@ class Memory(Layer):
         self.v = nn.Linear(dim, H * V, bias=False)
         self.out = nn.Linear(H * V, dim, bias=False)
         if config.qk_norm == "rms":
-            self.q_norm, self.k_norm = nn.RMSNorm(K, eps=1e-6), nn.RMSNorm(K, eps=1e-6)
+            self.q_norm, self.k_norm = RMSNorm(K, eps=1e-6), RMSNorm(K, eps=1e-6)
             self.scale = K**-1.0  # |q| = |k| = sqrt(K) at the start: as if both were unit
         if config.out_norm == "rms":
-            self.out_norm = nn.RMSNorm(V, eps=1e-6)
+            self.out_norm = RMSNorm(V, eps=1e-6)
         if config.out_gate != "none":
             self.gate = nn.Linear(dim, H * V, bias=False)
 

@@ -15,8 +15,8 @@ from .matrix import (
     FLOOR,
     MatrixConfig,
     MatrixMemory,
+    chunk_decays,
     chunk_size,
-    decay_ratio,
     decayed_scores,
     from_chunks,
     per_token,
@@ -86,24 +86,22 @@ def _chunked(q, k, v, beta, log_decay, *, scale, state):
     q, k, v, beta, log_decay = (
         to_chunks(x, size) for x in (scale * q, k, v, beta.unsqueeze(-1), log_decay)
     )
-    g = log_decay.cumsum(-2)
-    end = g[..., -1:, :]
-    ratio = decay_ratio(g)
-    A = decayed_scores(beta * k, k, ratio).tril(-1)
-    rhs = torch.cat((beta * v, beta * k * g.exp()), -1)
+    decay = chunk_decays(log_decay)
+    A = decayed_scores(beta * k, k, decay.ratio).tril(-1)
+    rhs = torch.cat((beta * v, beta * k * decay.since_start), -1)
     solved = torch.linalg.solve_triangular(
         A + torch.eye(size, dtype=A.dtype, device=A.device), rhs, upper=False, unitriangular=True
     )
     U, W = solved[..., :V], solved[..., V:]
-    fading, kept = (k * (end - g).exp()).mT, end.exp().mT
+    fading = (k * decay.until_end).mT
     P, R = fading @ W, fading @ U
     states = []
-    for n in range(g.shape[2]):
+    for n in range(R.shape[2]):
         states.append(state)
-        state = kept[:, :, n] * state + R[:, :, n] - P[:, :, n] @ state
+        state = decay.whole[:, :, n] * state + R[:, :, n] - P[:, :, n] @ state
     start = torch.stack(states, 2)
     u = U - W @ start
-    o = (q * g.exp()) @ start + decayed_scores(q, k, ratio) @ u
+    o = (q * decay.since_start) @ start + decayed_scores(q, k, decay.ratio) @ u
     return from_chunks(o, T), state
 
 

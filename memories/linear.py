@@ -15,8 +15,8 @@ from .matrix import (
     FLOOR,
     MatrixConfig,
     MatrixMemory,
+    chunk_decays,
     chunk_size,
-    decay_ratio,
     decayed_scores,
     from_chunks,
     per_token,
@@ -76,16 +76,15 @@ def _recurrent(q, k, v, log_decay, *, scale, state):
 def _chunked(q, k, v, log_decay, *, scale, state):
     T, log_decay = q.shape[1], per_token(log_decay, k).clamp(min=FLOOR)
     q, k, v, log_decay = (to_chunks(x, chunk_size(log_decay)) for x in (q, k, v, log_decay))
-    g = log_decay.cumsum(-2)
-    end = g[..., -1:, :]
-    added = (k * (end - g).exp()).mT @ v
-    kept = end.exp().mT
+    decay = chunk_decays(log_decay)
+    added = (k * decay.until_end).mT @ v
     states = []
-    for n in range(g.shape[2]):
+    for n in range(added.shape[2]):
         states.append(state)
-        state = kept[:, :, n] * state + added[:, :, n]
+        state = decay.whole[:, :, n] * state + added[:, :, n]
     q = scale * q
-    o = (q * g.exp()) @ torch.stack(states, 2) + decayed_scores(q, k, decay_ratio(g)) @ v
+    before = (q * decay.since_start) @ torch.stack(states, 2)
+    o = before + decayed_scores(q, k, decay.ratio) @ v
     return from_chunks(o, T), state
 
 

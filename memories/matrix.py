@@ -5,7 +5,7 @@ Their decays D_t (S_t = D_t S_{t-1} + ...), and the arithmetic of decays inside 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -155,11 +155,28 @@ def chunk_size(log_decay: Tensor) -> int:
     return max(1, min(CHUNK if log_decay.shape[-1] == 1 else CHUNK_VECTOR, log_decay.shape[1]))
 
 
-def decay_ratio(g: Tensor) -> Float[Tensor, "... C C K|1"]:
-    """exp(g_i - g_j) for j <= i, else 0; g `[..., C, K | 1]` is the cumulative log decay."""
-    C = g.shape[-2]
+class ChunkDecays(NamedTuple):
+    """The decays of chunks `[..., C, K | 1]`, each the product of D over some tokens."""
+
+    since_start: Tensor  # through token i, itself included: [..., C, K | 1]
+    until_end: Tensor  # after token i through the last: [..., C, K | 1]
+    whole: Tensor  # of the chunk, for the rows of S: [..., K | 1, 1]
+    ratio: Tensor  # after token j through token i, 0 where j > i: [..., C, C, K | 1]
+
+
+def chunk_decays(log_decay: Float[Tensor, "... C K|1"]) -> ChunkDecays:
+    """Differences of cumulative sums are taken in float64, or mild decays after a strong one
+    would lose the digits that it used up."""
+    g, C = log_decay.double().cumsum(-2), log_decay.shape[-2]
     above = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1).unsqueeze(-1)
-    return (g.unsqueeze(-2) - g.unsqueeze(-3)).masked_fill(above, -torch.inf).exp()
+    between = (g.unsqueeze(-2) - g.unsqueeze(-3)).to(log_decay.dtype)
+    end = g[..., -1:, :]
+    return ChunkDecays(
+        since_start=g.to(log_decay.dtype).exp(),
+        until_end=(end - g).to(log_decay.dtype).exp(),
+        whole=end.to(log_decay.dtype).exp().mT,
+        ratio=between.masked_fill(above, -torch.inf).exp(),
+    )
 
 
 def decayed_scores(a: Tensor, b: Tensor, ratio: Tensor) -> Float[Tensor, "... C C"]:

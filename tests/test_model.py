@@ -1,0 +1,287 @@
+"""LanguageModel obeys the law of a layer on tokens; generate() runs on the state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerzoo import SpecError
+from layerzoo.layer import Reach
+from layerzoo.model import LanguageModel, generate
+
+VOCAB, T = 13, 24
+LINEAR = {"name": "linear", "heads": 2, "decay": "scalar"}
+SLIDING = {"name": "sliding", "heads": 2, "window": 4, "sinks": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no-conv": {"conv": 0},
+    "conv-1": {"conv": 1},
+    "mlp": {"mlp": 1.5},
+    "tie": {"tie": True, "conv": 2, "mlp": 2.0},
+}
+VARIANT = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def model(dtype: torch.dtype = torch.float64, **fields: Any) -> LanguageModel:
+    given = {"vocab_size": VOCAB, "dim": 16, "depth": 2, "layers": [LINEAR, SLIDING], **fields}
+    return LanguageModel(**given).to(dtype)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(VOCAB, shape)
+
+
+def close(got: Any, want: Any, tol: float = 1e-9) -> None:
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tol)
+
+
+@VARIANT
+def test_the_law_holds_on_tokens(fields: dict[str, Any]) -> None:
+    net, x = model(**fields), tokens(2, T)
+    whole = net(x)
+    assert whole[0].shape == (2, T, VOCAB)
+    close(net(x, net.init_state(2)), whole, 0.0)
+    splits = [[at, T - at] for at in range(T + 1)]
+    for sizes in ([1] * T, [5, 0, 2, T - 7], *splits):
+        outputs, state = [], None
+        for piece in x.split(sizes, 1):
+            y, state = net(piece, state)
+            outputs.append(y)
+        close((torch.cat(outputs, 1), state), whole)
+
+
+@VARIANT
+def test_hidden_and_head_are_forward(fields: dict[str, Any]) -> None:
+    net, x = model(**fields), tokens(2, T)
+    close(net.head(net.hidden(x)[0]), net(x)[0], 0.0)
+
+
+def test_variants_differ_in_their_parts() -> None:
+    assert {"conv.weight", "mlp.up.weight"} & set(model().blocks[0].state_dict()) == {
+        "conv.weight"
+    }
+    bare = set(model(conv=0).blocks[0].state_dict())
+    assert not any(name.startswith(("conv", "mlp")) for name in bare)
+    assert "mlp.up.weight" in model(mlp=2.0).blocks[0].state_dict()
+    tied, loose = model(tie=True), model()
+    assert tied.out.weight is tied.embedding.weight
+    assert loose.out.weight is not loose.embedding.weight
+    # Unit logits at the start: a tied embedding that starts at 1 would give logits of dim^1/2.
+    assert 0.5 < float(tied(tokens(2, T))[0].std().detach()) < 2
+
+
+def test_layers_are_tiled_over_depth() -> None:
+    net = model(depth=4, layers=[LINEAR, "softmax"])
+    names = [block.layer.name for block in net.each_block()]
+    assert names == ["linear", "softmax"] * 2
+    names = [b.layer.name for b in model(depth=3, layers=[LINEAR, "softmax"]).each_block()]
+    assert names == ["linear", "softmax", "linear"]
+    assert len({id(block.layer) for block in net.each_block()}) == 4, "no weights are shared"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"layers": []}, "layers: needs 1 to depth=2 specs to tile, got 0"),
+        ({"layers": ["linear"] * 3}, "layers: needs 1 to depth=2 specs to tile, got 3"),
+        ({"layers": "linear"}, "layers: expected a list of"),
+        ({"layers": ["linear", "linaer"]}, "layers[1]: unknown layer 'linaer'; did you mean"),
+        ({"layers": ["linear", {**LINEAR, "heads": 3}]}, "layers[1]: linear: heads (or give"),
+        ({"vocab_size": 0}, "vocab_size: must be at least 1, got 0"),
+        ({"dim": 0}, "dim: must be at least 1, got 0"),
+        ({"depth": 0}, "depth: must be at least 1, got 0"),
+        ({"conv": -1}, "conv: must not be negative, got -1"),
+        ({"mlp": -0.5}, "mlp: must not be negative, got -0.5"),
+        ({"tie": "yes"}, "tie: expected bool, got 'yes'"),
+        ({"width": 3}, "unknown field 'width'"),
+        ({"impl": "chunk"}, "impl 'chunk' is unknown; did you mean 'chunked'?"),
+    ],
+)
+def test_errors_name_the_place(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        model(**fields)
+    assert str(error.value).startswith(message)
+
+
+def test_impl_reaches_every_layer_and_is_recorded() -> None:
+    parallel = {"name": "parallel", "children": [LINEAR, SLIDING]}
+    net, x = model(layers=[parallel], impl="recurrent"), tokens(2, T)
+    assert {child.impl for child in net.blocks[0].layer.layers} == {"recurrent"}
+    want = net(x)
+    for op in net.blocks[0].layer.ops():
+        op.used.clear()
+    net(x)
+    ran = {"linear_attention": ["recurrent"], "sliding_attention": ["recurrent"]}
+    assert net.choices() == ran
+    net.blocks[0].layer.impl = net.blocks[1].layer.impl = "chunked"
+    close(net(x), want)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)])
+def test_tokens_are_integers_of_two_dimensions(bad: Tensor) -> None:
+    with pytest.raises(SpecError, match=r"tokens: expected integers \[B, T\], got"):
+        model()(bad)
+
+
+DOCUMENTS = torch.tensor(
+    [
+        [0, 0, 0, 1, 2, 2, 2, 2, 2, 0, 0, 0],  # the first id returns: another document
+        [3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3],
+        [2, 2, 7, 7, 7, 7, 7, 7, 7, 7, 7, 1],
+        [1, 1, 1, 1, 9, 9, 9, 9, 9, 9, 5, 5],  # begins with the id that ends the row above
+    ]
+)
+
+
+@VARIANT
+def test_packed_documents_equal_separate_runs(fields: dict[str, Any]) -> None:
+    net, x = model(**fields), tokens(*DOCUMENTS.shape)
+    packed, state = net(x, documents=DOCUMENTS)
+    assert state is None
+    for row, ids in enumerate(DOCUMENTS):
+        lengths = torch.unique_consecutive(ids, return_counts=True)[1].tolist()
+        alone = [net(piece[None])[0][0] for piece in x[row].split(lengths)]
+        close(packed[row], torch.cat(alone))
+
+
+def test_documents_of_no_tokens() -> None:
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    assert model()(none, documents=none)[0].shape == (2, 0, VOCAB)
+
+
+def test_documents_do_not_continue_a_state() -> None:
+    net, x = model(), tokens(*DOCUMENTS.shape)
+    with pytest.raises(SpecError, match="documents: cannot continue a state"):
+        net(x, net.init_state(len(x)), documents=DOCUMENTS)
+
+
+@VARIANT
+def test_greedy_generation_equals_the_full_forward(fields: dict[str, Any]) -> None:
+    net, x = model(**fields), tokens(3, 5)
+    want = x
+    for _ in range(8):
+        with torch.no_grad():
+            want = torch.cat((want, net(want)[0][:, -1].argmax(-1, keepdim=True)), 1)
+    got = generate(net, x, 8)
+    assert [row.tolist() for row in got] == want.tolist()
+
+
+def test_prompts_of_different_lengths_equal_each_alone() -> None:
+    net = model()
+    prompts = [[1, 2, 3], torch.tensor([4]), [5, 6, 7], [8, 9, 10, 11, 12], [0]]
+    together = generate(net, prompts, 6)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert row.tolist() == generate(net, [prompt], 6)[0].tolist()
+        assert row[: len(prompt)].tolist() == list(prompt) and len(row) == len(prompt) + 6
+
+
+def as_lists(rows: list[Tensor]) -> list[list[int]]:
+    return [row.tolist() for row in rows]
+
+
+def test_sampling() -> None:
+    net, x = model(), tokens(3, 5)
+    greedy = as_lists(generate(net, x, 12))
+    assert as_lists(generate(net, x, 12, temperature=1.5, top_k=1)) == greedy
+    sample = as_lists(generate(net, x, 12, temperature=1.5, seed=3))
+    assert sample == as_lists(generate(net, x, 12, temperature=1.5, seed=3))
+    assert sample != as_lists(generate(net, x, 12, temperature=1.5, seed=4))
+    assert sample == as_lists(generate(net, x, 12, temperature=1.5, seed=3, top_k=VOCAB + 1))
+    assert as_lists(generate(net, x, 0)) == x.tolist()
+    assert generate(net, [], 3) == []
+
+
+def test_top_k_samples_among_the_likeliest() -> None:
+    net, x = model(), tokens(1, 5)
+    likeliest = set(net(x)[0][0, -1].topk(3).indices.tolist())
+    rows = generate(net, x.repeat(200, 1), 1, temperature=5.0, top_k=3)
+    assert {int(row[-1]) for row in rows} == likeliest
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1], [2, VOCAB]], {}, f"prompt 1 has a token outside the vocabulary 0..{VOCAB - 1}"),
+        ([[-1]], {}, "prompt 0 has a token outside the vocabulary"),
+        ([[1]], {"temperature": -1.0}, "temperature -1.0, top_k None: need >= 0 and >= 1"),
+        ([[1]], {"temperature": 1.0, "top_k": 0}, "temperature 1.0, top_k 0: need"),
+    ],
+)
+def test_generate_refuses(prompts: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        generate(model(), prompts, 2, **options)
+    assert str(error.value).startswith(message)
+
+
+def window(size: int, sinks: int = 0) -> dict[str, Any]:
+    return {"name": "sliding", "heads": 2, "window": size, "sinks": sinks}
+
+
+@pytest.mark.parametrize(
+    "fields, reach",
+    [
+        ({"layers": [window(3)], "conv": 0}, Reach(4)),
+        ({"layers": [window(1)], "conv": 0}, Reach(0)),
+        ({"layers": [window(3), window(2)], "conv": 4, "mlp": 1.0}, Reach(9)),
+        ({"layers": [window(2)], "conv": 1, "depth": 5}, Reach(5)),
+        ({"layers": [window(3, sinks=2), window(2)], "conv": 0}, Reach(3, 2)),
+        ({"layers": [window(3, sinks=1), window(3, sinks=3)], "conv": 2}, Reach(6, 3)),
+        (
+            {"layers": [{"name": "parallel", "children": [window(2, 1), window(4)]}], "conv": 0},
+            Reach(6, 1),
+        ),
+    ],
+)
+def test_reach_is_where_the_last_logits_stop_changing(
+    fields: dict[str, Any], reach: Reach
+) -> None:
+    net = model(**fields)
+    assert net.reach() == reach
+    x = tokens(1, T).repeat(T + 1, 1)  # row t has another token t; the last row is left alone
+    x[range(T), range(T)] = (x[range(T), range(T)] + 1) % VOCAB
+    logits = net(x)[0][:, -1]
+    changes = ((logits[:-1] - logits[-1]).abs().amax(-1) > 1e-12).tolist()
+    # A key that two tokens share may cancel in between; the far ends are what is claimed.
+    assert changes[T - 1 - reach.back], "the furthest token has no effect"
+    assert not any(changes[reach.sinks : T - 1 - reach.back]), "a token out of reach has one"
+    assert all(changes[: reach.sinks]), "a sink has no effect"
+
+
+@pytest.mark.parametrize("layer", ["linear", "softmax"])
+def test_reach_is_unbounded_with_one_such_layer(layer: str) -> None:
+    assert model(layers=[window(3), layer]).reach() is None
+
+
+@VARIANT
+@pytest.mark.parametrize("length", [1, 3, T])
+def test_state_bytes(fields: dict[str, Any], length: int) -> None:
+    net = model(torch.float32, **fields)
+    leaves = tree_leaves(net(tokens(1, length))[1])
+    size = net.state_bytes(length)
+    assert sum(leaf.nbytes for leaf in leaves) == size.total == size.memory + size.buffers
+
+
+@VARIANT
+def test_a_state_holds_no_long_prompt(fields: dict[str, Any]) -> None:
+    """A view would keep, and save, all of the tensor that it was cut from."""
+    net = model(torch.float32, **fields)
+    held = sum(leaf.untyped_storage().nbytes() for leaf in tree_leaves(net(tokens(1, 300))[1]))
+    assert held <= 2 * net.state_bytes(300).total  # slack, in which a cache may append
+
+
+@VARIANT
+@pytest.mark.parametrize("length", [1, 3, T])
+def test_flops(fields: dict[str, Any], length: int) -> None:
+    net = model(**fields, impl="recurrent")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(tokens(1, length))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "conv" not in str(op))  # what is counted
+    assert net.flops_per_token(length) == pytest.approx(products / length, rel=1e-6)

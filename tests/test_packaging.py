@@ -1,0 +1,47 @@
+"""What is installed is what is in the tree; the README says what the code does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from layerzoo.cli import main
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("layerzoo", "memories", "attention", "kernels", "ablations")
+
+
+def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs", "tests")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    done = subprocess.run([*build, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    tree = {
+        path.relative_to(source).as_posix()
+        for folder in FOLDERS
+        for path in (source / folder).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    }
+    assert packed == {n if n.startswith("layerzoo/") else f"layerzoo/{n}" for n in tree}
+
+
+def test_the_readme_lists_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    listing = capsys.readouterr().out
+    assert f"```\n{listing}```" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_names_files_that_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    for link in links:
+        assert link.startswith("http") or (ROOT / link).exists(), link

@@ -1,0 +1,100 @@
+"""The public ops against golden data of other implementations (tests/vectors/README.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from layerzoo.attention.sliding import sliding_attention
+from layerzoo.attention.softmax import softmax_attention
+from layerzoo.memories.delta import delta_rule
+from layerzoo.memories.linear import linear_attention
+
+VECTORS = Path(__file__).parent / "vectors"
+IMPLS = ("recurrent", "chunked")
+LINEAR = {"linear": None, "retention": "log_decay", "simple_gla": "g", "gla": "g"}
+DELTA = {"delta": None, "gated_delta": "g", "kda": "g"}
+MATRIX = [f"{rule}_{case}" for rule in (*LINEAR, *DELTA) for case in ("plain", "init")]
+SLIDING = ["swa_nosink", "swa_sink"]
+
+
+def load(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arrays as tensors, of `dtype` where they are inputs; scalars as numbers."""
+    with np.load(VECTORS / f"{name}.npz") as file:
+        data: dict[str, Any] = {}
+        for key, array in file.items():
+            data[key] = torch.from_numpy(array) if array.ndim else array.item()
+    for key in inputs(data):
+        data[key] = data[key].to(dtype).requires_grad_(f"d_{key}" in data)
+    return data
+
+
+def inputs(data: dict[str, Any]) -> list[str]:
+    names = ("q", "k", "v", "g", "log_decay", "beta", "initial_state")
+    return [name for name in names if name in data]
+
+
+def run(name: str, data: dict[str, Any], impl: str) -> dict[str, Tensor]:
+    """The outputs of the op that the file is about, named as in the file."""
+    rule = name.rsplit("_", 1)[0]
+    q, k, v, scale = (data[key] for key in ("q", "k", "v", "scale"))
+    if rule == "swa":
+        window, sinks = data["window"], data["sinks"]
+        o, _ = sliding_attention(q, k, v, window=window, sinks=sinks, scale=scale, impl=impl)
+        return {"o": o}
+    decay = data.get({**LINEAR, **DELTA}[rule] or "")
+    op: Callable[..., Any] = linear_attention if rule in LINEAR else delta_rule
+    args = (q, k, v, decay) if rule in LINEAR else (q, k, v, data["beta"], decay)
+    o, state = op(*args, scale=scale, state=data.get("initial_state"), impl=impl)
+    return {"o": o, "final_state": state}
+
+
+def close(got: Tensor, want: Tensor, atol: float) -> None:
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+
+
+def test_every_file_is_used() -> None:
+    assert sorted(p.stem for p in VECTORS.glob("*.npz")) == sorted(MATRIX + SLIDING)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", MATRIX + SLIDING)
+def test_vectors(name: str, dtype: torch.dtype, impl: str) -> None:
+    data = load(name, dtype)
+    double = dtype == torch.float64
+    outputs = run(name, data, impl)
+    low = 1e-4 if name.rsplit("_", 1)[0] in LINEAR else 2e-5
+    for key, x in outputs.items():
+        assert x.dtype == dtype
+        close(x, data[key], 1e-11 if double else low)
+    weights = [key for key in data if key.startswith("w_")]
+    assert {key[2:] for key in weights} <= outputs.keys()
+    if not weights:
+        assert name.endswith(("_plain", "_nosink"))
+        return
+    loss = sum((outputs[key[2:]] * data[key].to(dtype)).sum() for key in weights)
+    assert isinstance(loss, Tensor)
+    names = inputs(data)
+    for key, grad in zip(names, torch.autograd.grad(loss, [data[n] for n in names]), strict=True):
+        want = data[f"d_{key}"]
+        close(grad, want, (1e-9 if double else 1e-3) * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", SLIDING)
+def test_a_window_of_the_whole_sequence_is_softmax(name: str, impl: str) -> None:
+    data = load(name, torch.float64)
+    q, k, v = (data[key].detach() for key in "qkv")
+    want, _ = softmax_attention(q, k, v, impl=impl)
+    for window in (q.shape[1], 10 * q.shape[1]):
+        got, _ = sliding_attention(q, k, v, window=window, sinks=data["sinks"], impl=impl)
+        close(got, want, 1e-12)
+    short, _ = sliding_attention(q, k, v, window=q.shape[1] - 1, impl=impl)
+    assert (short - want)[:, -1].abs().max() > 1e-6
