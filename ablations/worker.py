@@ -16,7 +16,8 @@ from typing import Any, TextIO
 import torch
 from lightning import Callback
 
-from layerzoo.training import TrainCLI, record
+from layerzoo.callbacks import record
+from layerzoo.training import TrainCLI
 
 CONFIG, METRICS, LOG = "cell.yaml", "metrics.json", "log.txt"
 
@@ -53,7 +54,7 @@ def run_cell(folder: Path, answers: TextIO) -> None:
         "seconds": time.perf_counter() - started,
         "steps": trainer.global_step,
         "chance": getattr(cli.datamodule, "chance", None),
-        **record(cli.model.model, getattr(cli.datamodule, "length", 1)),
+        **record(cli.model.model, trainer),
     }
     part = folder / (METRICS + ".part")
     part.write_text(json.dumps(metrics, indent=2) + "\n")

@@ -1,13 +1,10 @@
-"""`layerzoo fit|validate|test|predict`: the LightningCLI, its callbacks, one-line errors."""
+"""`layerzoo fit|validate|test|predict`: the LightningCLI, and errors in one line."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
 import re
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -15,18 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
-import lightning
-import torch
-from lightning import Callback
-from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.data import Task
-from layerzoo.lit import SHOWN, LitModel, read_checkpoint
-from layerzoo.model import LanguageModel, ModelConfig
+from layerzoo.lit import LitModel, read_checkpoint
+from layerzoo.model import ModelConfig
 from layerzoo.spec import SpecError, at, suggest
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -44,8 +38,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     # Lightning 2.6 calls jsonargparse by names that it has since renamed.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    # Lightning 2.6 asks torch for a pytree name that torch 2.13 has renamed.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # Lightning 2.6 asks for a leaf of a pytree in a way that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 def named_configs() -> dict[str, Path]:
@@ -104,98 +98,6 @@ def _options(parser: jsonargparse.ArgumentParser) -> set[str]:
     for sub in subcommands._name_parser_map.values() if subcommands else ():
         names |= _options(sub)
     return names
-
-
-class TokensPerSecond(Callback):
-    """Logs `speed/tokens_per_s`, training throughput without validation, to bar and logger."""
-
-    def _restart(self) -> None:
-        self.since, self.tokens = time.perf_counter(), 0
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._restart()
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._restart()
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.tokens += batch["tokens"].numel() * trainer.world_size
-        rate = self.tokens / (time.perf_counter() - self.since)
-        pl_module.log("speed/tokens_per_s", rate, prog_bar=True)
-
-
-class ConfigWriter(SaveConfigCallback):
-    """Writes `config.yaml` beside the logs, if there are any."""
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.logger is not None:
-            super().setup(trainer, pl_module, stage)
-
-
-class Summary(Callback):
-    """When training ends: prints the first and the last held-out figures, and writes
-    `record.json` beside the logs: what ran, and on what."""
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self.history: dict[str, list[tuple[int, float]]] = {}
-        pl_module.model.forget_choices()
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        for name in SHOWN:
-            if name in trainer.callback_metrics:
-                value = (trainer.global_step, float(trainer.callback_metrics[name]))
-                self.history.setdefault(name, []).append(value)
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
-            return
-        for name, values in self.history.items():
-            (first, before), (last, after) = values[0], values[-1]
-            print(f"{name}: {before:.3f} at step {first}, {after:.3f} at step {last}")
-        if trainer.logger is not None:
-            print(f"logs: {trainer.log_dir}")
-            length = getattr(trainer.datamodule, "length", 1)
-            text = json.dumps(record(pl_module.model, length), indent=2)
-            Path(trainer.log_dir, "record.json").write_text(text + "\n")
-
-
-class PredictionWriter(BasePredictionWriter):
-    """`layerzoo predict` saves each batch's predictions, labels and annotations in one file."""
-
-    def __init__(self) -> None:
-        super().__init__(write_interval="epoch")
-
-    def write_on_epoch_end(
-        self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any
-    ) -> None:
-        folder = Path(trainer.log_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"predictions-{trainer.global_rank}.pt"
-        torch.save(predictions, path)
-        print(f"predictions: {path}")
-
-
-def record(model: LanguageModel, length: int) -> dict[str, Any]:
-    """Sizes of a model at a sequence length, which implementations ran, and the versions."""
-    size = model.state_bytes(length)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "state_bytes": size.total,
-        "state_bytes_memory": size.memory,
-        "flops_per_token": model.flops_per_token(length),
-        "length": length,
-        "impl": model.choices(),
-        "versions": {
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
 
 
 class TrainCLI(LightningCLI):

@@ -1,0 +1,111 @@
+"""What every training run does beside training: throughput, summary, config, predictions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.cli import SaveConfigCallback
+
+from layerzoo.lit import SHOWN
+from layerzoo.model import LanguageModel
+
+
+class TokensPerSecond(Callback):
+    """Logs `speed/tokens_per_s`, training throughput without validation, to bar and logger."""
+
+    def _restart(self) -> None:
+        self.since, self.tokens = time.perf_counter(), 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._restart()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.tokens += batch["tokens"].numel() * trainer.world_size
+        rate = self.tokens / (time.perf_counter() - self.since)
+        pl_module.log("speed/tokens_per_s", rate, prog_bar=True)
+
+
+class ConfigWriter(SaveConfigCallback):
+    """Writes `config.yaml` beside the logs, if there are any."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
+
+
+class Summary(Callback):
+    """When training ends: prints the first and the last held-out figures, and writes
+    `record.json` beside the logs: what ran, and on what."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        pl_module.model.forget_choices()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        for name in SHOWN:
+            if name in trainer.callback_metrics:
+                value = (trainer.global_step, float(trainer.callback_metrics[name]))
+                self.history.setdefault(name, []).append(value)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        for name, values in self.history.items():
+            (first, before), (last, after) = values[0], values[-1]
+            print(f"{name}: {before:.3f} at step {first}, {after:.3f} at step {last}")
+        if trainer.logger is not None:
+            print(f"logs: {trainer.log_dir}")
+            text = json.dumps(record(pl_module.model, trainer), indent=2)
+            Path(trainer.log_dir, "record.json").write_text(text + "\n")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """`layerzoo predict` saves each batch's predictions, labels and annotations in one file."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+
+    def write_on_epoch_end(
+        self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any
+    ) -> None:
+        folder = Path(trainer.log_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"predictions-{trainer.global_rank}.pt"
+        torch.save(predictions, path)
+        print(f"predictions: {path}")
+
+
+def record(model: LanguageModel, trainer: Any) -> dict[str, Any]:
+    """Sizes of a model at its task's length, which implementations ran, where, and versions."""
+    length = getattr(trainer.datamodule, "length", 1)
+    device = trainer.strategy.root_device
+    size = model.state_bytes(length)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_bytes": size.total,
+        "state_bytes_memory": size.memory,
+        "flops_per_token": model.flops_per_token(length),
+        "length": length,
+        "impl": model.choices(),
+        "versions": {
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
