@@ -70,7 +70,8 @@ def run(name: str, out: Path | None, jobs: int | None) -> int:
     display = Display(console, len(cells))
     display.finished(len(cells) - len(todo))
     workers = max(1, min(jobs or os.cpu_count() or 1, len(todo)))
-    console.print(f"{grid.name}: {len(todo)} of {len(cells)} cells to run, {workers} at a time")
+    pace = f", {workers} at a time" if todo else ""
+    console.print(f"{grid.name}: {len(todo)} of {len(cells)} cells to run{pace}")
     try:
         with display.bars:
             Pool(todo, out, workers, display.report).run()

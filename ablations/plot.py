@@ -63,11 +63,12 @@ def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool
         # A bin's point stands at its lower edge; the reach is one short of the key's distance.
         right.axvline(reach - 0.5, color="0.5", ls="--", lw=1)
         right.annotate(
-            " reach of the\n window arm",
-            (reach - 0.5, 0.02),
+            "reach of the \nwindow arm ",
+            (reach - 0.5, 0.5),
+            ha="right",
+            va="center",
             color="0.35",
             fontsize=9,
-            va="bottom",
         )
     for axis in (left.xaxis, right.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -19,7 +19,7 @@ from layerzoo.model import LanguageModel
 
 
 class TokensPerSecond(Callback):
-    """Logs `speed/tokens_per_s`, training throughput without validation, to bar and logger."""
+    """Logs `tokens/s`, training throughput without validation, to bar and logger."""
 
     def _restart(self) -> None:
         self.since, self.tokens = time.perf_counter(), 0
@@ -35,7 +35,7 @@ class TokensPerSecond(Callback):
     ) -> None:
         self.tokens += batch["tokens"].numel() * trainer.world_size
         rate = self.tokens / (time.perf_counter() - self.since)
-        pl_module.log("speed/tokens_per_s", rate, prog_bar=True)
+        pl_module.log("tokens/s", round(rate), prog_bar=True)
 
 
 class ConfigWriter(SaveConfigCallback):

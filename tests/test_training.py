@@ -51,7 +51,7 @@ def test_fit_lowers_the_loss_on_real_text(tmp_path: Path, capsys) -> None:
     losses = scalars(folder, "loss/held_out")
     assert losses[-1] < losses[0] < 5.6  # log 256 = 5.55 is a uniform guess
     assert scalars(folder, "loss/bits_per_byte")[-1] == pytest.approx(losses[-1] / 0.693147, 1e-4)
-    assert scalars(folder, "speed/tokens_per_s")[-1] > 0
+    assert scalars(folder, "tokens/s")[-1] > 0
     record = json.loads((folder / "record.json").read_text())
     assert record["impl"] == {"sliding_attention": ["chunked"], "delta_rule": ["chunked"]}
     checkpoint = folder / "checkpoints" / "last.ckpt"
