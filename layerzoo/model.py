@@ -125,7 +125,7 @@ class LanguageModel(nn.Module):
                 document, and no document sees another. The returned state is then None.
 
         Raises:
-            SpecError: tokens that are not ids of the vocabulary, or documents beside a state.
+            SpecError: tokens that are not integers [B, T], or documents beside a state.
         """
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise SpecError(f"tokens: expected integers [B, T], got {tuple(tokens.shape)}")

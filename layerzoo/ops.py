@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ class Op:
     def __init__(self, name: str) -> None:
         self.name = name
         self.impls: dict[str, Callable[..., Any]] = {}
+        self.has_kernel = True  # until an import has shown otherwise: `auto` asks at each call
         self.used: set[str] = set()
         """The implementations that ran in this process, for the run record."""
 
@@ -79,14 +81,16 @@ class Op:
     def _kernel(self) -> tuple[Any, str]:
         """The kernel module, or None and the reason why."""
         module = f"layerzoo.kernels.{self.name}"
-        try:
-            return importlib.import_module(module), ""
-        except ModuleNotFoundError as error:
-            if error.name == module:
-                return None, "it has no Triton kernel yet; use 'chunked' or 'auto'"
-            if error.name == "triton":
-                return None, "triton is not installed"
-            raise
+        if self.has_kernel or module in sys.modules:
+            try:
+                return importlib.import_module(module), ""
+            except ModuleNotFoundError as error:
+                if error.name == "triton":
+                    return None, "triton is not installed"
+                if error.name != module:
+                    raise
+                self.has_kernel = False
+        return None, "it has no Triton kernel yet; use 'chunked' or 'auto'"
 
 
 def accumulator_dtype(*tensors: Any) -> torch.dtype:

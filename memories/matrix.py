@@ -71,19 +71,14 @@ def silence_decay(layer: Any) -> None:
     nn.init.constant_(layer.log_decay.A_log, -torch.inf)
 
 
-def decay_reductions(*extra: Reduction) -> tuple[Reduction, ...]:
-    return (
-        Reduction({"decay": "scalar"}, {"decay": "none"}, silence_decay),
-        Reduction({"decay": "vector"}, {"decay": "none"}, silence_decay),
-        *extra,
-    )
-
-
 class MatrixMemory(Memory):
     """Shell, decay, state and read-out of the matrix memories; a rule adds its op."""
 
     Config: ClassVar[Any] = MatrixConfig
-    reductions = decay_reductions()
+    reductions = (
+        Reduction({"decay": "scalar"}, {"decay": "none"}, silence_decay),
+        Reduction({"decay": "vector"}, {"decay": "none"}, silence_decay),
+    )
 
     def __init__(self, dim: int, config: MatrixConfig) -> None:
         super().__init__(dim, config)
