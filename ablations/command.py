@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from layerzoo.spec import SpecError
 
-from .grid import Cell, load_grid, shipped_grids
+from .grid import Cell, Grid, load_grid, shipped_grids
 from .plot import plot
 from .report import notes, read_rows, table, write_summary
 from .runner import Pool, prepare
@@ -65,6 +66,20 @@ def run(name: str, out: Path | None, jobs: int | None) -> int:
     """Run the unfinished cells of a grid, then compare all of them."""
     grid, cells = load_grid(name)
     out = (out or Path("runs") / "ablations") / grid.name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")  # noqa: SIM115 (the with statement is below)
+    except OSError as error:
+        raise SpecError(f"--out {out}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SpecError(f"--out {out}: another run uses it; wait, or give another") from None
+        return _run(grid, cells, out, jobs, f"layerzoo ablate run {name}")
+
+
+def _run(grid: Grid, cells: list[Cell], out: Path, jobs: int | None, command: str) -> int:
     todo = [cell for cell in cells if prepare(cell, out)]
     console = Console(width=None if sys.stdout.isatty() else 100)
     display = Display(console, len(cells))
@@ -79,7 +94,6 @@ def run(name: str, out: Path | None, jobs: int | None) -> int:
         console.print("interrupted; the same command goes on where this one stopped")
         return 130
     rows = read_rows(cells, out)
-    command = f"layerzoo ablate run {name}"
     write_summary(grid, rows, display.failed, command, out / "summary.json")
     write_hparams(rows, out)
     reach = cells[0].config.data.init_args.get("reach")

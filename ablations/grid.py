@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import Config, SpecError, at, suggest
-from layerzoo.training import config_path
+from layerzoo.training import config_path, read_yaml
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class Grid(Config):
     def check(self) -> None:
         if not self.axes or not all(self.axes.values()):
             raise SpecError("axes: needs at least one axis with one option")
+        _folder_name("name", self.name)
         for axis, options in self.axes.items():
             for option, overrides in options.items():
-                if not re.fullmatch(r"[\w.+=-]+", str(option)):
-                    raise SpecError(
-                        f"axes: {axis}: '{option}' is no folder name; use A-z 0-9 _.+=-"
-                    )
+                _folder_name(f"axes: {axis}", option)
                 if not isinstance(overrides, dict):
                     raise SpecError(f"axes: {axis}: {option}: expected overrides, key: value")
         if not self.seeds or len({*self.seeds}) != len(self.seeds):
             raise SpecError(f"seeds: needs at least one, each once, got {list(self.seeds)}")
+        if min(self.seeds) < 0:
+            raise SpecError(f"seeds: must not be negative, got {list(self.seeds)}")
         for axis, option in (self.window_arm or {}).items():
             options = self.axes.get(axis)
             if options is None or option not in options:
@@ -82,19 +82,16 @@ def shipped_grids() -> dict[str, Path]:
 
 
 def load_grid(name: str) -> tuple[Grid, list[Cell]]:
-    """Read a grid by its shipped name or its path, and check every cell before any runs.
+    """Read a grid by its shipped name or its path, and check every cell's model before any runs.
 
     Raises:
-        SpecError: no such grid, a wrong field, or a cell whose config does not build.
+        SpecError: no such grid, a wrong field, or a cell whose model does not build.
     """
     path = Path(name) if Path(name).is_file() else shipped_grids().get(name)
     if path is None:
         raise SpecError(f"no grid '{name}'; {suggest(name, shipped_grids())}")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise SpecError(f"grid {path}: {str(error).splitlines()[0]}") from None
     with at(f"grid {path}"):
+        tree = OmegaConf.to_container(read_yaml(path), resolve=False)
         if not isinstance(tree, dict):
             raise SpecError("expected fields name, base, axes, ..")
         fields: dict[str, Any] = {str(key): value for key, value in tree.items()}
@@ -103,8 +100,15 @@ def load_grid(name: str) -> tuple[Grid, list[Cell]]:
         grid = Grid.from_fields(fields)
         local = path.parent / grid.base
         with at("base"):
-            base = OmegaConf.load(local if local.is_file() else config_path(grid.base))
+            base = read_yaml(local if local.is_file() else config_path(grid.base))
+            if isinstance(base.get("data"), str):
+                raise SpecError("data: write it as class_path and init_args, which a grid sets")
         return grid, _cells(grid, base)
+
+
+def _folder_name(place: str, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.+=-]*", name):
+        raise SpecError(f"{place}: '{name}' is no folder name; use letters, digits and _.+=-")
 
 
 def _axis(name: Any, options: Any) -> tuple[str, dict[str, Any]]:
@@ -131,7 +135,13 @@ def _cells(grid: Grid, base: Any) -> list[Cell]:
     models = {cell.arm: _model(cell) for cell in cells if cell.seed == grid.seeds[0]}
     if grid.window_arm:
         arms = {c.arm for c in cells if grid.window_arm.items() <= c.options.items()}
-        reach = models[min(arms)].reach()
+        reaches = {models[arm].reach() for arm in arms}
+        if len(reaches) > 1:
+            raise SpecError(
+                f"window_arm: its arms differ in reach ({'; '.join(sorted(arms))}); "
+                f"name an option of more axes"
+            )
+        (reach,) = reaches
         if reach is None:
             raise SpecError("window_arm: this arm's reach is unbounded: it defines no ceiling")
         for cell in cells:

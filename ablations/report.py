@@ -58,7 +58,9 @@ def read_rows(cells: Sequence[Cell], out: Path) -> list[Row]:
 
 def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
     """The window's bound on accuracy and its standard error, if the grid has a ceiling."""
-    all_metrics = [m for row in rows for m in row.metrics if m.get("chance") is not None]
+    all_metrics = [
+        m for row in rows for m in row.metrics if m.get("chance") and "recall/ceiling" in m
+    ]
     if not all_metrics:
         return None
     ceiling = mean_interval([m["recall/ceiling"] for m in all_metrics]).mean
@@ -111,8 +113,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     lines = []
     if bound := bound_of(rows):
         lines.append(
-            f"A model that sees no further than the window can reach {bound[0]:.1%} recall "
-            f"(ceiling + guesses; standard error of one run {bound[1]:.1%})."
+            f"A model that answers all that its window shows and guesses the rest recalls "
+            f"{bound[0]:.1%} (standard error of one run {bound[1]:.1%})."
         )
     if rows and rows[0].metrics:
         length = rows[0].metrics[0]["length"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -65,6 +66,8 @@ def _runnable(cell: Cell, folder: Path) -> str:
     for name in quiet:
         OmegaConf.update(config, f"trainer.{name}", False, force_add=True)
     OmegaConf.update(config, "trainer.callbacks", None, force_add=True)
+    if config.trainer.get("devices") is None:
+        OmegaConf.update(config, "trainer.devices", 1, force_add=True)  # a worker is one process
     return OmegaConf.to_yaml(config)
 
 
@@ -140,8 +143,9 @@ class Pool:
         """Run a cell to its end; False if the worker died of it."""
         assert worker.stdin is not None and worker.stdout is not None
         folder = self.out / cell.path
-        worker.stdin.write(f"{folder}\n")
-        worker.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it died between two cells: told below
+            worker.stdin.write(f"{folder}\n")
+            worker.stdin.flush()
         for line in worker.stdout:
             answer = json.loads(line)
             self.report(cell, answer)

@@ -106,7 +106,7 @@ def _chunked(q, k, v, *, window, sinks, start, scale):
     apart = cached_sinks(start, window, sinks)
     past = k.shape[1] - T - apart
     reach = min(window - 1, past + T - 1)  # how far back any query of this call looks
-    size = min(T, max(reach, 16))
+    size = min(T, max(reach + 1, 16))
     blocks = -(-T // size)
     k, v = (repeat_heads(t.to(q.dtype), H).transpose(1, 2) for t in (k, v))
 
@@ -182,7 +182,7 @@ class Sliding(Attention, name="sliding"):
     def rule_flops(self, T: int) -> float:
         c = self.config
         seen = sum(min(i + 1, c.window) + cached_sinks(i, c.window, c.sinks) for i in range(T))
-        return self.heads * 4 * self.head_dim * seen / T
+        return self.heads * 4 * self.head_dim * seen / max(1, T)
 
     def reach(self) -> Reach:
         return Reach(self.config.window - 1, self.config.sinks)

@@ -63,15 +63,16 @@ class Summary(Callback):
                 self.history.setdefault(name, []).append(value)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        folder = trainer.log_dir if trainer.logger is not None else None  # asks every rank
         if not trainer.is_global_zero:
             return
         for name, values in self.history.items():
             (first, before), (last, after) = values[0], values[-1]
             print(f"{name}: {before:.3f} at step {first}, {after:.3f} at step {last}")
-        if trainer.logger is not None:
-            print(f"logs: {trainer.log_dir}")
+        if folder is not None:
+            print(f"logs: {folder}")
             text = json.dumps(record(pl_module.model, trainer), indent=2)
-            Path(trainer.log_dir, "record.json").write_text(text + "\n")
+            Path(folder, "record.json").write_text(text + "\n")
 
 
 class PredictionWriter(BasePredictionWriter):

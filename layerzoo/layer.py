@@ -162,9 +162,9 @@ def discover() -> None:
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError) as error:
             owner = point.dist.name if point.dist else "an installed package"
-            raise ImportError(
+            raise SpecError(
                 f"entry point '{point.name} = {point.value}' of {owner} does not load: {error}; "
                 f"mend or uninstall it"
             ) from error

@@ -58,6 +58,15 @@ class LitModel(LightningModule):
                 "impl": impl,
             }
         )
+        for name, value, low, high in (
+            ("lr", lr, 0, math.inf),
+            ("weight_decay", weight_decay, 0, math.inf),
+            ("warmup", warmup, 0, 1),
+            ("betas", min(betas), 0, 1),
+            ("betas", max(betas), 0, 1 - 1e-9),
+        ):
+            if not low <= value <= high:
+                raise SpecError(f"model.{name}: must be in [{low}, {high}], got {value}")
         with at("model.network"):
             self.model = LanguageModel(network, impl=impl)
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
@@ -87,7 +96,8 @@ class LitModel(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, labels, _ = self.labelled(batch)
-        loss = F.cross_entropy(logits.float(), labels)
+        # The mean; of a batch without any label it is 0, not nan.
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(labels))
         self.log("loss/train", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
@@ -120,7 +130,7 @@ class LitModel(LightningModule):
     def _report(self, split: str, prefix: str) -> None:
         for metric in self._each_metric(split):
             for name, value in metric.compute().items():
-                self.log(prefix + name, value, prog_bar=name in SHOWN)
+                self.log(prefix + name, value, prog_bar=name in SHOWN, sync_dist=True)
             metric.reset()
 
     def configure_optimizers(self) -> Any:

@@ -24,15 +24,15 @@ class TokenLoss(Metric):
     def __init__(self, bytes: bool = False) -> None:
         super().__init__()
         self.bytes = bytes
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor, **annotations: Any) -> None:
         self.total += F.cross_entropy(logits.float(), labels, reduction="sum")
         self.count += labels.numel()
 
     def compute(self) -> dict[str, Tensor]:
-        loss = (self.total / self.count).float()
+        loss = self.total / self.count
         bits = {"loss/bits_per_byte": loss / math.log(2)} if self.bytes else {}
         return {"loss/held_out": loss, **bits}
 
@@ -47,22 +47,22 @@ class Binned(Metric):
         super().__init__()
         self.prefix, self.annotation = prefix, annotation
         bins = max(1, longest.bit_length())
-        self.add_state("total", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(bins), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(bins, dtype=torch.int64), dist_reduce_fx="sum")
 
     def value(self, logits: Tensor, labels: Tensor) -> Tensor:
         raise NotImplementedError
 
     def update(self, logits: Tensor, labels: Tensor, **annotations: Tensor) -> None:
         at = annotations[self.annotation].clamp(min=1)
-        bins = torch.frexp(at.double()).exponent.long() - 1  # floor(log2), exact
+        bins = torch.frexp(at.float()).exponent.long() - 1  # floor(log2), exact
         bins = bins.clamp(max=self.total.numel() - 1)
         value = self.value(logits, labels).to(self.total.dtype)
         self.total.index_add_(0, bins, value)
-        self.count.index_add_(0, bins, torch.ones_like(value))
+        self.count.index_add_(0, bins, torch.ones_like(bins))
 
     def compute(self) -> dict[str, Tensor]:
-        mean = (self.total / self.count).float()
+        mean = self.total / self.count
         seen = self.count.nonzero().flatten().tolist()
         return {f"{self.prefix}/{2**n}": mean[n] for n in seen}
 
@@ -96,7 +96,7 @@ class Recall(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        zero = torch.zeros(2, 2, dtype=torch.float64)  # [reachable, correct]
+        zero = torch.zeros(2, 2, dtype=torch.int64)  # [reachable, correct]
         self.add_state("counts", zero, dist_reduce_fx="sum")
 
     def update(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
-from layerzoo.layer import Reach, State, StateBytes, build, check_spec
+from layerzoo.layer import Layer, Reach, State, StateBytes, build, check_spec
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op
 from layerzoo.spec import Config, SpecError, at
@@ -50,6 +51,8 @@ class ModelConfig(Config):
         for n, spec in enumerate(self.layers):
             with at(f"layers[{n}]"):
                 check_spec(spec)
+                if isinstance(spec, Layer) and n + len(self.layers) < self.depth:
+                    raise SpecError("a built layer cannot be tiled; give its spec, layer.spec()")
 
 
 class Block(nn.Module):
@@ -132,6 +135,8 @@ class LanguageModel(nn.Module):
         if documents is not None:
             if state is not None:
                 raise SpecError("documents: cannot continue a state; give one or the other")
+            if documents.shape != tokens.shape:
+                raise SpecError(f"documents: shape {tuple(documents.shape)} is not the tokens'")
             rows, where = unpack(tokens, documents)
             return self.hidden(rows)[0][where], None
         x = self.embedding(tokens)
@@ -232,14 +237,18 @@ def generate(
         SpecError: an empty prompt, a token outside the vocabulary, a negative temperature.
     """
     device, vocab = model.embedding.weight.device, model.config.vocab_size
-    rows = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise SpecError(f"temperature {temperature}, top_k {top_k}: need >= 0 and >= 1")
-    for n, row in enumerate(rows):
-        if row.numel() == 0:
+    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or max_new_tokens < 0:
+        raise SpecError(
+            f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens}: "
+            f"need >= 0, >= 1 and >= 0"
+        )
+    for n, prompt in enumerate(prompts):
+        ids = [int(token) for token in prompt]
+        if not ids:
             raise SpecError(f"prompt {n} is empty: give at least one token")
-        if int(row.min()) < 0 or int(row.max()) >= vocab:
+        if min(ids) < 0 or max(ids) >= vocab:
             raise SpecError(f"prompt {n} has a token outside the vocabulary 0..{vocab - 1}")
+    rows = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
     generator = torch.Generator(device).manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:

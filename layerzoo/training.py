@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.data import Task
@@ -65,6 +66,26 @@ def spec_error(error: BaseException | None) -> SpecError | None:
     while error is not None and not isinstance(error, SpecError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def read_yaml(path: str | Path) -> Any:
+    """A YAML file of fields, with OmegaConf's interpolations unresolved.
+
+    Raises:
+        SpecError: it cannot be read, or is not YAML, or holds no fields.
+    """
+    try:
+        tree = OmegaConf.load(path)
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}") from None
+    except (MarkedYAMLError, OmegaConfBaseException, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise SpecError(f"{path}{line}: {problem}") from None
+    if not isinstance(tree, DictConfig) or not tree:
+        raise SpecError(f"{path}: expected fields, key: value")
+    return tree
 
 
 class Parser(LightningArgumentParser):
@@ -128,12 +149,19 @@ class TrainCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint's network replaces the config's; everything else is the config's."""
+        """A checkpoint's network replaces the config's; everything else is the config's. Training
+        goes on only with the hyperparameters that it began with."""
         options = self.config[self.config.subcommand] if "subcommand" in self.config else {}
         path = options.get("ckpt_path")
-        if path and path not in ("last", "best", "hpc", "registry"):
-            network = read_checkpoint(path)["hyper_parameters"]["network"]
-            options["model"]["network"] = jsonargparse.Namespace(**network)
+        if path is None and self.config.get("subcommand") in SUBCOMMANDS[1:]:
+            raise SpecError(f"{self.config.subcommand}: needs --ckpt_path, a checkpoint of `fit`")
+        if path is None or path in ("last", "best", "hpc", "registry"):
+            return
+        trained = read_checkpoint(path)["hyper_parameters"]
+        if self.config.subcommand == "fit":
+            asked = ModelConfig.from_fields(options["model"]["network"].as_dict()).to_fields()
+            _same_hyperparameters({**options["model"].as_dict(), "network": asked}, trained)
+        options["model"]["network"] = jsonargparse.Namespace(**trained["network"])
 
     def instantiate_classes(self) -> None:
         try:
@@ -147,12 +175,25 @@ class TrainCLI(LightningCLI):
             ModelConfig.from_fields(options["model"]["network"].as_dict())
 
 
+def _same_hyperparameters(asked: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Raise for the first hyperparameter that is not the checkpoint's; impl is not one."""
+    pairs = {f"network.{n}": (asked["network"].get(n), v) for n, v in trained["network"].items()}
+    pairs |= {n: (asked[n], v) for n, v in trained.items() if n not in ("network", "impl")}
+    for name, (now, before) in pairs.items():
+        if (list(now) if isinstance(now, tuple) else now) != before:
+            raise SpecError(
+                f"model.{name}: {now}, but the checkpoint to resume was trained with {before}; "
+                f"take its config, or train anew"
+            )
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one of SUBCOMMANDS, with shipped configs by name."""
     args = [part for arg in argv for part in _split_config(arg)]
     places = [n + 1 for n, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]
     for n in places:
         args[n] = config_path(args[n])
+        read_yaml(args[n])
     try:
         TrainCLI(args)
     except OmegaConfBaseException as error:
@@ -172,8 +213,9 @@ def _interpolation(error: OmegaConfBaseException, configs: Sequence[str]) -> str
         return f"{place}: {str(error).splitlines()[0]}"
     known: set[str] = set()
     for path in configs:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        known |= set(_keys(tree))
+        known |= set(_keys(OmegaConf.to_container(read_yaml(path), resolve=False)))
+    if missing[1] in known:  # it was there, until the command line chose another class
+        return f"{place}: ${{{missing[1]}}} is not an option of the chosen class; set {place}"
     return f"{place}: ${{{missing[1]}}} refers to nothing; {suggest(missing[1], known)}"
 
 

@@ -162,7 +162,8 @@ class ChunkDecays(NamedTuple):
 def chunk_decays(log_decay: Float[Tensor, "... C K|1"]) -> ChunkDecays:
     """Differences of cumulative sums are taken in float64, or mild decays after a strong one
     would lose the digits that it used up."""
-    g, C = log_decay.double().cumsum(-2), log_decay.shape[-2]
+    wide = torch.float32 if log_decay.device.type == "mps" else torch.float64  # it has none
+    g, C = log_decay.to(wide).cumsum(-2), log_decay.shape[-2]
     above = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1).unsqueeze(-1)
     between = (g.unsqueeze(-2) - g.unsqueeze(-3)).to(log_decay.dtype)
     end = g[..., -1:, :]

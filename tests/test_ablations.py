@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,11 @@ from layerzoo.ablations.command import run
 from layerzoo.ablations.grid import load_grid, shipped_grids
 from layerzoo.ablations.runner import Pool, prepare
 from layerzoo.ablations.statistics import mean_interval, window_bound
+
+
+def narrow(window: int) -> dict[str, Any]:
+    return {"model.network.layers": [{"name": "sliding", "heads": 2, "window": window}]}
+
 
 AXES = {"x": {"a": {}}}
 
@@ -88,6 +94,16 @@ def test_shipped_grids_build(name: str) -> None:
         ({"axes": {"layer": {"a": 3}}}, "layer: a: expected overrides"),
         ({"window_arm": {"layer": "windo"}}, "did you mean 'window'?"),
         ({"window_arm": {"layer": "memory"}}, "unbounded"),
+        ({"seeds": [-1]}, "must not be negative"),
+        ({"name": "../escape"}, "name: '../escape' is no folder name"),
+        ({"axes": {"layer": {"..": {}}}}, "'..' is no folder name"),
+        (
+            {
+                "axes": {"w": {"8": narrow(8), "16": narrow(16)}, "x": {"layer": {}}},
+                "window_arm": {"x": "layer"},
+            },
+            "its arms differ in reach (16,layer; 8,layer)",
+        ),
         ({"set": {"modle.lr": 1}}, "no 'modle'; did you mean 'model'?"),
         (
             {"set": {"model.network.layers": ["linaer"]}, "axes": AXES, "window_arm": None},
@@ -192,6 +208,18 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="is not a cell's folder"):
         prepare(cells[0], tmp_path)
     assert precious.read_text() == "years of work"
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    path = str(grid_file(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match=r"--out .*file"):
+        run(path, tmp_path / "file", jobs=1)
+    (tmp_path / "tiny").mkdir()
+    with open(tmp_path / "tiny" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SpecError, match="another run uses it"):
+            run(path, tmp_path, jobs=1)
 
 
 def test_statistics() -> None:

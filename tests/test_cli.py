@@ -93,6 +93,11 @@ def test_list_name_shows_equation_and_fields(
         ),
         (["fit", "--config", "mqar", "--model.impl", "triton", *FAST], "no Triton kernel yet"),
         (["fit", "--config", "text", "--data.files", "[/no/*]", *FAST], "nothing matches '/no/*'"),
+        (["fit", "--config", "mqar", "--model.lr", "-1"], "model.lr: must be in [0, inf], got -1"),
+        (["fit", "--config", "mqar", "--data.alpha", "-500"], "alpha: must be in (0, 2]"),
+        (["fit", "--config", "text", "--data.files", "[/tmp]", *FAST], "is a folder; write"),
+        (["fit", "--config", "mqar", "--data", "Text"], "not an option of the chosen class"),
+        (["test", "--config", "mqar"], "test: needs --ckpt_path"),
         (["test", "--config", "mqar", "--ckpt_path", "/no.ckpt"], "checkpoint /no.ckpt: cannot"),
         (["generate", "/no.ckpt", "--prompt", "a"], "checkpoint /no.ckpt: cannot be read"),
         (["ablate", "run", "quikstart"], "no grid 'quikstart'; did you mean 'quickstart'?"),
@@ -114,7 +119,7 @@ def test_bad_input(
         ("  lr:", "  lrr:", "model.lrr: no such option; did you mean 'model.lr'?"),
         ("pairs:", "pairz:", "data: pairz: no such option; did you mean 'pairs'?"),
         ("depth: 2", "depth: two", "model.network.depth"),
-        ("model:", "model: [", "config"),
+        ("model:", "model: [", "bad.yaml:"),
     ],
 )
 def test_bad_config_file(
@@ -125,6 +130,15 @@ def test_bad_config_file(
     path = tmp_path / "bad.yaml"
     path.write_text(text.replace(before, after))
     assert message in fails(capsys, "fit", "--config", str(path))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"", b"- a"])
+def test_a_config_that_is_none_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    assert str(path) in fails(capsys, "fit", "--config", str(path))
 
 
 def test_a_corrupt_checkpoint_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

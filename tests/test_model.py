@@ -209,9 +209,11 @@ def test_top_k_samples_among_the_likeliest() -> None:
     [
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1], [2, VOCAB]], {}, f"prompt 1 has a token outside the vocabulary 0..{VOCAB - 1}"),
+        ([[1]], {"temperature": float("nan")}, "temperature nan"),
+        ([[10**30]], {}, "prompt 0 has a token outside the vocabulary"),
         ([[-1]], {}, "prompt 0 has a token outside the vocabulary"),
-        ([[1]], {"temperature": -1.0}, "temperature -1.0, top_k None: need >= 0 and >= 1"),
-        ([[1]], {"temperature": 1.0, "top_k": 0}, "temperature 1.0, top_k 0: need"),
+        ([[1]], {"temperature": -1.0}, "temperature -1.0, top_k None, max"),
+        ([[1]], {"temperature": 1.0, "top_k": 0}, "temperature 1.0, top_k 0, max"),
     ],
 )
 def test_generate_refuses(prompts: Any, options: dict[str, Any], message: str) -> None:

@@ -231,14 +231,16 @@ def test_a_broken_entry_point_says_whose_it_is(tmp_path: Path, target: str) -> N
     found = python(LOOK, str(tmp_path))
     assert found.returncode == 1
     last = found.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"ImportError: entry point 'plugged = {target}' of zoo-plugin does not")
+    assert last.startswith(
+        f"layerzoo.spec.SpecError: entry point 'plugged = {target}' of zoo-plugin does not"
+    )
     assert last.endswith("mend or uninstall it")
 
 
 AGAIN = """
 try:
     layerzoo.list_layers()
-except ImportError:
+except layerzoo.SpecError:
     pass
 """
 
@@ -247,4 +249,4 @@ def test_a_broken_entry_point_fails_every_time(tmp_path: Path) -> None:
     """A second call must not quietly list a zoo that lacks what comes after the broken one."""
     distribution(tmp_path, "zoo_plugin:Missing")
     found = python(LOOK.replace("import layerzoo\n", "import layerzoo\n" + AGAIN), str(tmp_path))
-    assert "ImportError: entry point" in found.stderr
+    assert "SpecError: entry point" in found.stderr

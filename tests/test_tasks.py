@@ -106,6 +106,8 @@ def test_mqar_takes_the_models_reach_and_counts_sinks() -> None:
     assert torch.equal(
         batch["reachable"], (batch["lag"] > 0) & (batch["lag"] + 1 <= 18)
     )  # the key stands one before its value
+    task.attach(LanguageModel(vocab_size=64, dim=16, layers=["linear"]))
+    assert task.reach is None  # the second model's own, not the first's
     with_sinks = MQAR(vocab_size=64, length=64, pairs=8, reach=18, sinks=4, test_samples=200)
     assert plain < with_sinks.ceiling() <= plain + 2 / 8  # two pairs stand in the sinks
 

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from layerzoo import build
 from layerzoo.cli import main
 from layerzoo.data import MQAR
+from layerzoo.data.task import IGNORE
 from layerzoo.lit import LitModel, load_model
 from layerzoo.metrics import Recall, RecallByLag, TokenLoss
 from layerzoo.model import LanguageModel, ModelConfig
@@ -75,6 +76,25 @@ def test_a_resumed_run_is_the_uninterrupted_run(small_run: Path, tmp_path: Path)
     assert again["global_step"] == whole["global_step"] == 12
     for name, weight in whole["state_dict"].items():
         assert torch.equal(weight, again["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("change", [("lr", "1e-4", "0.003"), ("network.dim", "16", "32")])
+def test_training_goes_on_only_with_its_hyperparameters(
+    small_run: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str, str]
+) -> None:
+    name, new, old = change
+    checkpoint = str(small_run / "checkpoints" / "last.ckpt")
+    resume = ("fit", "--config", "mqar", *SMALL, "--ckpt_path", checkpoint)
+    assert main([*resume, f"--model.{name}", new]) == 2
+    assert f"was trained with {old}" in capsys.readouterr().err
+
+
+def test_a_batch_without_labels_does_no_harm() -> None:
+    lit = LitModel(ModelConfig(vocab_size=64, layers=("linear",), dim=32))
+    lit.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    batch = MQAR(vocab_size=64, pairs=4).batch("train", range(2))
+    batch["labels"][:] = IGNORE
+    assert lit.training_step(batch, 0).item() == 0
 
 
 def test_a_checkpoint_brings_its_network(small_run: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class Task(LightningDataModule):
             zip(SPLITS, (train_samples, val_samples, test_samples), strict=True)
         )
         self.require(batch_size >= 1, f"batch_size: must be at least 1, got {batch_size}")
+        self.require(num_workers >= 0, f"num_workers: must not be negative, got {num_workers}")
         self.require(seed >= 0, f"seed: must not be negative, got {seed}")
         self.require(
             train_samples >= batch_size,

@@ -93,7 +93,12 @@ class Text(Task):
         else:
             paths = {}
             for pattern in self.files:
-                found = [p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file()]
+                path = Path(pattern).expanduser()
+                self.require(
+                    not path.is_dir(), f"files: '{pattern}' is a folder; write '{pattern}/**/*'"
+                )
+                names = [path] if path.is_file() else glob.glob(str(path), recursive=True)
+                found = [p for p in map(Path, names) if p.is_file()]
                 self.require(bool(found), f"files: nothing matches '{pattern}'")
                 paths |= {p.as_posix(): p for p in found}
         contents = {}
