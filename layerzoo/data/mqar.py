@@ -77,8 +77,8 @@ class MQAR(Task):
         self.require(0 < alpha <= 2, f"alpha: must be in (0, 2], got {alpha}")
         self.require(sinks >= 0, f"sinks: must not be negative, got {sinks}")
         self.require(reach is None or reach >= 0, f"reach: must not be negative, got {reach}")
-        self.given = None if reach is None else Reach(reach, sinks)
-        self.reach = self.given
+        self.own_reach = None if reach is None else Reach(reach, sinks)  # not of any model
+        self.reach = self.own_reach
         slots = np.arange(1, (length - 2 * pairs) // 2 + 1, dtype=np.float64)
         # Integers, so that a rounding of the power cannot change a draw elsewhere.
         self.weights = np.rint(2.0**32 * slots ** (alpha - 1)).astype(np.int64)
@@ -90,7 +90,7 @@ class MQAR(Task):
 
     def attach(self, model: LanguageModel) -> None:
         super().attach(model)
-        self.reach = model.reach() if self.given is None else self.given
+        self.reach = model.reach() if self.own_reach is None else self.own_reach
 
     def metrics(self) -> list[Metric]:
         return [TokenLoss(), Recall(), RecallByLag(self.length)]

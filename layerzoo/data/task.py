@@ -148,4 +148,6 @@ class ResumableLoader(DataLoader[Any]):
         return {"done": self.done % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        setattr(self.batch_sampler, "start", state["done"])  # noqa: B010
+        batches = self.batch_sampler
+        assert isinstance(batches, _Batches)
+        batches.start = state["done"]
