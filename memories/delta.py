@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from layerzoo.layer import State
 from layerzoo.ops import Op
 from layerzoo.shell import Write
 
-from .matrix import (
-    FLOOR,
-    MatrixConfig,
-    MatrixMemory,
-    chunk_decays,
+from .chunks import (
+    add_product,
     chunk_size,
-    decayed_scores,
-    from_chunks,
-    per_token,
-    prepare,
-    to_chunks,
+    fold,
+    pad_tokens,
+    product,
+    segments,
+    stack,
+    tiles,
+    unfold,
+    unit_lower_inverse,
 )
+from .decays import FLOOR, Pulled, decays_of
+from .matrix import MatrixConfig, MatrixMemory, per_token, prepare
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -78,64 +81,152 @@ def _recurrent(q, k, v, beta, log_decay, *, scale, state):
 
 @OP.register("chunked")
 def _chunked(q, k, v, beta, log_decay, *, scale, state):
-    """With g the inclusive cumulative log decay in a chunk and u_t the error that is written,
-    (I + A) u = beta (v - (k e^g) S_0),  A_tj = beta_t sum_c k_tc k_jc e^(g_tc - g_jc) for j < t,
-    so u = U - W S_0, and only S' = e^(g_C) S_0 + (k e^(g_C - g))^T u runs from chunk to chunk."""
-    T, V, log_decay = q.shape[1], v.shape[-1], per_token(log_decay, k).clamp(min=FLOOR)
-    size = chunk_size(log_decay)
-    q, k, v, beta, log_decay = (
-        to_chunks(x, size) for x in (scale * q, k, v, beta.unsqueeze(-1), log_decay)
-    )
-    decay = chunk_decays(log_decay)
-    A = decayed_scores(beta * k, k, decay.ratio).tril(-1)
-    rhs = torch.cat((beta * v, beta * k * decay.since_start), -1)
-    solved = torch.linalg.solve_triangular(
-        A + torch.eye(size, dtype=A.dtype, device=A.device), rhs, upper=False, unitriangular=True
-    )
-    U, W = solved[..., :V], solved[..., V:]
-    fading = (k * decay.until_end).mT
-    P, R = fading @ W, fading @ U
-    states = []
-    for n in range(R.shape[2]):
-        states.append(state)
-        state = decay.whole[:, :, n] * state + R[:, :, n] - P[:, :, n] @ state
-    start = torch.stack(states, 2)
-    u = U - W @ start
-    o = (q * decay.since_start) @ start + decayed_scores(q, k, decay.ratio) @ u
-    return from_chunks(o, T), state
+    if (T := q.shape[1]) <= 1:
+        return _recurrent(q, k, v, beta, log_decay, scale=scale, state=state)
+    size = chunk_size(T)
+    if log_decay is not None:
+        log_decay = pad_tokens(per_token(log_decay, k).clamp(min=FLOOR), size)
+    q, k, v, beta = (pad_tokens(x, size) for x in (q, k, v, beta.unsqueeze(-1)))
+    o, state = Chunked.apply(q, k, v, beta, log_decay, state, scale, size)
+    return o[:, :T], state
 
 
-class GatedDelta(MatrixMemory, name="gated_delta"):
-    """Gated DeltaNet: the delta rule with an optional decay.
+class Chunked(torch.autograd.Function):
+    """With e = v - (k since) S, what the state before a chunk does not know of v, and A the scores
+    of k with k below the diagonal, its tokens write u = beta (e - A u), that is u = M beta e with
+    M = (I + beta A)^-1. Only e, u and S' = D S + (k until)^T u wait for S."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, beta, g, state, scale, size) -> Any:
+        B, _, H, _ = q.shape
+        o, saved = torch.empty_like(v), []
+        Q, Ks, Vs, Bs, Gs, Os = tiles(size, q, k, v, beta, g, o)
+        state = state.flatten(0, 1)
+        for s in segments(Q):
+            rows, vs, betas = stack(Q[s], Ks[s]), fold(Vs[s]), fold(Bs[s])
+            ks = rows[:, :, 1]
+            decays = decays_of(None if g is None else fold(Gs[s]), 2, ks)
+            scores, reads = decays.scores(rows, ks), decays.read(rows)
+            M = unit_lower_inverse(betas * scores[:, :, 1])
+            e, u = torch.empty_like(vs), torch.empty_like(vs)
+            states = vs.new_empty(len(vs) + 1, *state.shape)
+            states[0] = state
+            path = (reads[:, :, 1], vs, M * betas.mT, decays.fade(ks).mT, decays.whole)
+            for n, (read, value, solve, fade, whole) in enumerate(zip(*path, strict=True)):
+                torch.baddbmm(value, read, state, alpha=-1, out=e[n])
+                torch.bmm(solve, e[n], out=u[n])
+                state = torch.baddbmm(state * whole, fade, u[n], out=states[n + 1])
+            out = product(reads[:, :, 0], states[:-1])
+            add_product(out, scores[:, :, 0], u)
+            unfold(out.mul_(scale), Os[s])
+            saved += (scores, M, e, u, states)
+        ctx.scale, ctx.size = scale, size
+        ctx.save_for_backward(q, k, v, beta, g, *saved)
+        return o, state.unflatten(0, (B, H)).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        do, d_state = grad_outputs
+        q, k, v, beta, g, *saved = ctx.saved_tensors
+        grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, beta, g)]
+        Q, Ks, Bs, Gs, Os, dQ, dK, dV, dB, dG = tiles(ctx.size, q, k, beta, g, do, *grads)
+        B, H, d_state = *Q.shape[1:3], d_state.flatten(0, 1)
+        for s in reversed(segments(Q)):
+            scores, M, e, u, states = saved[-5:]
+            del saved[-5:]
+            rows, betas = stack(Q[s], Ks[s]), fold(Bs[s])
+            ks = rows[:, :, 1]
+            decays = decays_of(None if g is None else fold(Gs[s]), 2, ks)
+            reads = decays.read(rows)
+            dy = u.new_empty(*u.shape[:2], 2, *u.shape[2:])  # of what q and k read
+            torch.mul(fold(Os[s]), ctx.scale, out=dy[:, :, 0])
+            du = product(scores[:, :, 0].mT, dy[:, :, 0])
+            added = product(reads[:, :, 0].mT, dy[:, :, 0])
+            x = torch.empty_like(u)  # of beta e
+            d_states = torch.empty_like(states)
+            d_states[-1] = d_state
+            path = (du, decays.fade(ks), M.mT, -betas, reads[:, :, 1].mT, added, decays.whole)
+            path = list(enumerate(zip(*path, strict=True)))
+            for n, (d, fade, solve, minus, read, more, whole) in reversed(path):
+                torch.bmm(solve, d.baddbmm_(fade, d_state), out=x[n])
+                torch.mul(x[n], minus, out=dy[n, :, 1])
+                more.addcmul_(d_state, whole)
+                d_state = torch.baddbmm(more, read, dy[n, :, 1], out=d_states[n])
+            d_states = d_states[1:]  # of the states that the chunks leave
+            d_rows = decays.read(product(dy.flatten(2, 3), states[:-1].mT).view_as(rows))
+            dk = decays.fade(product(u, d_states.mT))
+            grad = product(dy.flatten(2, 3), u.mT).view_as(scores)
+            dg = decays.pull(grad, scores, rows, ks, Pulled(d_rows, dk, states[:-1], d_states))
+            db = torch.linalg.vecdot(x, e - product(scores[:, :, 1], u)).unsqueeze(-1)
+            dk += d_rows[:, :, 1]
+            for d, out in ((d_rows[:, :, 0], dQ), (dk, dK), (-dy[:, :, 1], dV), (db, dB)):
+                unfold(d, out[s])
+            if dg is not None:
+                unfold(dg, dG[s])
+        return *grads, d_state.unflatten(0, (B, H)), None, None
+
+
+class Delta(MatrixMemory, name="delta"):
+    """DeltaNet: each token writes the error of what the memory knows of its value.
 
     S' = D_t S_{t-1},   S_t = S' + beta_t k_t^T (v_t - k_t S'),   o_t = q_t S_t
 
-    S: [K, V] per head; beta_t = sigmoid(x w) in (0, 1). With `decay: none` it is DeltaNet, with
-    `vector` the rule of Kimi Delta Attention. Deviations: one shell for all memories; the short
-    convolution is the block's.
+    S: [K, V] per head, D_t = 1 unless `decay` says otherwise, beta_t = beta_max sigmoid(x_t w).
+    Deviations: one shell for all memories; the short convolution is the block's.
     """
 
     class Config(MatrixConfig):
-        decay: Literal["none", "constant", "scalar", "vector"] = "scalar"
+        """beta_max: 1 or 2, beta_t = beta_max sigmoid(x_t w). Above 1 the factor I - beta k^T k
+        has a negative eigenvalue, with which a state can flip and parity can be learned
+        (arXiv 2411.12537)."""
 
-    source = "Yang et al. 2024, arXiv 2412.06464"
+        beta_max: Literal[1, 2] = 1
+
+    source = "Yang et al. 2024, arXiv 2406.06484"
     op = OP
-    cases = (
-        {"heads": 2},
-        {"heads": 3, "decay": "none", "out_gate": "sigmoid"},
-        {"heads": 2, "decay": "constant"},
-        {"heads": 2, "decay": "vector", "key_dim": 5, "value_dim": 7},
-    )
+    cases = ({"heads": 2, "beta_max": 2}, {"heads": 3, "out_gate": "sigmoid"})
 
-    def __init__(self, dim: int, config: MatrixConfig) -> None:
+    def __init__(self, dim: int, config: Any) -> None:
         super().__init__(dim, config)
         self.beta = nn.Linear(dim, self.heads, bias=False)
 
     def gates(self, x: Tensor) -> Write:
-        return {"beta": self.beta(x).sigmoid(), **super().gates(x)}
+        return {"beta": self.config.beta_max * self.beta(x).sigmoid(), **super().gates(x)}
 
     def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
         return delta_rule(q, **write, **self.constants(), state=state)
 
     def rule_flops(self, T: int) -> float:
         return self.heads * 6 * self.key_dim * self.value_dim
+
+
+class GatedDelta(Delta, name="gated_delta"):
+    """Gated DeltaNet: the delta rule with a decay per head and token.
+
+    S' = exp(g_t) S_{t-1},   S_t = S' + beta_t k_t^T (v_t - k_t S'),   o_t = q_t S_t,
+    g_t = -exp(A) softplus(x_t w + b),   beta_t = beta_max sigmoid(x_t w')
+
+    S: [K, V] per head. `delta` is the same without a decay, `kda` with one per key channel.
+    """
+
+    class Config(Delta.Config):
+        decay: Literal["none", "constant", "scalar", "vector"] = "scalar"
+
+    source = "Yang et al. 2024, arXiv 2412.06464"
+    cases = ({"heads": 2}, {"heads": 2, "decay": "constant"})
+
+
+class KDA(Delta, name="kda"):
+    """Kimi Delta Attention: the delta rule with a decay per key channel and token.
+
+    S' = diag(exp(g_t)) S_{t-1},   S_t = S' + beta_t k_t^T (v_t - k_t S'),   o_t = q_t S_t
+
+    S: [K, V] per head; g_t = -exp(A) softplus(z_t + b) with z_t a projection of x_t of rank 16.
+    """
+
+    class Config(Delta.Config):
+        decay: Literal["none", "constant", "scalar", "vector"] = "vector"
+
+    source = "Kimi Team 2025, arXiv 2510.26692"
+    cases = ({"heads": 2, "key_dim": 5, "value_dim": 7, "beta_max": 2},)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from layerzoo.layer import State
 from layerzoo.ops import Op
 from layerzoo.shell import Write
+from layerzoo.spec import SpecError
 
-from .matrix import (
-    FLOOR,
-    MatrixConfig,
-    MatrixMemory,
-    chunk_decays,
+from .chunks import (
+    add_product,
     chunk_size,
-    decayed_scores,
-    from_chunks,
-    per_token,
-    prepare,
-    to_chunks,
+    fold,
+    pad_tokens,
+    product,
+    segments,
+    stack,
+    tiles,
+    unfold,
 )
+from .decays import FLOOR, Pulled, decays_of
+from .features import FEATURE_MAPS
+from .matrix import MatrixConfig, MatrixMemory, per_token, prepare
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -74,45 +79,141 @@ def _recurrent(q, k, v, log_decay, *, scale, state):
 
 @OP.register("chunked")
 def _chunked(q, k, v, log_decay, *, scale, state):
-    T, log_decay = q.shape[1], per_token(log_decay, k).clamp(min=FLOOR)
-    q, k, v, log_decay = (to_chunks(x, chunk_size(log_decay)) for x in (q, k, v, log_decay))
-    decay = chunk_decays(log_decay)
-    added = (k * decay.until_end).mT @ v
-    states = []
-    for n in range(added.shape[2]):
-        states.append(state)
-        state = decay.whole[:, :, n] * state + added[:, :, n]
-    q = scale * q
-    before = (q * decay.since_start) @ torch.stack(states, 2)
-    o = before + decayed_scores(q, k, decay.ratio) @ v
-    return from_chunks(o, T), state
+    if (T := q.shape[1]) <= 1:
+        return _recurrent(q, k, v, log_decay, scale=scale, state=state)
+    size = chunk_size(T)
+    if log_decay is not None:
+        log_decay = pad_tokens(per_token(log_decay, k).clamp(min=FLOOR), size)
+    q, k, v = (pad_tokens(x, size) for x in (q, k, v))
+    o, state = Chunked.apply(q, k, v, log_decay, state, scale, size)
+    return o[:, :T], state
+
+
+class Chunked(torch.autograd.Function):
+    """S' = D S + (k until)^T v from chunk to chunk, and o = (q since) S + scores v inside one."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, g, state, scale, size) -> Any:
+        B, _, H, _ = q.shape
+        o, saved = torch.empty_like(v), []
+        Q, Ks, Vs, Gs, Os = tiles(size, q, k, v, g, o)
+        state = state.flatten(0, 1)
+        for s in segments(Q):
+            rows, ks, vs = stack(Q[s]), fold(Ks[s]), fold(Vs[s])
+            decays = decays_of(None if g is None else fold(Gs[s]), 1, ks)
+            added = product(decays.fade(ks).mT, vs)
+            states = added.new_empty(len(added) + 1, *added.shape[1:])
+            states[0] = state
+            for n, (more, whole) in enumerate(zip(added, decays.whole, strict=True)):
+                state = torch.addcmul(more, state, whole, out=states[n + 1])
+            out = product(decays.read(rows)[:, :, 0], states[:-1])
+            add_product(out, decays.scores(rows, ks)[:, :, 0], vs)
+            unfold(out.mul_(scale), Os[s])
+            saved.append(states)
+        ctx.scale, ctx.size = scale, size
+        ctx.save_for_backward(q, k, v, g, *saved)
+        return o, state.unflatten(0, (B, H)).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        do, d_state = grad_outputs
+        q, k, v, g, *saved = ctx.saved_tensors
+        grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, g)]
+        Q, Ks, Vs, Gs, Os, dQ, dK, dV, dG = tiles(ctx.size, q, k, v, g, do, *grads)
+        B, H, d_state = *Q.shape[1:3], d_state.flatten(0, 1)
+        for s in reversed(segments(Q)):
+            states = saved.pop()
+            rows, ks, vs, dos = stack(Q[s]), fold(Ks[s]), fold(Vs[s]), fold(Os[s]) * ctx.scale
+            decays = decays_of(None if g is None else fold(Gs[s]), 1, ks)
+            added = product(decays.read(rows)[:, :, 0].mT, dos)
+            d_states = torch.empty_like(states)
+            d_states[-1] = d_state
+            for n in reversed(range(len(added))):
+                d_state = torch.addcmul(added[n], d_state, decays.whole[n], out=d_states[n])
+            d_states = d_states[1:]  # of the states that the chunks leave
+            d_rows = decays.read(product(dos, states[:-1].mT).unsqueeze(2))
+            dk = decays.fade(product(vs, d_states.mT))
+            dv, scores = product(decays.fade(ks), d_states), decays.scores(rows, ks)
+            add_product(dv, scores[:, :, 0].mT, dos)
+            grad = product(dos, vs.mT).unsqueeze(2)
+            dg = decays.pull(grad, scores, rows, ks, Pulled(d_rows, dk, states[:-1], d_states))
+            for x, out in ((d_rows, dQ), (dk, dK), (dv, dV)):
+                unfold(x, out[s])
+            if dg is not None:
+                unfold(dg, dG[s])
+        return *grads, d_state.unflatten(0, (B, H)), None, None
 
 
 class Linear(MatrixMemory, name="linear"):
-    """Linear attention with an optional decay.
+    """Linear attention, with an optional decay, feature map and normaliser.
 
-    S_t = D_t S_{t-1} + k_t^T v_t,   o_t = q_t S_t
+    S_t = D_t S_{t-1} + phi(k_t)^T v_t,   o_t = phi(q_t) S_t  [ / phi(q_t) z_t,
+    z_t = D_t z_{t-1} + phi(k_t)^T, the normaliser, held as one more column of S ]
 
-    S: [K, V] per head. With `decay: constant` it is RetNet's rule, with `scalar` that of Mamba-2
-    and simple GLA, with `vector` that of GLA. Deviations: one shell for all memories (unit q and
-    k, RMS norm of the read-out); no feature map and no normaliser; the vector decay has Mamba-2's
-    parameters per channel where GLA has a log-sigmoid divided by 16.
+    S: [F, V] per head, with F features. The defaults are the plain sum of outer products: no
+    decay, phi(x) = x, no normaliser. Deviation: one shell for all memories (unit q and k, RMS norm
+    of the read-out, which takes the normaliser's place).
     """
 
     class Config(MatrixConfig):
-        pass
+        """feature_map: phi. identity; elu1, elu(x) + 1 (Katharopoulos et al.); relu; softmax over
+            the channels; taylor, 1 + s q k + (s q k)^2 / 2 with s the shell's scale of q k (Based,
+            arXiv 2402.18668): F = 1 + K + K (K + 1) / 2.
+        normaliser: divide by phi(q) z, held at 1e-6 or more; needs a positive feature map.
+        """
+
+        feature_map: Literal["identity", "elu1", "relu", "softmax", "taylor"] = "identity"
+        normaliser: bool = False
+
+        def check(self) -> None:
+            MatrixConfig.check(self)
+            if self.normaliser and not FEATURE_MAPS[self.feature_map].positive:
+                raise SpecError(
+                    f"normaliser: feature_map '{self.feature_map}' gives sums of both signs, and "
+                    "so zero divisors; use elu1, relu, softmax or taylor"
+                )
 
     source = "Katharopoulos et al. 2020, arXiv 2006.16236"
     op = OP
     cases = (
         {"heads": 2},
         {"heads": 3, "decay": "constant", "qk_norm": "none", "out_norm": "none"},
-        {"heads": 2, "decay": "scalar", "out_gate": "silu"},
+        {"heads": 2, "decay": "scalar", "out_gate": "silu", "feature_map": "elu1"},
         {"heads": 2, "decay": "vector", "key_dim": 5, "value_dim": 7, "qk_norm": "rms"},
+        {"key_dim": 3, "decay": "vector", "feature_map": "taylor", "normaliser": True},
+        {"heads": 2, "feature_map": "relu", "normaliser": True, "qk_norm": "rms"},
+        {"heads": 2, "feature_map": "softmax", "normaliser": True, "decay": "scalar"},
     )
 
+    def __init__(self, dim: int, config: Any) -> None:
+        super().__init__(dim, config)
+        self.inner_scale = self.scale**0.5 if config.feature_map == "taylor" else 1.0
+        if config.feature_map != "identity":
+            self.scale = 1.0
+
+    def matrix(self) -> tuple[int, int]:
+        features = FEATURE_MAPS[self.config.feature_map].size(self.key_dim)
+        return features, self.value_dim + self.config.normaliser
+
+    def project(self, x: Tensor) -> tuple[Tensor, Write]:
+        q, write = super().project(x)
+        phi = FEATURE_MAPS[self.config.feature_map].phi
+        q, write["k"] = (phi(t * self.inner_scale) for t in (q, write["k"]))
+        if self.config.normaliser:
+            write["v"] = F.pad(write["v"], (0, 1), value=1.0)
+        return q, write
+
     def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        return linear_attention(q, **write, **self.constants(), state=state)
+        o, state = linear_attention(q, **write, **self.constants(), state=state)
+        return self.normalised(o), state
+
+    def read(self, q: Tensor, state: State) -> Tensor:
+        return self.normalised(super().read(q, state))
+
+    def normalised(self, o: Tensor) -> Tensor:
+        return o[..., :-1] / o[..., -1:].clamp(min=1e-6) if self.config.normaliser else o
 
     def rule_flops(self, T: int) -> float:
-        return self.heads * 4 * self.key_dim * self.value_dim
+        features, columns = self.matrix()
+        return self.heads * 4 * features * columns

@@ -29,9 +29,9 @@ class Case(NamedTuple):
     n: int
     impl: str
 
-    def build(self, dtype: torch.dtype = torch.float64) -> Layer:
+    def build(self, dtype: torch.dtype = torch.float64, draw: int = 1) -> Layer:
         """The layer, with noise on every parameter: ones and zeros would hide a missing factor."""
-        torch.manual_seed(1)
+        torch.manual_seed(draw)
         layer = build(self.name, dim=DIM, **get_layer(self.name).cases[self.n])
         with torch.no_grad():
             for p in layer.parameters():
@@ -252,25 +252,35 @@ def test_recurrent_equals_chunked(case: Case, past: int) -> None:
 
 def errors(got: Any, want: Any) -> list[float]:
     """Relative error, root mean square, of each output, state and gradient. One that must be zero
-    (the gradient of a softmax over one key) is measured against them all."""
+    (the gradient of a softmax over one key) is measured against them all. The errors of leaves of
+    a few numbers are a matter of luck one by one, and averaged."""
     pairs = zip(tree_leaves(got), tree_leaves(want), strict=True)
     pairs = [(a.double(), b) for a, b in pairs if b.is_floating_point() and b.numel()]
     total = torch.stack([b.norm() for _, b in pairs]).norm()
-    return [float((a - b).norm() / (b.norm() if b.norm() > 0 else total)) for a, b in pairs]
+    found = [float((a - b).norm() / (b.norm() if b.norm() > 0 else total)) for a, b in pairs]
+    small = [e for e, (_, b) in zip(found, pairs, strict=True) if b.numel() < 32]
+    large = [e for e, (_, b) in zip(found, pairs, strict=True) if b.numel() >= 32]
+    return large + ([float(torch.tensor(small).square().mean().sqrt())] if small else [])
 
 
 @table(*FAST)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_low_precision(case: Case, kind: str) -> None:
-    """At most twice the error that the specification itself makes in that precision."""
+    """At most twice the error that the specification itself makes in that precision: the median
+    over draws of the weights, for a sum that happens to cancel makes any relative error."""
     autocast = kind == "bfloat16"
-    specification = case._replace(impl="recurrent")
-    want = outcome(specification.build())
-    allowed = errors(outcome(specification.build(torch.float32), torch.float32, autocast), want)
-    made = errors(outcome(case.build(torch.float32), torch.float32, autocast), want)
+    made, allowed = [], []
+    for draw in range(1, 6):
+        runs = ((case, made), (case._replace(impl="recurrent"), allowed))
+        want = outcome(case._replace(impl="recurrent").build(draw=draw))
+        for run, found in runs:
+            found.append(
+                errors(outcome(run.build(torch.float32, draw), torch.float32, autocast), want)
+            )
     ulp = torch.finfo(torch.float32).eps
-    for n, (error, bound) in enumerate(zip(made, allowed, strict=True)):
-        assert error <= 2 * bound + ulp, f"leaf {n} of (output, state, gradients)"
+    pairs = zip(*(torch.tensor(e).median(0).values for e in (made, allowed)), strict=True)
+    for n, (error, bound) in enumerate(pairs):
+        assert error <= 2 * bound + ulp, f"leaf {n} of output, state, gradients"
 
 
 @table(*WIDE)
@@ -314,13 +324,17 @@ def test_state_bytes(case: Case, T: int) -> None:
 @pytest.mark.parametrize("T", [1, 3, CAUSAL_T])
 def test_flops(case: Case, T: int) -> None:
     layer = case.build()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    solves = {
+        torch.ops.aten._linalg_solve_ex: lambda A, *_, **__: A[:-2].numel() * 2 * A[-1] ** 3 / 3
+    }
+    with FlopCounterMode(display=False, custom_mapping=solves) as counter, torch.no_grad():
         layer(tokens(1, T))
     measured = counter.get_total_flops() / T
     assert layer.flops_per_token(T) == pytest.approx(measured, rel=1e-6)
 
 
 @table("chunked", "auto", only=lambda case: case.n == 0)  # each costs seconds
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
 def test_compile(case: Case) -> None:
     layer, x = case.build(), tokens(2, SHORT)
     torch.compiler.reset()

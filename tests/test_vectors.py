@@ -15,6 +15,7 @@ from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
+from layerzoo.memories.mesa import mesa
 
 VECTORS = Path(__file__).parent / "vectors"
 IMPLS = ("recurrent", "chunked")
@@ -22,6 +23,8 @@ LINEAR = {"linear": None, "retention": "log_decay", "simple_gla": "g", "gla": "g
 DELTA = {"delta": None, "gated_delta": "g", "kda": "g"}
 MATRIX = [f"{rule}_{case}" for rule in (*LINEAR, *DELTA) for case in ("plain", "init")]
 SLIDING = ["swa_nosink", "swa_sink"]
+MESA = ["mesa_plain", "mesa_init"]
+ALL = MATRIX + SLIDING + MESA
 
 
 def load(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -36,13 +39,16 @@ def load(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def inputs(data: dict[str, Any]) -> list[str]:
-    names = ("q", "k", "v", "g", "log_decay", "beta", "initial_state")
+    names = ("q", "k", "v", "g", "log_decay", "beta", "lamb", "initial_state")
+    names += ("initial_state_kk", "initial_state_kv")
     return [name for name in names if name in data]
 
 
 def run(name: str, data: dict[str, Any], impl: str) -> dict[str, Tensor]:
     """The outputs of the op that the file is about, named as in the file."""
     rule = name.rsplit("_", 1)[0]
+    if rule == "mesa":
+        return run_mesa(data, impl, steps=None)
     q, k, v, scale = (data[key] for key in ("q", "k", "v", "scale"))
     if rule == "swa":
         window, sinks = data["window"], data["sinks"]
@@ -55,17 +61,25 @@ def run(name: str, data: dict[str, Any], impl: str) -> dict[str, Tensor]:
     return {"o": o, "final_state": state}
 
 
+def run_mesa(data: dict[str, Any], impl: str, steps: int | None) -> dict[str, Tensor]:
+    args = [data[key] for key in ("q", "k", "v", "beta", "g", "lamb")]
+    start = "initial_state_kk" in data
+    state = (data["initial_state_kk"], data["initial_state_kv"]) if start else None
+    o, (kk, kv) = mesa(*args, steps=steps, state=state, impl=impl)
+    return {"o": o, "final_state_kk": kk, "final_state_kv": kv}
+
+
 def close(got: Tensor, want: Tensor, atol: float) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
 
 
 def test_every_file_is_used() -> None:
-    assert sorted(p.stem for p in VECTORS.glob("*.npz")) == sorted(MATRIX + SLIDING)
+    assert sorted(p.stem for p in VECTORS.glob("*.npz")) == sorted(ALL)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", MATRIX + SLIDING)
+@pytest.mark.parametrize("name", ALL)
 def test_vectors(name: str, dtype: torch.dtype, impl: str) -> None:
     data = load(name, dtype)
     double = dtype == torch.float64
@@ -85,6 +99,18 @@ def test_vectors(name: str, dtype: torch.dtype, impl: str) -> None:
     for key, grad in zip(names, torch.autograd.grad(loss, [data[n] for n in names]), strict=True):
         want = data[f"d_{key}"]
         close(grad, want, (1e-9 if double else 1e-3) * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", MESA)
+def test_conjugate_gradient_reaches_the_exact_solve(name: str, impl: str) -> None:
+    """K = 8 steps are exact in exact arithmetic; in float64 a few more, and far more, are."""
+    data = load(name, torch.float64)
+    for steps in (10, 30):
+        for key, x in run_mesa(data, impl, steps).items():
+            close(x, data[key], 1e-11)
+    few = run_mesa(data, impl, 2)["o"]
+    assert (few - data["o"]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("impl", IMPLS)
