@@ -88,8 +88,8 @@ class TokenDecays(Decays):
         self.since, self.until, self.whole = (
             log.to(g.dtype).exp() for log in (total, end - total, end)
         )
-        between = (total - total.mT).to(g.dtype).masked_fill(self.ratio[0] == 0, -torch.inf)
-        self.ratio = between.exp().unsqueeze(2) * self.ratio
+        between = (total - total.mT).to(g.dtype).masked_fill_(self.ratio[0] == 0, -torch.inf)
+        self.ratio = between.exp_().unsqueeze(2) * self.ratio
 
     def pull(
         self, grad: Tensor, scores: Tensor, rows: Tensor, k: Tensor, into: Pulled

@@ -87,7 +87,7 @@ def _chunked(q, k, v, beta, log_decay, *, scale, state):
     if log_decay is not None:
         log_decay = pad_tokens(per_token(log_decay, k).clamp(min=FLOOR), size)
     q, k, v, beta = (pad_tokens(x, size) for x in (q, k, v, beta.unsqueeze(-1)))
-    o, state = Chunked.apply(q, k, v, beta, log_decay, state, scale, size)
+    o, state = Chunked.apply(q, k, v, beta, log_decay, state, scale, size, torch.is_grad_enabled())
     return o[:, :T], state
 
 
@@ -97,7 +97,7 @@ class Chunked(torch.autograd.Function):
     M = (I + beta A)^-1. Only e, u and S' = D S + (k until)^T u wait for S."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, beta, g, state, scale, size) -> Any:
+    def forward(ctx: Any, q, k, v, beta, g, state, scale, size, keep) -> Any:
         B, _, H, _ = q.shape
         o, saved = torch.empty_like(v), []
         Q, Ks, Vs, Bs, Gs, Os = tiles(size, q, k, v, beta, g, o)
@@ -119,7 +119,8 @@ class Chunked(torch.autograd.Function):
             out = product(reads[:, :, 0], states[:-1])
             add_product(out, scores[:, :, 0], u)
             unfold(out.mul_(scale), Os[s])
-            saved += (scores, M, e, u, states)
+            if keep:
+                saved += (scores, M, e, u, states)
         ctx.scale, ctx.size = scale, size
         ctx.save_for_backward(q, k, v, beta, g, *saved)
         return o, state.unflatten(0, (B, H)).clone()
@@ -164,7 +165,7 @@ class Chunked(torch.autograd.Function):
                 unfold(d, out[s])
             if dg is not None:
                 unfold(dg, dG[s])
-        return *grads, d_state.unflatten(0, (B, H)), None, None
+        return *grads, d_state.unflatten(0, (B, H)), None, None, None
 
 
 class Delta(MatrixMemory, name="delta"):

@@ -85,7 +85,7 @@ def _chunked(q, k, v, log_decay, *, scale, state):
     if log_decay is not None:
         log_decay = pad_tokens(per_token(log_decay, k).clamp(min=FLOOR), size)
     q, k, v = (pad_tokens(x, size) for x in (q, k, v))
-    o, state = Chunked.apply(q, k, v, log_decay, state, scale, size)
+    o, state = Chunked.apply(q, k, v, log_decay, state, scale, size, torch.is_grad_enabled())
     return o[:, :T], state
 
 
@@ -93,7 +93,7 @@ class Chunked(torch.autograd.Function):
     """S' = D S + (k until)^T v from chunk to chunk, and o = (q since) S + scores v inside one."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, g, state, scale, size) -> Any:
+    def forward(ctx: Any, q, k, v, g, state, scale, size, keep) -> Any:
         B, _, H, _ = q.shape
         o, saved = torch.empty_like(v), []
         Q, Ks, Vs, Gs, Os = tiles(size, q, k, v, g, o)
@@ -109,7 +109,8 @@ class Chunked(torch.autograd.Function):
             out = product(decays.read(rows)[:, :, 0], states[:-1])
             add_product(out, decays.scores(rows, ks)[:, :, 0], vs)
             unfold(out.mul_(scale), Os[s])
-            saved.append(states)
+            if keep:
+                saved.append(states)
         ctx.scale, ctx.size = scale, size
         ctx.save_for_backward(q, k, v, g, *saved)
         return o, state.unflatten(0, (B, H)).clone()
@@ -142,7 +143,7 @@ class Chunked(torch.autograd.Function):
                 unfold(x, out[s])
             if dg is not None:
                 unfold(dg, dG[s])
-        return *grads, d_state.unflatten(0, (B, H)), None, None
+        return *grads, d_state.unflatten(0, (B, H)), None, None, None
 
 
 class Linear(MatrixMemory, name="linear"):

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from layerzoo.layer import State, StateBytes
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.shell import Write
 from layerzoo.spec import SpecError
 
-from .chunks import chunk_size, fold, pad_tokens, product, tiles
-from .decays import FLOOR, decays_of
+from .chunks import chunk_size, fold, pad_tokens, tiles
+from .decays import FLOOR
 from .linear import linear_attention
 from .matrix import MatrixConfig, MatrixMemory, per_token
+from .ridge import Solve, conjugate_gradient, symmetric
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 OP = Op("mesa")
-SOLVED = 4096
-"""Tokens (of all rows) in a segment. Its solver's steps run again for the gradient, so that memory
-holds the steps of one segment only."""
+SOLVED = 2048
+"""Tokens (of all rows) in a segment: the gradient holds the solver's steps of one at a time."""
 
 
 def mesa(
@@ -75,33 +73,6 @@ def mesa(
     return o, tuple(state_)
 
 
-def conjugate_gradient(
-    apply: Callable[[Tensor], Tensor], b: Float[Tensor, "... K"], steps: int
-) -> Float[Tensor, "... K"]:
-    """x with apply(x) = b for a symmetric positive `apply`, by at most `steps` steps from zero.
-
-    A row whose residual is down to rounding error, or whose b is zero, is frozen: the next step
-    would divide noise by noise.
-    """
-    x, r, p = torch.zeros_like(b), b, b
-    rr = r.square().sum(-1, keepdim=True)
-    enough = torch.finfo(b.dtype).eps ** 2 * rr.detach()
-    for _ in range(steps):
-        live = rr > enough
-        Ap = apply(p)
-        size = torch.where(live, rr / torch.where(live, (p * Ap).sum(-1, keepdim=True), 1.0), 0.0)
-        x, r = x + size * p, r - size * Ap
-        after = r.square().sum(-1, keepdim=True)
-        p = r + torch.where(live, after / torch.where(live, rr, 1.0), 0.0) * p
-        rr = after
-    return x
-
-
-def symmetric(A: Tensor) -> Tensor:
-    """Conjugate gradient has no other meaning, and else no meaningful gradient of A."""
-    return (A + A.mT) / 2
-
-
 def solve(q: Float[Tensor, "... n K"], kk: Tensor, ridge: Tensor, steps: int | None) -> Tensor:
     """Rows x of x (A + ridge) = q, one A `[..., K, K]` for all rows; ridge is `[..., 1, K]`."""
     if steps is None:
@@ -136,42 +107,18 @@ def _chunked(q, k, v, beta, log_decay, ridge, *, steps, kk, kv):
         log_decay = log_decay.clamp(min=FLOOR)
         g = pad_tokens(per_token(log_decay, k), size)
     Q, Ks, Ss, Gs = tiles(size, *(pad_tokens(x, size) for x in (q, k, scaled)), g)
-    step = max(1, SOLVED // (B * H * size))
+    step = max(1, SOLVED // max(1, B * H * size))
     rows = ridge.repeat(B, 1).unsqueeze(1)  # [R, 1, K]
     state, solved = kk.flatten(0, 1), []
-    Gs = [None] * len(Q.split(step)) if g is None else Gs.split(step)
-    for segment in zip(Q.split(step), Ks.split(step), Ss.split(step), Gs, strict=True):
-        x, state = checkpoint(_solve_segment, *segment, rows, state, steps, use_reentrant=False)
+    pieces = [x.split(step) for x in (Q, Ks, Ss)]
+    pieces.append([None] * len(pieces[0]) if g is None else Gs.split(step))
+    for segment in zip(*pieces, strict=True):
+        segment = (None if x is None else fold(x).contiguous() for x in segment)
+        x, state = Solve.apply(*segment, rows, state, steps)
         solved.append(x)
     x = torch.cat(solved).unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
     o, kv = linear_attention(x, scaled, v, log_decay, state=kv, impl="chunked")
     return o, state.unflatten(0, (B, H)), kv
-
-
-def _solve_segment(q, k, scaled, g, ridge, state, steps):
-    """x of each token `[n, R, C, K]` of a segment's tiles, and the state after them."""
-    q, k, scaled = fold(q), fold(k), fold(scaled)
-    decays = decays_of(None if g is None else fold(g), 1, k)
-    states = []
-    for more, whole in zip(product(decays.fade(scaled).mT, k), decays.whole, strict=False):
-        states.append(state)
-        state = state * whole + more
-    before = torch.stack(states)
-
-    def apply(p: Tensor) -> Tensor:
-        own = product(decays.scores(p.unsqueeze(2), k)[:, :, 0], scaled)
-        read = decays.read(p.unsqueeze(2))[:, :, 0]
-        return product(read, before.mT) + own + ridge * p
-
-    if steps is not None:
-        before = symmetric(before)
-        return conjugate_gradient(apply, q, steps), state
-    pairs = (scaled.unsqueeze(-1) * k.unsqueeze(-2)).flatten(-2)  # [n, R, C, K K]
-    A = product(decays.ratio.expand(len(k), k.shape[1], 1, -1, -1)[:, :, 0], pairs)
-    A = A.unflatten(-1, before.shape[-2:])
-    since = 1.0 if decays.since is None else decays.since.unsqueeze(-1)
-    A = A + since * before.unsqueeze(2) + torch.diag_embed(ridge)
-    return torch.linalg.solve(A, q.unsqueeze(-1)).squeeze(-1), state
 
 
 class Mesa(MatrixMemory, name="mesa"):
