@@ -80,13 +80,24 @@ def _recurrent(q, k, v, log_decay, *, scale, state):
 @OP.register("chunked")
 def _chunked(q, k, v, log_decay, *, scale, state):
     if (T := q.shape[1]) <= 1:
-        return _recurrent(q, k, v, log_decay, scale=scale, state=state)
+        return (_step if T else _recurrent)(q, k, v, log_decay, scale=scale, state=state)
     size = chunk_size(T)
     if log_decay is not None:
         log_decay = pad_tokens(per_token(log_decay, k).clamp(min=FLOOR), size)
     q, k, v = (pad_tokens(x, size) for x in (q, k, v))
     o, state = Chunked.apply(q, k, v, log_decay, state, scale, size, torch.is_grad_enabled())
     return o[:, :T], state
+
+
+def _step(q, k, v, log_decay, *, scale, state):
+    """One token, in the fewest operations: what decoding waits for."""
+    rows = state.shape[:2]
+    if log_decay is not None:
+        state = state * per_token(log_decay, k)[:, 0].exp().unsqueeze(-1)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B H, 1, D]
+    state = torch.baddbmm(state.flatten(0, 1), k.mT, v)
+    o = torch.bmm(q, state).mul(scale).unflatten(0, rows).transpose(1, 2)
+    return o, state.unflatten(0, rows)
 
 
 class Chunked(torch.autograd.Function):
