@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from layerzoo.layer import Layer, State, StateBytes
+from layerzoo.layer import Inner, Layer, State, StateBytes
 from layerzoo.nn import RMSNorm, rotary
 from layerzoo.spec import Config, SpecError, divide
 
@@ -73,14 +73,28 @@ class Attention(Layer):
         """The layer's op."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        state = self.init_state(x.shape[0]) if state is None else state
+    def project(self, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[B, T, D]`, after the tokens of `state` -> q `[B, T, H, K]` and k, v
+        `[B, T, kv_heads, K]`."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rotary:
             start = int(state["position"])
             q, k = (rotary(t, start, self.config.rotary) for t in (q, k))
+        return q, k, v
+
+    def inner(self, x: Tensor, state: State = None) -> Inner:
+        def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+            q, k, v = (tensors[name] for name in "qkv")
+            return self.attend(q, k, v, self.init_state(len(q)) if state is None else state)
+
+        state = self.init_state(len(x)) if state is None else state
+        return Inner(fn, dict(zip("qkv", self.project(x, state), strict=True)))
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        state = self.init_state(x.shape[0]) if state is None else state
+        q, k, v = self.project(x, state)
         o, state = self.attend(q, k, v, state)
         o = o.flatten(-2)
         if self.config.out_gate:

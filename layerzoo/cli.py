@@ -143,6 +143,10 @@ def ablate_command(argv: Sequence[str]) -> int:
     return importlib.import_module("layerzoo.ablations.command").main(argv)
 
 
+def bench_command(argv: Sequence[str]) -> int:
+    return importlib.import_module("layerzoo.bench.command").main(argv)
+
+
 COMMANDS = {
     "fit": (train_command, "train a model from a config"),
     "validate": (train_command, "evaluate a checkpoint on the validation split"),
@@ -151,6 +155,7 @@ COMMANDS = {
     "list": (list_command, "list the layers; `list NAME` shows equation and fields"),
     "generate": (generate_command, "continue a prompt with a checkpoint"),
     "ablate": (ablate_command, "run a grid of training runs and compare them"),
+    "bench": (bench_command, "time ops or layers, in pairs with other libraries"),
 }
 
 

@@ -54,6 +54,14 @@ class Reduction(NamedTuple):
     neutral: Callable[[Any], None] = lambda layer: None
 
 
+class Inner(NamedTuple):
+    """The rule of a layer without its projections: `fn(tensors, state) -> o, state`, with named
+    tensors `[B, T, ...]` that may be cut along T, and a state as the layer's own."""
+
+    fn: Callable[[dict[str, Tensor], State], tuple[Tensor, State]]
+    tensors: dict[str, Tensor]
+
+
 class Layer(nn.Module):
     """A causal sequence mixer, `[B, T, D] -> [B, T, D]`.
 
@@ -114,6 +122,11 @@ class Layer(nn.Module):
         self, x: Float[Tensor, "B T D"], state: State = None
     ) -> tuple[Float[Tensor, "B T D"], State]:
         raise NotImplementedError
+
+    def inner(self, x: Tensor, state: State = None) -> Inner | None:
+        """What the layer runs between its projections, and its input for x `[B, T, D]`, as the
+        benchmarks time it; None for a layer that is not made so (a composition)."""
+        return None
 
     def init_state(self, batch_size: int) -> State:
         """The state before the first token, on the parameters' device."""

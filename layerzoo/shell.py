@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerzoo.layer import Layer, State
+from layerzoo.layer import Inner, Layer, State
 from layerzoo.nn import RMSNorm, l2_normalise
 from layerzoo.spec import Config, SpecError, divide
 
@@ -95,7 +95,9 @@ class Memory(Layer):
         queries than writes the earlier writes are not read. Either may be empty.
         """
         early = q.shape[1] - write["k"].shape[1]
-        if early <= 0:
+        if early == 0:
+            return self.rule(q, write, state)
+        if early < 0:
             o, state = self.rule(F.pad(q, (0, 0, 0, 0, -early, 0)), write, state)
             return o[:, -early:], state
         head = self.read(q[:, :early], state)
@@ -124,6 +126,15 @@ class Memory(Layer):
         state = self.init_state(x.shape[0]) if state is None else state
         o, state = self.mix(q, write, state)
         return self.merge(o, x), state
+
+    def inner(self, x: Tensor, state: State = None) -> Inner:
+        def fn(tensors: Write, state: State) -> tuple[Tensor, State]:
+            write = dict(tensors)
+            q = write.pop("q")
+            return self.mix(q, write, self.init_state(len(q)) if state is None else state)
+
+        q, write = self.project(x)
+        return Inner(fn, {"q": q, **write})
 
     def accumulator(self, *shape: int) -> Tensor:
         """A zero state tensor: float32, or float64 in a float64 layer, on the layer's device."""

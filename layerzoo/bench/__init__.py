@@ -1,0 +1,1 @@
+"""Paired benchmarks of ops and layers against peers: `layerzoo bench`."""

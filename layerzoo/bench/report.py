@@ -1,0 +1,153 @@
+"""What `layerzoo bench` shows: the table, the JSON file and the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import layerzoo
+
+from .calls import MEASURES, PIECE, STEPS
+from .measure import GEMM, WARMUP, Spread, hardware
+from .peers import Peer
+from .run import Row, Settings
+
+HEAD = {
+    "layer": "layer",
+    "T": "T",
+    "measure": "measure",
+    "impl": "implementation",
+    "ms": "ms",
+    "us": "us/token",
+    "ratio": "x ours (quartiles)",
+    "gflops": "GFLOP/s",
+    "share": "% of GEMM",
+    "peak": "peak MiB",
+    "difference": "differs",
+}
+LEFT = ("layer", "measure", "impl")
+
+
+class Table:
+    """A plain text table, printed as its rows arrive: widths are known from the names."""
+
+    def __init__(self, layers: Iterable[str], impls: Iterable[str], gemm: float) -> None:
+        self.gemm = gemm
+        self.widths = {name: max(len(title), 8) for name, title in HEAD.items()}
+        self.widths |= {
+            "layer": max(map(len, (*layers, HEAD["layer"]))),
+            "measure": max(map(len, MEASURES.values())),
+            "impl": max(map(len, (*(f"{name}*" for name in impls), HEAD["impl"]))),
+        }
+
+    def head(self) -> str:
+        return self.line(HEAD)
+
+    def row(self, row: Row) -> str:
+        cells = {
+            "layer": row.layer,
+            "T": str(row.T),
+            "measure": row.measure,
+            "impl": row.impl + "*" * row.yardstick,
+            "ms": row.ms and digits(row.ms.median),
+            "us": row.us_per_token and digits(row.us_per_token),
+            "ratio": row.ratio and "{:.2f} ({:.2f}-{:.2f})".format(*row.ratio),
+            "gflops": row.gflops and digits(row.gflops),
+            "share": row.gflops and f"{100 * row.gflops / self.gemm:.1f}",
+            "peak": None if row.peak is None else f"{row.peak / 2**20:.1f}",
+            "difference": None if row.difference is None else f"{row.difference:.0e}",
+        }
+        return self.line({name: cell or "-" for name, cell in cells.items()})
+
+    def line(self, cells: dict[str, str]) -> str:
+        padded = (
+            cell.ljust(self.widths[name]) if name in LEFT else cell.rjust(self.widths[name])
+            for name, cell in cells.items()
+        )
+        return "  ".join(padded).rstrip()
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    places = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{places}f}"
+
+
+def where(settings: Settings) -> str:
+    """Intel(R) .., 2 threads, float32"""
+    threads = torch.get_num_threads()
+    cpu = settings.device.type == "cpu"
+    count = f", {threads} thread{'s' * (threads > 1)}" if cpu else ""
+    return f"{hardware(settings.device)}{count}, {str(settings.dtype).removeprefix('torch.')}"
+
+
+def title(settings: Settings, layers: Sequence[str]) -> str:
+    """Of the picture."""
+    what = layers[0] if len(layers) == 1 else settings.mode
+    s = settings
+    return f"{what}: B {s.batch}, D {s.dim}, {s.heads} heads, impl {s.impl}\n{where(s)}"
+
+
+def header(settings: Settings, gemm: float) -> str:
+    """What the numbers are, and of what machine."""
+    s, dtype = settings, str(settings.dtype).removeprefix("torch.")
+    lengths = " ".join(map(str, s.lengths))
+    flops = "rule alone" if s.mode == "ops" else "whole layer"
+    return f"""\
+layerzoo bench {s.mode}: torch {torch.__version__}, {where(s)}, impl {s.impl}
+x [B, T, D]: B {s.batch}, T {lengths}, D {s.dim}, {s.heads} heads; \
+GEMM peak {digits(gemm)} GFLOP/s ({GEMM}^3, {dtype})
+
+ms: median of {s.repeats} calls after {WARMUP}, the implementations in turn
+us/token: of B x T tokens
+x ours: their time / ours, median of the pairs; above 1 ours is faster
+GFLOP/s: FLOPs of the {flops} by definition, whatever the chunk; three times as many with the
+  backward
+peak: bytes in live tensors above those before the call
+differs: largest relative difference of their output from ours
+prefill: T tokens to a state, {PIECE} at a time
+decode: one token a row, mean of the {STEPS} after T tokens
+*: a yardstick, another function of the same shapes; -: it has none"""
+
+
+def versions(peers: Iterable[Peer]) -> dict[str, str]:
+    found = {"layerzoo": layerzoo.__version__, "torch": torch.__version__}
+    for library in sorted({peer.library for peer in peers if peer.library}):
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # a peer that was skipped
+            continue
+    return found
+
+
+def write_json(
+    path: Path, rows: Sequence[Row], settings: Settings, gemm: float, **more: Any
+) -> None:
+    """All numbers, and what they are of; a row's fields are those of `Row`."""
+    content = {
+        **more,
+        "machine": {
+            "device": hardware(settings.device),
+            "threads": torch.get_num_threads(),
+            "gemm_gflops": gemm,
+        },
+        "settings": {
+            **dataclasses.asdict(settings),
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "device": str(settings.device),
+        },
+        "rows": [as_json(row, gemm) for row in rows],
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def as_json(row: Row, gemm: float) -> dict[str, Any]:
+    """A row's fields, spreads as {median, low, high}."""
+    spreads = {k: v._asdict() for k, v in vars(row).items() if isinstance(v, Spread)}
+    return {**vars(row), **spreads, "gemm_fraction": row.gflops and row.gflops / gemm}

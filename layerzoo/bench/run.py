@@ -1,0 +1,211 @@
+"""A benchmark of one layer at one length: ours beside its peers, measure by measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerzoo.layer import Layer, build
+from layerzoo.ops import ImplError
+from layerzoo.spec import SpecError
+
+from .calls import MEASURES, STEPS, arm_of, call_of, disagreement
+from .measure import Spread, alternate, gflops, peak_bytes, ratios, spread, synchroniser
+from .peers import Arm, Peer, Unfit, peers_of
+
+OURS = "layerzoo"
+TOLERANCE = 1e-3
+"""Relative difference that a peer of the same function may have, in float32."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows of a benchmark share. mode: ops or layers. against: names of peers, None for
+    all that fit and can run."""
+
+    mode: str
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
+    batch: int = 2
+    heads: int = 4
+    dim: int = 256
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    impl: str = "auto"
+    repeats: int = 10
+    measures: tuple[str, ...] = tuple(MEASURES)
+    against: tuple[str, ...] | None = None
+
+    def wants(self, peer: Peer) -> bool:
+        return self.against is None or peer.name in self.against
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure of one implementation at one length; None is what it does not have.
+
+    times: of each repeat, ms a call (decode: a call is one token of every row). us_per_token: of
+    the median time. ratio: this time over ours in each pair. gflops: 10^9 FLOPs a second, of the
+    rule's definition. peak: bytes. difference: of a peer's output from ours, relative; None for
+    a yardstick, which computes something else. ran: which implementations of our ops.
+    """
+
+    layer: str
+    T: int
+    measure: str
+    impl: str
+    yardstick: bool
+    times: list[float]
+    ms: Spread | None = None
+    us_per_token: float | None = None
+    ratio: Spread | None = None
+    gflops: float | None = None
+    peak: int | None = None
+    difference: float | None = None
+    ran: list[str] | None = None
+
+
+def bench(
+    spec: dict[str, Any], label: str, T: int, settings: Settings, skipped: dict[str, None]
+) -> list[Row]:
+    """All rows of a layer at a length. Peers that cannot run are added to `skipped`, with
+    the reason.
+
+    Raises:
+        SpecError: a spec that cannot be built, or a peer asked for by name that cannot run.
+        ImplError: an impl of ours that cannot run, or a peer that computes something else.
+    """
+    torch.manual_seed(0)
+    exact = torch.float64 if settings.dtype == torch.float64 else torch.float32
+    layer = build(spec, dim=settings.dim).to(settings.device, exact)
+    layer.impl = settings.impl
+    x = torch.randn(settings.batch, T, settings.dim, device=settings.device, dtype=exact)
+    ours, theirs = arms_of(layer, x, label, settings, skipped)
+    differences = {peer.name: error for peer, (_, error) in theirs.items()}
+    if settings.dtype != exact:  # in which they were compared
+        layer, x = layer.to(settings.dtype), x.to(settings.dtype)
+        ours, theirs = arms_of(layer, x, label, settings, skipped, compare=False)
+    ran = implementations(layer, ours)
+    arms = {OURS: ours, **{peer.name: arm for peer, (arm, _) in theirs.items()}}
+    yardsticks = {peer.name for peer in theirs if not peer.same_as(layer.name)}
+    rows: list[Row] = []
+    for measure in settings.measures:
+        flops = flops_of(layer, settings, measure, T)
+        for name, fields in measured(arms, measure, T, settings).items():
+            if flops and fields["times"] and name not in yardsticks:
+                fields["gflops"] = gflops(flops, fields["ms"].median)
+            rows.append(
+                Row(
+                    label,
+                    T,
+                    MEASURES[measure],
+                    name,
+                    name in yardsticks,
+                    difference=differences.get(name),
+                    ran=ran if name == OURS else None,
+                    **fields,
+                )
+            )
+    return rows
+
+
+def implementations(layer: Layer, arm: Arm) -> list[str]:
+    """What `auto` chose."""
+    ops = layer.ops()
+    before = [set(op.used) for op in ops]
+    for op in ops:
+        op.used.clear()
+    with torch.no_grad():
+        arm.run(arm.tensors, None)
+    ran = sorted({name for op in ops for name in op.used})
+    for op, used in zip(ops, before, strict=True):
+        op.used |= used
+    return ran
+
+
+def arms_of(
+    layer: Layer,
+    x: Tensor,
+    label: str,
+    settings: Settings,
+    skipped: dict[str, None],
+    compare: bool = True,
+) -> tuple[Arm, dict[Peer, tuple[Arm, float | None]]]:
+    """Our arm, and those of the peers that run, with their difference from ours."""
+    ours = arm_of(layer, x, settings.mode)
+    if ours is None:
+        raise SpecError(f"{label}: has no rule to time alone; use `layerzoo bench layers`")
+    theirs: dict[Peer, tuple[Arm, float | None]] = {}
+    for peer in filter(settings.wants, peers_of(settings.mode, layer.name)):
+        error = None
+        try:
+            arm = peer_arm(peer, layer, ours, settings)
+            if compare and peer.same_as(layer.name):
+                error = disagreement(ours, arm)
+        except Unfit as reason:
+            if settings.against is not None:
+                raise SpecError(f"--against {peer.name}: {label}: {reason}") from None
+            who = peer.name if peer.absent() else f"{peer.name} of {label}"
+            skipped[f"{who}: {reason}"] = None
+            continue
+        if error is not None and not error <= TOLERANCE:
+            raise ImplError(
+                f"peer {peer.name} computes something else than {label}: relative difference "
+                f"{error:.1e} at T {x.shape[1]}; leave it out with --against"
+            )
+        theirs[peer] = arm, error
+    return ours, theirs
+
+
+def peer_arm(peer: Peer, layer: Layer, ours: Arm, settings: Settings) -> Arm:
+    """A peer that has run once.
+
+    Raises:
+        Unfit: it is not installed, or cannot run on this input.
+    """
+    if reason := peer.absent():
+        raise Unfit(reason)
+    try:
+        arm = peer.build(layer, ours.tensors)
+        for measure in settings.measures:
+            if call := call_of(arm, measure):
+                call()
+    except Unfit:
+        raise
+    except Exception as error:  # whatever another library raises, on input it was not made for
+        what = (str(error).splitlines() or [""])[0]
+        raise Unfit(f"it fails with {type(error).__name__}: {what}") from error
+    return arm
+
+
+def measured(
+    arms: dict[str, Arm], measure: str, T: int, settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """The fields of each arm's row; its `times` are empty where it has no such measure."""
+    calls = {name: call for name, arm in arms.items() if (call := call_of(arm, measure))}
+    seconds = alternate(list(calls.values()), settings.repeats, synchroniser(settings.device))
+    one_token = measure == "decode"
+    steps, tokens = (STEPS, settings.batch) if one_token else (1, settings.batch * T)
+    found: dict[str, dict[str, Any]] = {name: {"times": []} for name in arms}
+    for (name, call), times in zip(calls.items(), seconds, strict=True):
+        ms = [1e3 * s / steps for s in times]
+        found[name] = {
+            "times": ms,
+            "ms": spread(ms),
+            "us_per_token": 1e3 * spread(ms).median / tokens,
+            "ratio": ratios(found[OURS]["times"], ms) if name != OURS else None,
+        }
+        if measure in ("forward", "backward"):
+            found[name]["peak"] = peak_bytes(call, settings.device)
+    return found
+
+
+def flops_of(layer: Layer, settings: Settings, measure: str, T: int) -> float | None:
+    """FLOPs of a call by the rule's definition, whatever the chunk; with the backward three times
+    those of the forward. A decoded token's are not told apart from the mean."""
+    if measure == "decode":
+        return None
+    a_token = layer.rule_flops(T) if settings.mode == "ops" else layer.flops_per_token(T)
+    return a_token * settings.batch * T * (3 if measure == "backward" else 1)
