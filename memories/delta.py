@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from layerzoo.layer import State
 from layerzoo.ops import Op
@@ -16,6 +15,7 @@ from .chunks import (
     add_product,
     chunk_size,
     fold,
+    once_differentiable,
     pad_tokens,
     product,
     segments,

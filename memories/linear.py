@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from layerzoo.layer import State
@@ -18,6 +17,7 @@ from .chunks import (
     add_product,
     chunk_size,
     fold,
+    once_differentiable,
     pad_tokens,
     product,
     segments,
@@ -180,10 +180,12 @@ class Linear(MatrixMemory, name="linear"):
 
         def check(self) -> None:
             MatrixConfig.check(self)
-            if self.normaliser and not FEATURE_MAPS[self.feature_map].positive:
+            phi, decay = FEATURE_MAPS[self.feature_map], self.decay
+            if self.normaliser and not (phi.each_positive if decay == "vector" else phi.positive):
+                good = [n for n, m in FEATURE_MAPS.items() if m.each_positive]
                 raise SpecError(
-                    f"normaliser: feature_map '{self.feature_map}' gives sums of both signs, and "
-                    "so zero divisors; use elu1, relu, softmax or taylor"
+                    f"normaliser: feature_map '{self.feature_map}' with decay '{decay}' gives "
+                    f"sums of both signs, and so zero divisors; use {', '.join(good)}"
                 )
 
     source = "Katharopoulos et al. 2020, arXiv 2006.16236"
@@ -193,9 +195,9 @@ class Linear(MatrixMemory, name="linear"):
         {"heads": 3, "decay": "constant", "qk_norm": "none", "out_norm": "none"},
         {"heads": 2, "decay": "scalar", "out_gate": "silu", "feature_map": "elu1"},
         {"heads": 2, "decay": "vector", "key_dim": 5, "value_dim": 7, "qk_norm": "rms"},
-        {"key_dim": 3, "decay": "vector", "feature_map": "taylor", "normaliser": True},
+        {"key_dim": 3, "decay": "constant", "feature_map": "taylor", "normaliser": True},
         {"heads": 2, "feature_map": "relu", "normaliser": True, "qk_norm": "rms"},
-        {"heads": 2, "feature_map": "softmax", "normaliser": True, "decay": "scalar"},
+        {"heads": 2, "feature_map": "softmax", "normaliser": True, "decay": "vector"},
     )
 
     def __init__(self, dim: int, config: Any) -> None:

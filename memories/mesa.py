@@ -17,7 +17,7 @@ from .chunks import chunk_size, fold, pad_tokens, tiles
 from .decays import FLOOR
 from .linear import linear_attention
 from .matrix import MatrixConfig, MatrixMemory, per_token
-from .ridge import Solve, conjugate_gradient, symmetric
+from .ridge import Solve, conjugate_gradient, magnitude, symmetric
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -77,8 +77,8 @@ def solve(q: Float[Tensor, "... n K"], kk: Tensor, ridge: Tensor, steps: int | N
     """Rows x of x (A + ridge) = q, one A `[..., K, K]` for all rows; ridge is `[..., 1, K]`."""
     if steps is None:
         return torch.linalg.solve(kk + torch.diag_embed(ridge.squeeze(-2)), q.mT).mT
-    kk = symmetric(kk)
-    return conjugate_gradient(lambda p: p @ kk.mT + ridge * p, q, steps)
+    kk, size = symmetric(kk), magnitude(q)
+    return size * conjugate_gradient(lambda p: p @ kk.mT + ridge * p, q / size, steps)
 
 
 @OP.register("recurrent")
@@ -106,7 +106,8 @@ def _chunked(q, k, v, beta, log_decay, ridge, *, steps, kk, kv):
     if log_decay is not None:
         log_decay = log_decay.clamp(min=FLOOR)
         g = pad_tokens(per_token(log_decay, k), size)
-    Q, Ks, Ss, Gs = tiles(size, *(pad_tokens(x, size) for x in (q, k, scaled)), g)
+    largest = magnitude(q)
+    Q, Ks, Ss, Gs = tiles(size, *(pad_tokens(x, size) for x in (q / largest, k, scaled)), g)
     step = max(1, SOLVED // max(1, B * H * size))
     rows = ridge.repeat(B, 1).unsqueeze(1)  # [R, 1, K]
     state, solved = kk.flatten(0, 1), []
@@ -117,7 +118,7 @@ def _chunked(q, k, v, beta, log_decay, ridge, *, steps, kk, kv):
         x, state = Solve.apply(*segment, rows, state, steps)
         solved.append(x)
     x = torch.cat(solved).unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
-    o, kv = linear_attention(x, scaled, v, log_decay, state=kv, impl="chunked")
+    o, kv = linear_attention(largest * x, scaled, v, log_decay, state=kv, impl="chunked")
     return o, state.unflatten(0, (B, H)), kv
 
 

@@ -90,7 +90,11 @@ class Mamba2(Linear, name="mamba2"):
     def project(self, x: Tensor) -> tuple[Tensor, Write]:
         q, write = super().project(x)
         v, step = write["v"], write.pop("step")
-        return q, {**write, "v": (v * step).to(v.dtype), "skip": self.skip * v}
+        return q, {
+            **write,
+            "v": (v * step).to(v.dtype),
+            "skip": self.skip * v[..., : self.value_dim],
+        }
 
     def gates(self, x: Tensor) -> Write:
         step = self.log_decay.step(x)

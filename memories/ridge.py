@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .chunks import add_product, product
+from .chunks import add_product, once_differentiable, product
 from .decays import Pulled, decays_of
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ class Step(NamedTuple):
 
     p: Tensor
     Ap: Tensor
+    pAp: Tensor  # 1 where frozen, as rr
+    rr: Tensor  # before the step
     r: Tensor  # after the step
     live: Tensor
     size: Tensor
-    inverse_pAp: Tensor
-    inverse_rr: Tensor  # before the step
     ratio: Tensor  # of rr after and before
 
 
@@ -38,21 +37,21 @@ def conjugate_gradient(
     """x with apply(x) = b for a symmetric positive `apply`, by at most `steps` steps from zero.
 
     A row whose residual is down to rounding error, or whose b is zero, is frozen: the next step
-    would divide noise by noise.
+    would divide noise by noise. b is about 1 (see `magnitude`), lest its squares underflow.
     """
     x, r, p = torch.zeros_like(b), b, b
     rr = r.square().sum(-1, keepdim=True)
     enough = torch.finfo(b.dtype).eps ** 2 * rr.detach()
     for _ in range(steps):
         live, Ap = rr > enough, apply(p)
-        inverse_pAp = torch.where(live, 1 / torch.where(live, (p * Ap).sum(-1, True), 1.0), 0.0)
-        inverse_rr = torch.where(live, 1 / torch.where(live, rr, 1.0), 0.0)
-        size = rr * inverse_pAp
+        pAp = torch.where(live, (p * Ap).sum(-1, keepdim=True), 1.0)
+        before = torch.where(live, rr, 1.0)
+        size = torch.where(live, rr / pAp, 0.0)
         x, r = x + size * p, r - size * Ap
         rr = r.square().sum(-1, keepdim=True)
-        ratio = rr * inverse_rr
+        ratio = torch.where(live, rr / before, 0.0)
         if trace is not None:
-            trace.append(Step(p, Ap, r, live, size, inverse_pAp, inverse_rr, ratio))
+            trace.append(Step(p, Ap, pAp, before, r, live, size, ratio))
         p = r + ratio * p
     return x
 
@@ -61,17 +60,27 @@ def conjugate_gradient_back(
     apply: Callable[[Tensor], Tensor], b: Tensor, trace: list[Step], dx: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of b and of every step's Ap, from that of x: the steps in reverse."""
-    dr, dp, drr, d_products = torch.zeros_like(b), torch.zeros_like(b), 0.0, []
+    dr, dp, drr = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b[..., :1])
+    d_products = []
     for step in reversed(trace):
-        d_ratio = (dp * step.p).sum(-1, keepdim=True)
-        dr = dr + dp + 2 * (drr + d_ratio * step.inverse_rr) * step.r
-        d_size = (dx * step.p - dr * step.Ap).sum(-1, keepdim=True)
-        d_pAp = -d_size * step.size * step.inverse_pAp
+        d_ratio = torch.where(step.live, (dp * step.p).sum(-1, keepdim=True) / step.rr, 0.0)
+        dr = dr + dp + 2 * (drr + d_ratio) * step.r
+        d_size = torch.where(
+            step.live, (dx * step.p - dr * step.Ap).sum(-1, keepdim=True) / step.pAp, 0.0
+        )
+        d_pAp = -d_size * step.size
         dAp = d_pAp * step.p - step.size * dr
         dp = step.ratio * dp + step.size * dx + d_pAp * step.Ap + apply(dAp)
-        drr = d_size * step.inverse_pAp - d_ratio * step.ratio * step.inverse_rr
+        drr = d_size - d_ratio * step.ratio
         d_products.append(dAp)
     return dr + dp + 2 * drr * b, d_products[::-1]
+
+
+def magnitude(q: Float[Tensor, "... K"]) -> Float[Tensor, "... 1"]:
+    """The largest entry of each row, 1 for a zero row. A solution grows with
+    its q in proportion: dividing by it before and multiplying after needs no gradient of it."""
+    size = q.detach().abs().amax(-1, keepdim=True)
+    return torch.where(size > 0, size, 1.0)
 
 
 def symmetric(A: Tensor) -> Tensor:

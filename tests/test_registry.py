@@ -89,7 +89,7 @@ LINEAR = {"name": "linear", "heads": 2}
         ({"heads": 2}, "a layer spec needs a name"),
         (3, "a layer spec is a name or a mapping, got 3"),
         ({"name": "linear", "head": 2}, "linear: unknown field 'head'; did you mean 'heads'?"),
-        ({"name": "linear", "zzz": 2}, "linear: unknown field 'zzz'; known: decay, feature_map, heads, "),
+        ({"name": "linear", "zzz": 2}, "linear: unknown field 'zzz'; known: decay, feature_map, "),
         ({"name": "parallel"}, "parallel: children: missing, and it has no default"),
         ({"name": "linear", "heads": "two"}, "linear: heads: expected int, got 'two'"),
         ({"name": "linear", "heads": True}, "linear: heads: expected int, got True"),
