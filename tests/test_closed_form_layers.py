@@ -108,6 +108,12 @@ def test_the_normaliser_reads_back_a_constant(feature_map: str, decay: str) -> N
     close(layer.read(q, state), constant.expand_as(o), 1e-11)
 
 
+def test_the_normaliser_divides_by_at_least_a_millionth() -> None:
+    layer: Any = build("linear", dim=DIM, feature_map="relu", normaliser=True)
+    for divisor, want in ((0.5, 6.0), (1e-5, 3e5), (1e-8, 3e6), (0.0, 3e6)):
+        close(layer.normalised(torch.tensor([[3.0, divisor]])), torch.tensor([[want]]), 1e-6)
+
+
 @pytest.mark.parametrize("most", [1, 2])
 def test_beta_max(most: int) -> None:
     for name in ("delta", "gated_delta", "kda"):
