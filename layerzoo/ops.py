@@ -37,8 +37,9 @@ class Op:
         """The implementations that ran in this process, for the run record."""
 
     def register(self, impl: str, *, upcast: bool = True) -> Callable[[Any], Any]:
-        """Decorator: add an implementation. With `upcast` it sees every floating-point tensor in
-        the accumulator's dtype and runs with autocast off; its output returns to q's dtype."""
+        """Decorator: add an implementation. With `upcast` it sees every floating-point tensor,
+        also in tuples and dicts, in the accumulator's dtype, and runs with autocast off; its
+        output returns to q's dtype."""
 
         def add(fn: Callable[..., Any]) -> Callable[..., Any]:
             self.impls[impl] = _upcast(fn) if upcast else fn
@@ -104,8 +105,12 @@ def _upcast(fn: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         dtype = accumulator_dtype(*args, *kwargs.values())
 
-        def up(t: Any) -> Any:
-            return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+        def up(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.to(dtype) if x.is_floating_point() else x
+            if isinstance(x, dict):
+                return {name: up(value) for name, value in x.items()}
+            return tuple(map(up, x)) if type(x) is tuple else x
 
         with torch.autocast(args[0].device.type, enabled=False):
             out = fn(*map(up, args), **{name: up(t) for name, t in kwargs.items()})

@@ -1,0 +1,8 @@
+"""Fast weights: memories that are a small network, trained while the sequence is read."""
+
+from .layer import FastWeights
+from .networks import GLU, MLP, Linear
+from .op import fast_weights
+from .rule import Rule
+
+__all__ = ["GLU", "MLP", "FastWeights", "Linear", "Rule", "fast_weights"]

@@ -1,0 +1,361 @@
+"""The chunked form of all fast weights: a mini-batch is a handful of matrix products.
+
+Token j of a mini-batch has the gradient g_j = X_j^T E_j (per matrix; X its inputs, E the errors at
+its outputs), all at the weights W_0 from the start of the mini-batch. With `update: token`
+
+    S_j = momentum_j S_(j-1) - lr_j g_j,  U_j = retention_j U_(j-1) + S_j,  W_j = A_j W_0 + row_j U_j
+
+is linear in the g_j, so that a read with W_i is a product with W_0, U and S from before and one with
+the tokens' X and E (the dual form), nested through the network's matrices. With `update: chunk`
+
+    U_j = U_(j-1) - lr_j g_j;  when it is full  S = mean(momentum) S + U,  W = A W + direction(S).
+
+A mini-batch is worked off in pieces: all of it, or what a call holds of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ..chunks import SEGMENT, fold, tiles
+from .networks import with_bias
+from .primitives import Terms, products, read, scaled, write
+from .rule import Rule
+from .state import State, position
+
+Weights = tuple[Tensor, ...]
+Watch = Callable[..., None]
+"""Called at the end of a mini-batch, see diagnostics.py."""
+MAX_PIECE = 128
+"""Tokens: a longer mini-batch is worked off in pieces, which stay in the cache."""
+
+
+class Running(NamedTuple):
+    """The state between two pieces, with rows N = B H; None is what it is at the start of a
+    mini-batch: U = 0, A = 1, m = 0. mapped: the weights at which gradients are taken."""
+
+    W: Weights
+    mapped: Weights
+    U: Weights | None
+    S: Weights | None
+    A: Tensor | None
+    m: Tensor | None
+
+
+class Gates(NamedTuple):
+    """The coefficients of a piece, of `update: token`; None is 1, or 0 where there is no S.
+
+    A: of W, `[N, n, 1]`: retention since the piece began. u: of U. s: of S. L: of the tokens'
+    gradients, per matrix, `[N, n, n]`. U_end, S_end: at its last token, of S in U, of S in S, and
+    of the gradients in U and S.
+    """
+
+    A: Tensor | None
+    u: Tensor | None
+    s: Tensor | None
+    L: tuple[Tensor, ...]
+    U_end: tuple[Tensor | None, tuple[Tensor, ...]]
+    S_end: tuple[Tensor, tuple[Tensor, ...]] | None
+
+
+def token_gates(
+    lr: Tensor, momentum: Tensor | None, retention: Tensor | None, row: Tensor | None
+) -> list[Gates]:
+    """The coefficients of a group of pieces, batched over it: lr `[g, N, n, M]`, momentum and
+    retention `[g, N, n]`, row `[n]`."""
+    n = lr.shape[-2]
+    rates = lr.unsqueeze(-1).unbind(-2)  # [g, N, n, 1], one a matrix, or one for all
+    if retention is None:
+        A, L = None, lr.new_ones(n, n).tril()
+    else:
+        L = products(retention)
+        A = retention[..., :1, None] * L[..., :1]
+    s = S_end = None
+    if momentum is not None:
+        since = products(momentum)
+        first = momentum[..., :1, None] * since[..., :1]
+        s, L = L @ first, L @ since
+        S_end = (first[..., -1:, :], tuple(since[..., -1, :, None] * rate for rate in rates))
+    end = L[..., -1, :, None]
+    U_end = (None if s is None else s[..., -1:, :], tuple(end * rate for rate in rates))
+    u = A
+    if row is not None:
+        row = row.unsqueeze(-1)
+        L, u, s = row * L, row if A is None else row * A, None if s is None else row * s
+    Ls = tuple(L * rate.mT for rate in rates)
+    g = len(lr)
+
+    def each(x: Any) -> Any:
+        """One of each for every piece of the group."""
+        if isinstance(x, tuple):
+            return list(zip(*map(each, x), strict=True))
+        return [x] * g if x is None or x.dim() == 2 else x.unbind(0)
+
+    S_ends = [None] * g if S_end is None else each(S_end)
+    return [Gates(*x) for x in zip(*map(each, (A, u, s, Ls, U_end)), S_ends, strict=True)]
+
+
+class Engine:
+    """One call: what its pieces share."""
+
+    def __init__(
+        self, rule: Rule, initial: Weights, row: Any, layer_norm: Any, watch: Watch | None
+    ) -> None:
+        self.rule, self.initial, self.row, self.watch = rule, initial, row, watch
+        self.layer_norm = layer_norm
+        self.matrices = range(len(initial))
+
+    def phi(self, weights: Weights, *places: str) -> Weights:
+        """The forgetting map, if the rule has it at one of these places."""
+        rule = self.rule
+        if not rule.forgetting.nonlinear or rule.place not in places:
+            return weights
+        pairs = zip(weights, self.initial, strict=True)
+        return tuple(rule.forgetting.phi(w, first) for w, first in pairs)
+
+    def begin(self, W: Weights, S: Weights | None, first: bool = False) -> Running:
+        """A mini-batch; first: of the sequence."""
+        spare = first and self.rule.spares_initial
+        mapped = W if spare else self.phi(W, "start", "view")
+        return Running(W, mapped, None, S, None, None)
+
+    def gradients(self, at: Weights, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs X and errors E of every matrix, at weights that all tokens share."""
+        rule, X = self.rule, {}
+
+        def lin(m: int, x: Tensor) -> Tensor:
+            X[m] = with_bias(rule.network, x)
+            return X[m] @ at[m]
+
+        def lin_t(m: int, e: Tensor) -> Tensor:
+            return e @ (at[m][:, :-1] if rule.network.bias else at[m]).mT
+
+        y, pull = rule.network.forward(lin, k, self.layer_norm)
+        return [X[m] for m in self.matrices], pull(rule.objective.error(y, v), lin_t)
+
+    def read(self, weights: Weights, q: Tensor) -> Tensor:
+        network = self.rule.network
+        lin = lambda m, z: with_bias(network, z) @ weights[m]  # noqa: E731
+        return network.forward(lin, q, self.layer_norm)[0]
+
+    def token_piece(
+        self, at: Running, q: Tensor, k: Tensor, v: Tensor, gates: Gates, full: bool
+    ) -> tuple[Tensor, Running]:
+        """full: this piece ends the mini-batch."""
+        network = self.rule.network
+        X, E = self.gradients(at.mapped, k, v)
+        L, (s_end, end), S_end = gates.L, gates.U_end, gates.S_end
+        A = gates.A if at.A is None else scaled(gates.A, at.A)
+        from_U = [] if at.U is None else [(gates.u, U) for U in at.U]
+        from_S = [] if at.S is None else [(gates.s, S) for S in at.S]
+
+        def lin(m: int, z: Tensor) -> Tensor:
+            terms = [(A, at.W[m]), *from_U[m : m + 1], *from_S[m : m + 1]]
+            return read(with_bias(network, z), X[m], E[m], L[m % len(L)], terms)
+
+        o, _ = network.forward(lin, q, self.layer_norm)
+
+        S = at.S
+        if S is not None:
+            assert S_end is not None
+            S = tuple(
+                write(X[m], E[m], S_end[1][m % len(L)], [(S_end[0], S[m])]) for m in self.matrices
+            )
+        a_end = None if gates.A is None else gates.A[:, -1:]
+        A_end = None if A is None else A[:, -1:]
+        row = self.row[-1] if full and self.row is not None else None
+
+        def after(m: int) -> Tensor:
+            terms: Terms = []
+            if full:
+                terms.append((A_end, at.W[m]))
+            if at.U is not None:
+                terms.append((row if a_end is None else scaled(row, a_end), at.U[m]))
+            if at.S is not None:
+                assert s_end is not None
+                terms.append((scaled(row, s_end), at.S[m]))
+            return write(X[m], E[m], scaled(row, end[m % len(L)]), terms)
+
+        weights = tuple(after(m) for m in self.matrices)
+        if not full:
+            return o, at._replace(U=weights, S=S, A=A_end)
+        return o, self.end(at, weights, S, A_end, k, v)
+
+    def chunk_piece(
+        self,
+        at: Running,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor, Tensor | None, Tensor | None],
+        full: bool,
+    ) -> tuple[Tensor, Running]:
+        """gates: lr `[N, n, M]`, momentum and retention `[N, n]`."""
+        rule, (lr, momentum, retention) = self.rule, gates
+        o = self.read(at.mapped if rule.place == "view" else at.W, q)
+        X, E = self.gradients(at.mapped, k, v)
+        rates = lr.unsqueeze(-1).unbind(-2)
+        U = tuple(
+            write(X[m], E[m], rates[m % len(rates)], [] if at.U is None else [(None, at.U[m])])
+            for m in self.matrices
+        )
+        A, m = at.A, at.m
+        if retention is not None:
+            A = scaled(A, retention.prod(-1)[:, None, None])
+        if momentum is not None:
+            total = momentum.sum(-1)[:, None, None]
+            m = total if m is None else m + total
+        if not full:
+            return o, at._replace(U=U, A=A, m=m)
+        S = at.S
+        if S is not None:
+            assert m is not None
+            mean = m / rule.mini_batch
+            U = S = tuple(torch.addcmul(u, s, mean) for u, s in zip(U, S, strict=True))
+        base = at.W if rule.place == "view" else at.mapped
+        W = tuple(scaled(A, w) + rule.optimiser.direction(u) for w, u in zip(base, U, strict=True))
+        return o, self.end(at, W, S, A, k, v)
+
+    def end(self, at: Running, W: Weights, S: Any, A: Any, k: Tensor, v: Tensor) -> Running:
+        """The end of a mini-batch."""
+        new = self.begin(self.phi(W, "end"), S)
+        if self.watch is not None:
+            view = self.rule.place == "view"
+            self.watch(self, at.mapped, new.mapped if view else new.W, A, k, v)
+        return new
+
+    def group(self, at: Running, start: int, n: int, *seq: Tensor | None) -> Any:
+        """Pieces of n tokens each, `[B, g n, H, ..]`, from position `start` of a mini-batch."""
+        q, k, v, lr, *rest = (None if x is None else fold(x) for x in tiles(n, *seq))
+        momentum, decay = (None if x is None else x.squeeze(-1) for x in rest)
+        retention = None if decay is None else 1 - decay
+        C, row, outputs = self.rule.mini_batch, self.row, []
+        if self.rule.update == "token":
+            part = None if row is None else row[start : start + n]
+            gates: Any = token_gates(lr, momentum, retention, part)
+            piece: Any = self.token_piece
+        else:
+            each = lambda x: [None] * len(lr) if x is None else x.unbind(0)  # noqa: E731
+            gates = zip(lr.unbind(0), each(momentum), each(retention), strict=True)
+            piece = self.chunk_piece
+        for x in zip(q.unbind(0), k.unbind(0), v.unbind(0), gates, strict=True):
+            start += n
+            o, at = piece(at, *x, full=start % C == 0)
+            outputs.append(o)
+        return torch.stack(outputs), at
+
+
+def plan(T: int, start: int, C: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(position in the mini-batch, tokens a piece, pieces) of every group; a piece stays in one
+    mini-batch, and a group is short enough for the cache."""
+    while T:
+        left = min(C - start, T)
+        n = min(left, MAX_PIECE)
+        whole = T // C if start == 0 and n == C else left // n
+        g = max(1, min(whole, SEGMENT // (rows * n)))
+        yield start, n, g
+        T, start = T - g * n, (start + g * n) % C
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    row: Tensor | None,
+    layer_norm: tuple[Tensor, Tensor] | None,
+    initial: Weights,
+    *,
+    rule: Rule,
+    state: State,
+    checkpoint: bool,
+    watch: Watch | None,
+) -> tuple[Tensor, State]:
+    """See `fast_weights`. initial: weights `[N, I, O]`; layer_norm: `[N, 1, V]` each."""
+    B, T, H, _ = q.shape
+    if T == 0:
+        return torch.zeros_like(v), state
+    engine = Engine(rule, initial, row, layer_norm, watch)
+    flat = {name: _rows(x) for name, x in state.items() if name != "position"}
+    past, C = position(state), rule.mini_batch
+    start = past % C
+    at = engine.begin(flat["weights"], flat.get("momentum"), first=past < C)
+    if start:
+        A, m = (None if (x := flat.get(n)) is None else x[:, None, None] for n in PENDING)
+        at = at._replace(U=flat["updates"], A=A, m=m)
+    groups = list(plan(T, start, C, B * H))
+    sizes = [n * g for _, n, g in groups]
+    gates = (None if x is None else x.unsqueeze(-1) for x in (momentum, decay))
+    parts = [[None] * len(sizes) if x is None else x.split(sizes, 1) for x in (q, k, v, lr, *gates)]
+    outputs = []
+    for (begin, n, _), *seq in zip(groups, *parts, strict=True):
+        if checkpoint and torch.is_grad_enabled():
+            o, at = recompute(engine.group, at, begin, n, *seq, use_reentrant=False)
+        else:
+            o, at = engine.group(at, begin, n, *seq)
+        outputs.append(o.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2))
+    return torch.cat(outputs, 1), _unrows(at, state, past + T, (B, H))
+
+
+def read_only(
+    q: Tensor,
+    row: Tensor | None,
+    layer_norm: tuple[Tensor, Tensor] | None,
+    initial: Weights,
+    *,
+    rule: Rule,
+    state: State,
+) -> Tensor:
+    """What q `[B, T, H, K]` reads from a state, which does not change."""
+    B, _, H, _ = q.shape
+    engine = Engine(rule, initial, row, layer_norm, None)
+    W, past = _rows(state["weights"]), position(state)
+    if rule.update == "chunk":
+        at = engine.begin(W, None, first=past < rule.mini_batch)
+        weights = at.mapped if rule.place == "view" else W
+    elif (start := past % rule.mini_batch) == 0:
+        weights = W
+    else:
+        A = None if "retention" not in state else _rows(state["retention"])[:, None, None]
+        factor = None if row is None else row[start - 1]
+        U = _rows(state["updates"])
+        weights = tuple(scaled(A, w) + scaled(factor, u) for w, u in zip(W, U, strict=True))
+    o = engine.read(weights, q.transpose(1, 2).flatten(0, 1))
+    return o.unflatten(0, (B, H)).transpose(1, 2)
+
+
+PENDING = ("retention", "momentum_sum")
+
+
+def _rows(x: Any) -> Any:
+    return tuple(w.flatten(0, 1) for w in x) if isinstance(x, tuple) else x.flatten(0, 1)
+
+
+def _unrows(at: Running, like: State, past: int, rows: tuple[int, int]) -> State:
+    """The state of the shape `like`."""
+
+    def back(weights: Weights | None, like: Weights) -> Weights:
+        if weights is None:
+            return tuple(torch.zeros_like(w) for w in like)
+        return tuple(w.unflatten(0, rows) for w in weights)
+
+    def gate(x: Tensor | None, empty: float) -> Tensor:
+        return like["weights"][0].new_full(rows, empty) if x is None else x.reshape(rows)
+
+    like_W = like["weights"]
+    new: State = {
+        "weights": lambda: back(at.W, like_W),
+        "updates": lambda: back(at.U, like_W),
+        "momentum": lambda: back(at.S, like_W),
+        "retention": lambda: gate(at.A, 1.0),
+        "momentum_sum": lambda: gate(at.m, 0.0),
+        "position": lambda: torch.full_like(like["position"], past),
+    }
+    return {name: new[name]() for name in like}

@@ -1,0 +1,162 @@
+"""The layer of all fast weights; a preset is a subclass with other defaults."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from layerzoo.layer import Reduction, State, StateBytes
+from layerzoo.ops import accumulator_dtype
+from layerzoo.shell import Memory, Shell, Write
+from layerzoo.spec import SpecError
+
+from .op import OP, fast_weights, read_fast_weights
+from .optimisers import NEWTON_SCHULZ, Muon
+from .rule import Rule
+from .state import init_state
+
+START = {"lr": 0.0, "momentum": 0.0, "decay": -6.0}
+"""Biases of the gates at the start: half of the highest rate, momentum 1/2, decay 1/400 a token
+(a memory that fades fast makes denormals, and finds it hard to learn otherwise)."""
+
+
+class Gate(nn.Module):
+    """sigmoid(x W + b), one per token and `size`, in float32 or wider. W as torch's Linear."""
+
+    def __init__(self, dim: int, size: int, start: float) -> None:
+        super().__init__()
+        self.x = nn.Linear(dim, size)
+        nn.init.constant_(self.x.bias, start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.x(x).to(accumulator_dtype(x)).sigmoid()
+
+
+class FastWeights(Memory, name="fast_weights"):
+    """A network M_W trained on the pairs (k, v) while the sequence is read; o_t = M_(W_t)(q_t).
+
+    update: token   S_j = momentum_j S_(j-1) - lr_j g_j,   U_j = (1 - decay_j) U_(j-1) + S_j,
+                    W_j = A_j W_0 + row_j U_j,   A_j = product of 1 - decay over the mini-batch
+    update: chunk   at the end of the mini-batch S = mean(momentum) S - sum_j lr_j g_j,
+                    W = A W_0 + direction(S); its tokens read W_0
+
+    g_j: gradient of the objective of M(k_j) against v_j at W_0, the weights from the start of j's
+    mini-batch. The layer learns the initial weights and the gates by backpropagation through all
+    of this (second order, exact). `ttt_linear`, `ttt_mlp`, `titans`, `lact`, `allmem`, `yaad`,
+    `moneta` and `memora` are points in this space.
+
+    lr_t = lr sigmoid(x_t w + b) / |k|^2, b = 0 at the start; |k|^2 counts as 1 for qk_norm l2 and
+    as K else. momentum_t and decay_t likewise without a factor, b = 0 and b = -6. A matrix starts
+    normal with the variance 1 / |x|^2 of its inputs x, taken as their number beyond the first
+    matrices, and the last one at half that deviation; biases at 0.
+    """
+
+    class Config(Shell, Rule):
+        """lr: highest rate. lr_per_matrix: a rate for every matrix. row: tokens read the writes of
+        their mini-batch times max(0, 1 / i + learned), i their place in it (`update: token`)."""
+
+        lr: float = 0.1
+        lr_per_matrix: bool = False
+        row: bool = False
+
+        def check(self) -> None:
+            Shell.check(self)
+            Rule.check(self)
+            if self.lr <= 0:
+                raise SpecError(f"lr: must be positive, got {self.lr}")
+            if self.row and self.update == "chunk":
+                raise SpecError(
+                    "row: weighs the tokens inside a mini-batch, which update 'chunk' does not"
+                )
+
+        def rule(self) -> Rule:
+            return Rule(**{field.name: getattr(self, field.name) for field in Rule.fields()})
+
+    source = "Sun et al. 2024, arXiv 2407.04620; axes of many, see its options"
+    op = OP
+    cases: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"heads": 2, "mini_batch": 5},
+    )
+    config: Any
+
+    def __init__(self, dim: int, config: Any) -> None:
+        super().__init__(dim, config)
+        self.rule_ = rule = config.rule()
+        H, K, V = self.heads, self.key_dim, self.value_dim
+        if rule.network.residual and K != V:
+            raise SpecError(f"network: residual needs key_dim = value_dim, got {K} and {V}")
+        self.shapes = rule.network.shapes(K, V)
+        self.key_square = 1.0 if config.qk_norm == "l2" else float(K)
+        self.weights = nn.ParameterList(self.start(m) for m in range(len(self.shapes)))
+        rates = len(self.shapes) if config.lr_per_matrix else 1
+        self.lr_gate = Gate(dim, H * rates, START["lr"])
+        if rule.has_momentum:
+            self.momentum_gate = Gate(dim, H, START["momentum"])
+        if rule.has_decay:
+            self.decay_gate = Gate(dim, H, START["decay"])
+        if config.row:
+            self.row_offset = nn.Parameter(torch.zeros(rule.mini_batch))
+        if rule.network.layer_norm:
+            self.norm_weight = nn.Parameter(torch.ones(H, V))
+            self.norm_bias = nn.Parameter(torch.zeros(H, V))
+
+    def start(self, m: int) -> Tensor:
+        """Initial weights of a matrix."""
+        network, (i, o) = self.rule_.network, self.shapes[m]
+        std = self.key_square**-0.5 if m in network.first else i**-0.5
+        if o == self.value_dim and m not in network.first:
+            std = std / 2
+        weights = torch.randn(self.heads, i + network.bias, o) * std
+        if network.bias:
+            weights[:, -1] = 0
+        return weights
+
+    def gates(self, x: Tensor) -> Write:
+        lr = self.lr_gate(x).unflatten(-1, (self.heads, -1)) * (self.config.lr / self.key_square)
+        found = {"lr": lr}
+        if self.rule_.has_momentum:
+            found["momentum"] = self.momentum_gate(x)
+        if self.rule_.has_decay:
+            found["decay"] = self.decay_gate(x)
+        return found
+
+    def constants(self) -> dict[str, Any]:
+        """The op's arguments that no token writes."""
+        found: dict[str, Any] = {"weights": tuple(self.weights), "spec": self.rule_}
+        if self.config.row:
+            place = torch.arange(1, len(self.row_offset) + 1).to(self.row_offset)
+            found["row"] = (1 / place + self.row_offset).clamp(min=0)
+        if self.rule_.network.layer_norm:
+            found["layer_norm"] = (self.norm_weight, self.norm_bias)
+        return found
+
+    def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
+        return fast_weights(q, **write, **self.constants(), state=state, impl=self.impl)
+
+    def read(self, q: Tensor, state: State) -> Tensor:
+        return read_fast_weights(q, **self.constants(), state=state)
+
+    def init_state(self, batch_size: int) -> State:
+        wide = accumulator_dtype(self.q.weight)
+        return init_state(self.rule_, tuple(w.to(wide) for w in self.weights), batch_size)
+
+    def state_bytes(self, T: int) -> StateBytes:
+        state = init_state(self.rule_, tuple(w.detach() for w in self.weights), 1)
+        memory = sum(4 * w.numel() for w in state.pop("weights"))
+        position = 8 if state.pop("position", None) is not None else 0
+        flat = [x for part in state.values() for x in (part if type(part) is tuple else (part,))]
+        return StateBytes(memory, position + sum(4 * x.numel() for x in flat))
+
+    def rule_flops(self, T: int) -> float:
+        """A token's forward pass, errors and outer products, its read, and Muon's share."""
+        sizes, first = [i * o for i, o in self.shapes], self.rule_.network.first
+        behind = sum(size for m, size in enumerate(sizes) if m not in first)
+        flops = 6.0 * sum(sizes) + 2 * behind
+        if isinstance(self.rule_.optimiser, Muon):
+            share = len(NEWTON_SCHULZ) * (T // self.rule_.mini_batch) / T
+            for i, o in self.shapes:
+                r, c = min(i, o), max(i, o)
+                flops += share * (4 * r * r * c + 2 * r**3)
+        return self.heads * flops

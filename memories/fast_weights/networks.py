@@ -1,0 +1,150 @@
+"""The inner networks: a token's key or query `[N, n, K]` -> `[N, n, V]`, N = batch x heads.
+
+A network meets its fast weights only through `lin(m, x)`, x times matrix m: so one definition
+serves the writes at the anchor, the reads with every token's own weights, and the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from layerzoo.spec import SpecError
+
+from .activations import GELU, GELU_TANH, SILU
+from .options import Option
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Lin = Callable[[int, Tensor], Tensor]
+Pull = Callable[[Tensor, Lin], list[Tensor]]
+"""`pull(dL/dy, lin_t)` -> dL/d(output of matrix m) for every m; `lin_t` times the transposes."""
+
+EPS = 1e-6
+
+
+class Network(Option):
+    """Fields of all networks, M(x) = [x +] [LayerNorm] f(x).
+
+    bias: every matrix has one, as a last row that meets a constant 1. residual: adds x; needs
+    K = V. layer_norm: over the output, with a weight and a bias per head that are learned outside
+    and not by the writes; epsilon 1e-6.
+    """
+
+    bias: bool = False
+    residual: bool = False
+    layer_norm: bool = False
+
+    first: ClassVar[tuple[int, ...]] = (0,)
+    """The matrices that x itself meets."""
+
+    def shapes(self, K: int, V: int) -> list[tuple[int, int]]:
+        """(inputs, outputs) of every matrix, without the bias row."""
+        raise NotImplementedError
+
+    def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
+        """f(x), and how an error at f(x) reaches the matrices."""
+        raise NotImplementedError
+
+    def forward(
+        self, lin: Lin, x: Float[Tensor, "N n K"], layer_norm: tuple[Tensor, Tensor] | None
+    ) -> tuple[Float[Tensor, "N n V"], Pull]:
+        """M(x), and how dL/dM(x) reaches the matrices; layer_norm: (weight, bias), `[N, 1, V]`."""
+        f, pull = self.body(lin, x)
+        y = f
+        if layer_norm is not None:
+            weight, bias = layer_norm
+            normal, mean, rstd = torch.native_layer_norm(f, f.shape[-1:], None, None, EPS)
+            y, body_pull = normal * weight + bias, pull
+
+            def pull(dy: Tensor, lin_t: Lin) -> list[Tensor]:
+                df = torch.ops.aten.native_layer_norm_backward(
+                    dy * weight, f, f.shape[-1:], mean, rstd, None, None, [True, False, False]
+                )[0]
+                return body_pull(df, lin_t)
+
+        return (x + y if self.residual else y), pull
+
+
+class Linear(Network, name="linear"):
+    """f(x) = x W0."""
+
+    def shapes(self, K: int, V: int) -> list[tuple[int, int]]:
+        return [(K, V)]
+
+    def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
+        return lin(0, x), lambda e, lin_t: [e]
+
+
+class MLP(Network, name="mlp"):
+    """f(x) = gelu(.. gelu(x W0) W1 ..) W_(depth-1).
+
+    depth: matrices, 2 to 4. expansion: hidden width as a multiple of K. activation: gelu is exact
+    (erf), gelu_tanh its approximation by tanh.
+    """
+
+    depth: int = 2
+    expansion: float = 4.0
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+
+    def check(self) -> None:
+        if not 2 <= self.depth <= 4:
+            raise SpecError(f"depth: must be 2, 3 or 4, got {self.depth}; depth 1 is 'linear'")
+        if self.expansion <= 0:
+            raise SpecError(f"expansion: must be positive, got {self.expansion}")
+
+    def shapes(self, K: int, V: int) -> list[tuple[int, int]]:
+        widths = [K, *[max(1, round(self.expansion * K))] * (self.depth - 1), V]
+        return list(zip(widths, widths[1:], strict=False))
+
+    def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
+        act = GELU if self.activation == "gelu" else GELU_TANH
+        hidden = [lin(0, x)]
+        for m in range(1, self.depth):
+            hidden.append(lin(m, act.f(hidden[-1])))
+
+        def pull(e: Tensor, lin_t: Lin) -> list[Tensor]:
+            errors = [e]
+            for m in range(self.depth - 1, 0, -1):
+                errors.append(act.pull(lin_t(m, errors[-1]), hidden[m - 1]))
+            return errors[::-1]
+
+        return hidden[-1], pull
+
+
+class GLU(Network, name="glu"):
+    """f(x) = (silu(x W0) * (x W2)) W1, numbered as in LaCT.
+
+    expansion: hidden width as a multiple of K.
+    """
+
+    expansion: float = 2.0
+    first: ClassVar[tuple[int, ...]] = (0, 2)
+
+    def check(self) -> None:
+        if self.expansion <= 0:
+            raise SpecError(f"expansion: must be positive, got {self.expansion}")
+
+    def shapes(self, K: int, V: int) -> list[tuple[int, int]]:
+        hidden = max(1, round(self.expansion * K))
+        return [(K, hidden), (hidden, V), (K, hidden)]
+
+    def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
+        gate, up = lin(0, x), lin(2, x)
+        open_ = SILU.f(gate)
+
+        def pull(e: Tensor, lin_t: Lin) -> list[Tensor]:
+            d = lin_t(1, e)
+            return [SILU.pull(d * up, gate), e, d * open_]
+
+        return lin(1, open_ * up), pull
+
+
+def with_bias(network: Network, x: Tensor) -> Tensor:
+    """x with a last column of ones, where the network has biases."""
+    return F.pad(x, (0, 1), value=1.0) if network.bias else x

@@ -1,0 +1,162 @@
+"""The public op of the fast weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.spec import SpecError
+
+from . import engine, recurrent
+from .engine import Watch
+from .rule import Rule
+from .state import State, init_state
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+OP = Op("fast_weights")
+
+
+def fast_weights(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    weights: tuple[Tensor, ...],
+    *,
+    spec: Rule,
+    lr: Tensor,
+    momentum: Float[Tensor, "B T H"] | None = None,
+    decay: Float[Tensor, "B T H"] | None = None,
+    row: Float[Tensor, "mini_batch"] | None = None,
+    layer_norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None,
+    state: State | None = None,
+    impl: str = "auto",
+    checkpoint: bool = False,
+    watch: Watch | None = None,
+) -> tuple[Float[Tensor, "B T H V"], State]:
+    """A network M_W trained on the pairs (k, v) while they are read: o_t = M_(W_t)(q_t).
+
+    With g_j the gradient of the objective of M(k_j) against v_j at the weights W_0 from the start
+    of j's mini-batch (S, the momentum, goes on; U = 0 and A = 1 at its start), `update: token` is
+
+        S_j = momentum_j S_(j-1) - lr_j g_j
+        U_j = (1 - decay_j) U_(j-1) + S_j,   A_j = (1 - decay_j) A_(j-1)
+        W_j = A_j W_0 + row_j U_j,           o_j = M_(W_j)(q_j)
+
+    and `update: chunk`, where a token reads W_0,
+
+        U_j = U_(j-1) - lr_j g_j;   at the end of the mini-batch
+        S = mean(momentum) S + U,   W = A W_0 + direction(S),   direction of the optimiser.
+
+    The last W of a mini-batch is the next one's W_0. A map phi of `spec.forgetting` acts there:
+    with place `end` the next W_0 is phi(W); with `start` tokens read W_0, but gradients are taken
+    at phi(W_0), and A multiplies phi(W_0); with `view` both use phi(W_0), and A multiplies W_0.
+
+    Args:
+        weights: initial weights of every matrix, `[H, I, O]` or `[B, H, I, O]`, as
+            `spec.network.shapes(K, V)`; with biases I + 1 rows, the last of which is the bias.
+        spec: the rule (named as the axes in a config are).
+        lr: finished rates, `[B, T, H]`, or `[B, T, H, M]` with one for each of M matrices.
+        momentum, decay: in [0, 1]; given if and only if the rule has them.
+        row: a factor of the token's place in its mini-batch (TTT), of `update: token`.
+        layer_norm: weight and bias, if and only if the network has a LayerNorm.
+        state: of an earlier call, else its start from `weights`. It is enough to go on at any
+            token. (`weights` still give `norm` its target.)
+        impl: auto, recurrent, chunked or triton.
+        checkpoint: keep less for the backward pass and compute it again.
+        watch: called at the end of every mini-batch, see diagnostics.py.
+
+    Returns:
+        o in q's dtype, and the state: float32 (float64 for float64 input), see state.py.
+
+    Raises:
+        SpecError: gates or weights that do not fit the rule. ImplError: an impl that cannot run.
+
+    Sources: TTT, Sun et al. 2024, arXiv 2407.04620; Titans, Behrouz et al. 2025, 2501.00663 (token);
+    LaCT, Zhang et al. 2025, 2505.23884; AllMem, 2602.13680 (chunk); Miras, 2504.13173 (lq, kl, lp).
+    """
+    B = len(k)
+    check(spec, k, v, weights, lr, momentum, decay, row, layer_norm)
+    if state is None:
+        wide = accumulator_dtype(q, k, v)
+        state = init_state(spec, tuple(w.to(wide) for w in weights), B)
+    lr = lr.unsqueeze(-1) if lr.dim() == 3 else lr
+    initial, norm = per_row(weights, layer_norm, B)
+    return OP(
+        impl,
+        *(q, k, v, lr, momentum, decay, row, norm, initial),
+        rule=spec,
+        state=state,
+        checkpoint=checkpoint,
+        watch=watch,
+    )
+
+
+def read_fast_weights(
+    q: Float[Tensor, "B T H K"],
+    weights: tuple[Tensor, ...],
+    *,
+    spec: Rule,
+    row: Tensor | None = None,
+    layer_norm: tuple[Tensor, Tensor] | None = None,
+    state: State,
+) -> Float[Tensor, "B T H V"]:
+    """o = M_W(q) with the weights that the last token of a state read; nothing is written.
+    Arguments as in `fast_weights`."""
+    initial, norm = per_row(weights, layer_norm, len(q))
+    return READ("chunked", q, row, norm, initial, rule=spec, state=state)
+
+
+def per_row(weights: tuple[Tensor, ...], layer_norm: Any, B: int) -> tuple[Any, Any]:
+    """Initial weights `[B H, I, O]` and LayerNorm parameters `[B H, 1, V]`."""
+    initial = tuple(w.expand(B, *w.shape[-3:]).flatten(0, 1) for w in weights)
+    return initial, layer_norm and tuple(x.unsqueeze(1).repeat(B, 1, 1) for x in layer_norm)
+
+
+def check(
+    rule: Rule,
+    k: Tensor,
+    v: Tensor,
+    weights: tuple[Tensor, ...],
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    row: Tensor | None,
+    layer_norm: Any,
+) -> None:
+    """Raises SpecError where the arguments do not fit the rule."""
+    B, T, H, K = k.shape
+    V, network = v.shape[-1], rule.network
+    if network.residual and K != V:
+        raise SpecError(f"network: residual needs K = V, got {K} and {V}")
+    given = {
+        "momentum": (momentum, rule.has_momentum, f"optimiser '{rule.optimiser.name}'"),
+        "decay": (decay, rule.has_decay, f"forgetting '{rule.forgetting.name}'"),
+        "layer_norm": (layer_norm, network.layer_norm, f"network '{network.name}'"),
+    }
+    for name, (value, wanted, option) in given.items():
+        if (value is not None) != wanted:
+            verb = "needs" if wanted else "has no"
+            raise SpecError(f"{name}: {option} of this rule {verb} {name}")
+    shapes = [(i + network.bias, o) for i, o in network.shapes(K, V)]
+    if [tuple(w.shape[-2:]) for w in weights] != shapes:
+        got = [tuple(w.shape[-2:]) for w in weights]
+        raise SpecError(f"weights: shapes {got} are not {shapes} of network '{network.name}'")
+    if lr.shape[:3] != (B, T, H) or lr.shape[3:] not in ((), (1,), (len(weights),)):
+        raise SpecError(f"lr: shape {tuple(lr.shape)} is neither [B, T, H] nor [B, T, H, matrices]")
+    for name, gate in (("momentum", momentum), ("decay", decay)):
+        if gate is not None and gate.shape != (B, T, H):
+            raise SpecError(f"{name}: shape {tuple(gate.shape)} is not [B, T, H]")
+    if row is not None and rule.update == "chunk":
+        raise SpecError("row: weighs the tokens inside a mini-batch, which update 'chunk' does not")
+    if row is not None and row.shape != (rule.mini_batch,):
+        raise SpecError(f"row: shape {tuple(row.shape)} is not [{rule.mini_batch}]")
+
+
+OP.register("recurrent")(recurrent.run)
+OP.register("chunked")(engine.run)
+READ = Op("read_fast_weights")
+READ.register("chunked")(engine.read_only)

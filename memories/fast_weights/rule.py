@@ -1,0 +1,99 @@
+"""Rule: a point in the space of fast weights, the axes crossed, and what is ill-defined in it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from layerzoo.spec import Config, SpecError, at
+
+from .forgetting import Forgetting, Mapped
+from .networks import Network
+from .objectives import Objective
+from .optimisers import Muon, Optimiser
+
+AXES: dict[str, Any] = {
+    "network": Network,
+    "objective": Objective,
+    "optimiser": Optimiser,
+    "forgetting": Forgetting,
+}
+
+
+class Rule(Config):
+    """How a small network M_W is trained while the sequence is read. Of each of the first four a
+    name, or a mapping of its name and its own fields:
+
+    network: linear, mlp (depth, expansion, activation) or glu (expansion); all: bias, residual,
+        layer_norm.
+    objective: dot, l2, huber (delta) or lp (p): the loss of M(k) against v.
+    optimiser: sgd, momentum, or muon (momentum).
+    forgetting: none, decay, or norm, lq, kl, each with or without decay.
+    place: of norm, lq and kl: end of the mini-batch (after the write), start (reads see the raw
+        weights, gradients and writes the mapped ones), view (a master copy is kept).
+    mini_batch: tokens whose gradients are all taken at the weights before the first of them.
+    update: token (a token reads its own write) or chunk (the mini-batch is written, in one step,
+        when it is full; its tokens read the weights from before).
+
+    Raises:
+        SpecError: an unknown option, or a combination that has no meaning.
+    """
+
+    network: Any = "mlp"
+    objective: Any = "l2"
+    optimiser: Any = "sgd"
+    forgetting: Any = "none"
+    place: Literal["end", "start", "view"] = "end"
+    mini_batch: int = 16
+    update: Literal["token", "chunk"] = "token"
+
+    def check(self) -> None:
+        for name, axis in AXES.items():
+            with at(name):
+                object.__setattr__(self, name, axis.of(getattr(self, name)))
+        if self.mini_batch < 1:
+            raise SpecError(f"mini_batch: must be at least 1, got {self.mini_batch}")
+        forgetting, name = self.forgetting, self.forgetting.name
+        if isinstance(self.optimiser, Muon):
+            if self.update == "token":
+                raise SpecError(
+                    "optimiser 'muon' needs update 'chunk': it acts on the step of a mini-batch"
+                )
+            if self.network.bias:
+                raise SpecError(
+                    "optimiser 'muon' is not defined for a network with bias: a bias is no matrix"
+                )
+        if not isinstance(forgetting, Mapped):
+            if self.place != "end":
+                raise SpecError(
+                    f"place '{self.place}' does nothing with forgetting '{name}'; leave it out"
+                )
+            return
+        if forgetting.dual and self.place != "view":
+            raise SpecError(
+                f"forgetting '{name}' needs place 'view': it reads the weights off a master copy "
+                f"that adds up the writes"
+            )
+        if self.update == "token" and self.place != "end":
+            raise SpecError(
+                f"place '{self.place}' needs update 'chunk': with 'token' a token reads weights "
+                f"that must be linear in the writes so far"
+            )
+        if name == "norm" and self.network.bias:
+            raise SpecError(
+                "forgetting 'norm' is not defined for a network with bias: a norm would mix an "
+                "output's bias with its weights"
+            )
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.optimiser.has_momentum
+
+    @property
+    def has_decay(self) -> bool:
+        return self.forgetting.has_decay
+
+    @property
+    def spares_initial(self) -> bool:
+        """The first mini-batch uses the initial weights as they are: before the first write `norm`
+        has nothing to mend (it matters where eps is not 0). A dual map acts at once."""
+        return self.forgetting.nonlinear and self.place != "end" and not self.forgetting.dual
