@@ -126,7 +126,7 @@ class Engine:
 
     def gradients(self, at: Weights, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs X and errors E of every matrix, at weights that all tokens share."""
-        rule, X = self.rule, {}
+        rule, X = self.rule, [k] * len(at)
 
         def lin(m: int, x: Tensor) -> Tensor:
             X[m] = with_bias(rule.network, x)
@@ -136,7 +136,7 @@ class Engine:
             return e @ (at[m][:, :-1] if rule.network.bias else at[m]).mT
 
         y, pull = rule.network.forward(lin, k, self.layer_norm)
-        return [X[m] for m in self.matrices], pull(rule.objective.error(y, v), lin_t)
+        return X, pull(rule.objective.error(y, v), lin_t)
 
     def read(self, weights: Weights, q: Tensor) -> Tensor:
         network = self.rule.network
@@ -262,6 +262,7 @@ def plan(T: int, start: int, C: int, rows: int) -> Iterator[tuple[int, int, int]
         T, start = T - g * n, (start + g * n) % C
 
 
+@torch.compiler.disable(reason="its loop over mini-batches would be unrolled")
 def run(
     q: Tensor,
     k: Tensor,

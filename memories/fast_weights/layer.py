@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,15 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.x(x).to(accumulator_dtype(x)).sigmoid()
+
+
+def silence(gate: str) -> Callable[[Any], None]:
+    """Set the momentum or decay of a layer to its neutral value, 0."""
+
+    def neutral(layer: Any) -> None:
+        nn.init.constant_(getattr(layer, f"{gate}_gate").x.bias, -torch.inf)
+
+    return neutral
 
 
 class FastWeights(Memory, name="fast_weights"):

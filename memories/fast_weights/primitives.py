@@ -29,9 +29,8 @@ def scaled(c: Tensor | None, x: Tensor) -> Tensor:
     return x if c is None else x * c
 
 
-def pairs(flat: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
-    it = iter(flat)
-    return zip(it, it, strict=True)
+def pairs(flat: tuple[Any, ...] | list[Any]) -> Iterable[tuple[Any, Any]]:
+    return zip(flat[::2], flat[1::2], strict=True)
 
 
 def dot(x: Tensor, y: Tensor) -> Float[Tensor, "N 1 1"]:

@@ -79,20 +79,22 @@ def tokens(
             return weights
         return [rule.forgetting.phi(weights[m], initial[m]) for m in matrices]
 
-    def flat(name: str) -> list[Tensor]:
-        """Zero where the rule, or a mini-batch of one token, has no such part."""
-        given = state.get(name)
-        if given is None:
-            return [torch.zeros_like(w) for w in initial]
-        return [w.flatten(0, 1) for w in given]
-
-    def gate(name: str, empty: float) -> Tensor:
-        given = state.get(name)
-        return initial[0].new_full((B * H, 1, 1), empty) if given is None else given.view(-1, 1, 1)
-
-    W, U, S = flat("weights"), flat("updates"), flat("momentum")
-    A, total, past = gate("retention", 1.0), gate("momentum_sum", 0.0), position(state)
+    past = position(state)
     pos = past % C
+
+    def part(name: str, empty: float) -> Tensor:
+        """A gate of the mini-batch so far: `empty` at its start, whatever the state holds."""
+        given = state.get(name) if pos else None
+        fresh = initial[0].new_full((B * H, 1, 1), empty)
+        return fresh if given is None else given.reshape(B * H, 1, 1)
+
+    W = [w.flatten(0, 1) for w in state["weights"]]
+    U = S = [torch.zeros_like(w) for w in W]
+    if "momentum" in state:
+        S = [s.flatten(0, 1) for s in state["momentum"]]
+    if pos:
+        U = [u.flatten(0, 1) for u in state["updates"]]
+    A, total = part("retention", 1.0), part("momentum_sum", 0.0)
     outputs = []
     for t in range(T):
         keep = 1.0 if decay is None else 1 - at(decay, t)
