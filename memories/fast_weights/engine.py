@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..chunks import SEGMENT, fold, tiles
 from .networks import with_bias
-from .primitives import Terms, products, read, scaled, write
+from .primitives import Dual, Write, products, scaled
 from .rule import Rule
 from .state import State, position
 
@@ -50,17 +50,20 @@ class Running(NamedTuple):
 class Gates(NamedTuple):
     """The coefficients of a piece, of `update: token`; None is 1, or 0 where there is no S.
 
-    A: of W, `[N, n, 1]`: retention since the piece began. u: of U. s: of S. L: of the tokens'
-    gradients, per matrix, `[N, n, n]`. U_end, S_end: at its last token, of S in U, of S in S, and
-    of the gradients in U and S.
+    A, u, s: of W, U and S in what a token reads, `[N, n, 1]`. L: of the tokens' gradients, one a
+    matrix or one for all, `[N, n, n]`. u_end, s_end, w: of U, S and the gradients in U at the end.
+    theta, t: of S and the gradients in S at the end.
     """
 
     A: Tensor | None
     u: Tensor | None
     s: Tensor | None
     L: tuple[Tensor, ...]
-    U_end: tuple[Tensor | None, tuple[Tensor, ...]]
-    S_end: tuple[Tensor, tuple[Tensor, ...]] | None
+    u_end: Tensor | None
+    s_end: Tensor | None
+    w: tuple[Tensor, ...]
+    theta: Tensor | None
+    t: tuple[Tensor, ...] | None
 
 
 def token_gates(
@@ -70,34 +73,35 @@ def token_gates(
     retention `[g, N, n]`, row `[n]`."""
     n = lr.shape[-2]
     rates = lr.unsqueeze(-1).unbind(-2)  # [g, N, n, 1], one a matrix, or one for all
-    if retention is None:
-        A, L = None, lr.new_ones(n, n).tril()
-    else:
+    A = s = theta = t = None
+    L = lr.new_ones(n, n).tril()
+    if retention is not None:
         L = products(retention)
         A = retention[..., :1, None] * L[..., :1]
-    s = S_end = None
     if momentum is not None:
         since = products(momentum)
         first = momentum[..., :1, None] * since[..., :1]
         s, L = L @ first, L @ since
-        S_end = (first[..., -1:, :], tuple(since[..., -1, :, None] * rate for rate in rates))
-    end = L[..., -1, :, None]
-    U_end = (None if s is None else s[..., -1:, :], tuple(end * rate for rate in rates))
+        theta, last = first[..., -1:, :], since[..., -1, :, None]
+        t = tuple(last * rate for rate in rates)
+    u_end = None if A is None else A[..., -1:, :]
+    s_end = None if s is None else s[..., -1:, :]
+    last = L[..., -1, :, None]
+    w = tuple(last * rate for rate in rates)
     u = A
     if row is not None:
         row = row.unsqueeze(-1)
         L, u, s = row * L, row if A is None else row * A, None if s is None else row * s
     Ls = tuple(L * rate.mT for rate in rates)
-    g = len(lr)
 
     def each(x: Any) -> Any:
         """One of each for every piece of the group."""
         if isinstance(x, tuple):
             return list(zip(*map(each, x), strict=True))
-        return [x] * g if x is None or x.dim() == 2 else x.unbind(0)
+        return [x] * len(lr) if x is None or x.dim() == 2 else x.unbind(0)
 
-    S_ends = [None] * g if S_end is None else each(S_end)
-    return [Gates(*x) for x in zip(*map(each, (A, u, s, Ls, U_end)), S_ends, strict=True)]
+    found = Gates(A, u, s, Ls, u_end, s_end, w, theta, t)
+    return [Gates(*x) for x in zip(*map(each, found), strict=True)]
 
 
 class Engine:
@@ -147,44 +151,35 @@ class Engine:
         self, at: Running, q: Tensor, k: Tensor, v: Tensor, gates: Gates, full: bool
     ) -> tuple[Tensor, Running]:
         """full: this piece ends the mini-batch."""
-        network = self.rule.network
         X, E = self.gradients(at.mapped, k, v)
-        L, (s_end, end), S_end = gates.L, gates.U_end, gates.S_end
         A = gates.A if at.A is None else scaled(gates.A, at.A)
-        from_U = [] if at.U is None else [(gates.u, U) for U in at.U]
-        from_S = [] if at.S is None else [(gates.s, S) for S in at.S]
+        A_end = None if A is None else A[:, -1:]
+        u_end, s_end = gates.u_end, gates.s_end
+        w = gates.w
+        if full and self.row is not None:  # the row factor of its last token, which U is without
+            last = self.row[-1]
+            u_end = last if u_end is None else last * u_end
+            s_end = None if s_end is None else last * s_end
+            w = tuple(last * x for x in w)
+        end, S = list(at.W), list(at.W)
 
         def lin(m: int, z: Tensor) -> Tensor:
-            terms = [(A, at.W[m]), *from_U[m : m + 1], *from_S[m : m + 1]]
-            return read(with_bias(network, z), X[m], E[m], L[m % len(L)], terms)
-
-        o, _ = network.forward(lin, q, self.layer_norm)
-
-        S = at.S
-        if S is not None:
-            assert S_end is not None
-            S = tuple(
-                write(X[m], E[m], S_end[1][m % len(L)], [(S_end[0], S[m])]) for m in self.matrices
+            r = m % len(w)
+            o, end[m], S[m] = Dual.apply(
+                full,
+                *(with_bias(self.rule.network, z), X[m], E[m], gates.L[r], w[r]),
+                *(None if gates.t is None else gates.t[r], gates.theta),
+                *(at.W[m], A, A_end),
+                *(at.U and at.U[m], gates.u, u_end),
+                *(at.S and at.S[m], gates.s, s_end),
             )
-        a_end = None if gates.A is None else gates.A[:, -1:]
-        A_end = None if A is None else A[:, -1:]
-        row = self.row[-1] if full and self.row is not None else None
+            return o
 
-        def after(m: int) -> Tensor:
-            terms: Terms = []
-            if full:
-                terms.append((A_end, at.W[m]))
-            if at.U is not None:
-                terms.append((row if a_end is None else scaled(row, a_end), at.U[m]))
-            if at.S is not None:
-                assert s_end is not None
-                terms.append((scaled(row, s_end), at.S[m]))
-            return write(X[m], E[m], scaled(row, end[m % len(L)]), terms)
-
-        weights = tuple(after(m) for m in self.matrices)
+        o, _ = self.rule.network.forward(lin, q, self.layer_norm)
+        S = None if at.S is None else tuple(S)
         if not full:
-            return o, at._replace(U=weights, S=S, A=A_end)
-        return o, self.end(at, weights, S, A_end, k, v)
+            return o, at._replace(U=tuple(end), S=S, A=A_end)
+        return o, self.end(at, tuple(end), S, A_end, k, v)
 
     def chunk_piece(
         self,
@@ -201,7 +196,7 @@ class Engine:
         X, E = self.gradients(at.mapped, k, v)
         rates = lr.unsqueeze(-1).unbind(-2)
         U = tuple(
-            write(X[m], E[m], rates[m % len(rates)], [] if at.U is None else [(None, at.U[m])])
+            Write.apply(X[m], E[m], rates[m % len(rates)], None if at.U is None else at.U[m])
             for m in self.matrices
         )
         A, m = at.A, at.m
@@ -247,7 +242,7 @@ class Engine:
             start += n
             o, at = piece(at, *x, full=start % C == 0)
             outputs.append(o)
-        return torch.stack(outputs), at
+        return outputs, at
 
 
 def plan(T: int, start: int, C: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -301,8 +296,9 @@ def run(
             o, at = recompute(engine.group, at, begin, n, *seq, use_reentrant=False)
         else:
             o, at = engine.group(at, begin, n, *seq)
-        outputs.append(o.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2))
-    return torch.cat(outputs, 1), _unrows(at, state, past + T, (B, H))
+        outputs += o
+    o = torch.cat(outputs, 1).unflatten(0, (B, H)).transpose(1, 2)
+    return o, _unrows(at, state, past + T, (B, H))
 
 
 def read_only(

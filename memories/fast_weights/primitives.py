@@ -1,25 +1,22 @@
-"""What a mini-batch is made of: three functions with hand-written backward passes.
+"""What a mini-batch is made of: functions with hand-written backward passes.
 
 X `[N, n, I]` are the inputs of a matrix in the write pass and E `[N, n, O]` the errors at its
-outputs, so that token j's gradient is X_j^T E_j. A coefficient is a tensor that broadcasts, `[N, n, 1]`
-(of tokens) or `[N, 1, 1]` (of rows), or None for 1. Products are scaled at their narrower side.
+outputs, so that token j's gradient is X_j^T E_j. A coefficient broadcasts, `[N, n, 1]` (of tokens)
+or `[N, 1, 1]` (of a row), or is None for 1. Products are scaled at their narrower side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..chunks import once_differentiable
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-Terms = list[tuple[Tensor | None, Tensor]]
-"""Coefficients and the matrices `[N, I, O]` that they weigh."""
 
 TINY = 1e-20
 """Products of gates below this are 0: else they become denormals, and arithmetic crawls."""
@@ -29,103 +26,144 @@ def scaled(c: Tensor | None, x: Tensor) -> Tensor:
     return x if c is None else x * c
 
 
-def pairs(flat: tuple[Any, ...] | list[Any]) -> Iterable[tuple[Any, Any]]:
-    return zip(flat[::2], flat[1::2], strict=True)
+def row_sum(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a coefficient: the sum of x y over all along which it was broadcast."""
+    if like.dim() == 0 or like.shape[-2] == 1:
+        total = (x * y).sum((1, 2), keepdim=True)
+    else:
+        total = torch.linalg.vecdot(x, y).unsqueeze(-1)
+    return total.sum_to_size(like.shape)
 
 
-def dot(x: Tensor, y: Tensor) -> Float[Tensor, "N 1 1"]:
-    """Sum of x y over a row's matrix."""
-    return torch.bmm(x.flatten(1).unsqueeze(1), y.flatten(1).unsqueeze(2))
+class Dual(torch.autograd.Function):
+    """Reads and writes of n tokens at one matrix. Token i reads with its own weights
+    W_i = sum_s c_s,i B_s - sum_j L_ij X_j^T E_j, which are never formed:
 
+        o = sum_s c_s (z B_s) - (L * z X^T) E            (L is zero above its diagonal)
+        end = sum_s end_s B_s - X^T (w E)
+        S' = theta S - X^T (t E)                         (where there is a momentum S)
 
-def read(z: Tensor, X: Tensor, E: Tensor, L: Tensor, terms: Terms) -> Float[Tensor, "N n O"]:
-    """o_i = z_i W_i with every token's own W_i = sum_s c_s,i B_s - sum_j L_ij X_j^T E_j, which are
-    never formed: o = sum_s c_s (z B_s) - (L * z X^T) E. (L is zero above its diagonal.)"""
-    return Read.apply(z, X, E, L, *(x for term in terms for x in term))
+    The Bs are W, U (None at the start of a mini-batch) and S (None without momentum); W is in
+    `end` only if `full`, which is then the next mini-batch's W, else U.
+    """
 
-
-class Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, X: Tensor, E: Tensor, L: Tensor, *terms: Any) -> Tensor:
+    def forward(
+        ctx: Any, full: bool, z: Any, X: Any, E: Any, L: Any, w: Any, t: Any, theta: Any, *parts: Any
+    ) -> Any:
         P = z @ X.mT
-        o = torch.bmm(P * L, E).neg_()
-        narrow_in, products = z.shape[-1] <= E.shape[-1], []
-        for c, B in pairs(terms):
-            if c is None or narrow_in:
+        o = torch.bmm((P * L).neg_(), E)
+        narrow = X.shape[-1] <= E.shape[-1]
+        end, products = None, []
+        for n, (B, c, e) in enumerate(_parts(parts)):
+            if B is None:
+                continue
+            if c is None or narrow:
                 o.baddbmm_(scaled(c, z), B)
             else:
                 products.append(z @ B)
                 o.addcmul_(products[-1], c)
-        ctx.narrow_in, ctx.count = narrow_in, len(products)
-        ctx.save_for_backward(z, X, E, L, P, *products, *terms)
-        return o
+            if n or full:
+                end = _add_scaled(end, e, B)
+        end = _subtract_outer(end, X, E, w)
+        S = None if theta is None else _subtract_outer(_parts(parts)[2][0] * theta, X, E, t)
+        ctx.full, ctx.count = full, len(products)
+        ctx.save_for_backward(z, X, E, L, w, t, theta, P, *products, *parts)
+        return o, end, S
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (g,) = grad_outputs
-        z, X, E, L, P, *rest = ctx.saved_tensors
-        products, terms = iter(rest[: ctx.count]), rest[ctx.count :]
+        g, g_end, g_S = grad_outputs
+        z, X, E, L, w, t, theta, P, *rest = ctx.saved_tensors
+        products, parts = iter(rest[: ctx.count]), rest[ctx.count :]
+        narrow = X.shape[-1] <= E.shape[-1]
         G = torch.bmm(g, E.mT).neg_()
         d_P = G * L
-        d_z = d_P @ X
-        d_terms = []
-        for c, B in pairs(terms):
-            d_c = None
+        d_z, d_X, d_E = d_P @ X, d_P.mT @ z, torch.bmm((P * L).neg_().mT, g)
+        d_L = G.mul_(P)
+        d_w = _pull_outer(g_end, X, E, w, d_X, d_E)
+        d_t = d_theta = None
+        if theta is not None:
+            d_t = _pull_outer(g_S, X, E, t, d_X, d_E)
+            d_theta = row_sum(g_S, parts[6], theta)
+        grads = []
+        for n, (B, c, e) in enumerate(_parts(parts)):
+            if B is None:
+                grads += [None, None, None]
+                continue
             if c is None:
+                left, right, d_c = z, g, None
                 d_z.baddbmm_(g, B.mT)
-                d_B = z.mT @ g
-            elif ctx.narrow_in:
+            elif narrow:
                 y = g @ B.mT
                 d_z.addcmul_(y, c)
-                d_B, d_c = (z * c).mT @ g, (y * z).sum(-1, keepdim=True)
+                left, right, d_c = z * c, g, row_sum(y, z, c)
             else:
-                y = g * c
-                d_z.baddbmm_(y, B.mT)
-                d_B, d_c = z.mT @ y, (next(products) * g).sum(-1, keepdim=True)
-            d_terms += [reduced(d_c, c), d_B]
-        d_E = torch.bmm((P * L).mT, g).neg_()
-        return d_z, d_P.mT @ z, d_E, reduced(G.mul_(P), L), *d_terms
+                left, right, d_c = z, g * c, row_sum(next(products), g, c)
+                d_z.baddbmm_(right, B.mT)
+            d_e = None
+            if n or ctx.full:
+                if e is None:
+                    d_B = torch.baddbmm(g_end, left.mT, right)
+                else:
+                    d_B, d_e = (g_end * e).baddbmm_(left.mT, right), row_sum(g_end, B, e)
+            else:
+                d_B = left.mT @ right
+            if n == 2:
+                d_B.addcmul_(g_S, theta)
+            grads += [d_B, d_c, d_e]
+        return None, d_z, d_X, d_E, d_L.sum_to_size(L.shape), d_w, d_t, d_theta, *grads
 
 
-def reduced(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The gradient of a coefficient, summed where it was broadcast."""
-    return None if grad is None or like is None else grad.sum_to_size(like.shape)
+def _parts(flat: Any) -> list[Any]:
+    """(B, c, end) of W, U and S."""
+    return [flat[0:3], flat[3:6], flat[6:9]]
 
 
-def write(X: Tensor, E: Tensor, c: Tensor, terms: Terms) -> Float[Tensor, "N I O"]:
-    """sum_s c_s B_s - X^T (c E): matrices after the writes of n tokens."""
-    return Write.apply(X, E, c, *(x for term in terms for x in term))
+def _add_scaled(total: Tensor | None, c: Tensor | None, B: Tensor) -> Tensor:
+    if total is None:
+        return B.clone() if c is None else B * c
+    return total.add_(B) if c is None else total.addcmul_(B, c)
+
+
+def _subtract_outer(total: Tensor | None, X: Tensor, E: Tensor, w: Tensor) -> Tensor:
+    """total - X^T (w E), into `total`."""
+    x, e = (X * w, E) if X.shape[-1] <= E.shape[-1] else (X, E * w)
+    return torch.bmm(x.mT, e).neg_() if total is None else total.baddbmm_(x.mT, e, alpha=-1)
+
+
+def _pull_outer(
+    g: Tensor, X: Tensor, E: Tensor, w: Tensor, d_X: Tensor, d_E: Tensor
+) -> Float[Tensor, "N n 1"]:
+    """The gradients of -X^T (w E), from g: added to d_X and d_E; of w, returned."""
+    if X.shape[-1] <= E.shape[-1]:
+        y = E @ g.mT
+        d_X.addcmul_(y, w, value=-1)
+        d_E.baddbmm_(X * w, g, alpha=-1)
+        return row_sum(X, y, w).neg()
+    y = X @ g
+    d_E.addcmul_(y, w, value=-1)
+    d_X.baddbmm_(E * w, g.mT, alpha=-1)
+    return row_sum(E, y, w).neg()
 
 
 class Write(torch.autograd.Function):
+    """U - X^T (w E), U None for 0: the sum of a piece's gradients."""
+
     @staticmethod
-    def forward(ctx: Any, X: Tensor, E: Tensor, c: Tensor, *terms: Any) -> Tensor:
-        ctx.save_for_backward(X, E, c, *terms)
-        x, e = (X * -c, E) if X.shape[-1] <= E.shape[-1] else (X, E * -c)
-        if not terms:
-            return x.mT @ e
-        (a, B), *more = pairs(terms)
-        W = torch.baddbmm(B, x.mT, e) if a is None else (B * a).baddbmm_(x.mT, e)
-        for a, B in more:
-            W = W.add_(B) if a is None else W.addcmul_(B, a)
-        return W
+    def forward(ctx: Any, X: Tensor, E: Tensor, w: Tensor, U: Tensor | None) -> Tensor:
+        ctx.save_for_backward(X, E, w)
+        return _subtract_outer(None if U is None else U.clone(), X, E, w)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (g,) = grad_outputs
-        X, E, c, *terms = ctx.saved_tensors
-        if X.shape[-1] <= E.shape[-1]:
-            y, x = E @ g.mT, X * -c
-            d_X, d_E, d_c = y * -c, x @ g, (X * y).sum(-1, keepdim=True).neg_()
-        else:
-            y, e = X @ g, E * -c
-            d_X, d_E, d_c = e @ g.mT, y * -c, (E * y).sum(-1, keepdim=True).neg_()
-        d_terms = []
-        for a, B in pairs(terms):
-            d_terms += [None, g] if a is None else [reduced(dot(g, B), a), g * a]
-        return d_X, d_E, reduced(d_c, c), *d_terms
+        X, E, w = ctx.saved_tensors
+        d_X, d_E = torch.zeros_like(X), torch.zeros_like(E)
+        d_w = _pull_outer(g, X, E, w, d_X, d_E)
+        return d_X, d_E, d_w, g if ctx.needs_input_grad[3] else None
 
 
 def products(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n n"]:
@@ -140,7 +178,7 @@ class Products(torch.autograd.Function):
         n = x.shape[-1]
         below = torch.ones(n, n, dtype=torch.bool, device=x.device).tril(-1)
         L = torch.where(below, x.unsqueeze(-1), 1).cumprod(-2)
-        L = L.masked_fill_(L < TINY, 0.0).tril_()
+        L = F.threshold_(L, TINY, 0.0).tril_()
         ctx.save_for_backward(L)
         return L
 
