@@ -32,6 +32,7 @@ class LaCT(FastWeights, name="lact"):
         update: Literal["token", "chunk"] = "chunk"
         mini_batch: int = 512
         lr_per_matrix: bool = True
+        lr: float = 0.7
 
     source = "Zhang et al. 2025, arXiv 2505.23884"
     cases = (

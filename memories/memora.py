@@ -24,6 +24,7 @@ class Memora(FastWeights, name="memora"):
         forgetting: Any = KL(decay=True)
         place: Literal["end", "start", "view"] = "view"
         update: Literal["token", "chunk"] = "chunk"
+        lr: float = 0.7
 
     source = "Behrouz et al. 2025, arXiv 2504.13173"
     cases = ({"heads": 2, "mini_batch": 5},)

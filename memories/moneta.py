@@ -25,7 +25,7 @@ class Moneta(FastWeights, name="moneta"):
         forgetting: Any = Lq(decay=True)
         place: Literal["end", "start", "view"] = "view"
         update: Literal["token", "chunk"] = "chunk"
-        lr: float = 0.01
+        lr: float = 0.3
 
     source = "Behrouz et al. 2025, arXiv 2504.13173"
     cases = ({"heads": 2, "mini_batch": 5}, {"heads": 3, "mini_batch": 1, "objective": "l2"})

@@ -25,7 +25,6 @@ class TTTLinear(FastWeights, name="ttt_linear"):
     class Config(FastWeights.Config):
         network: Any = Linear(bias=True, layer_norm=True, residual=True)
         row: bool = True
-        lr: float = 1.0
 
     source = "Sun et al. 2024, arXiv 2407.04620"
     cases = ({"heads": 2, "mini_batch": 5}, {"heads": 3, "mini_batch": 6, "qk_norm": "rms"})

@@ -18,7 +18,6 @@ class TTTMLP(FastWeights, name="ttt_mlp"):
     class Config(FastWeights.Config):
         network: Any = MLP(bias=True, layer_norm=True, residual=True, activation="gelu_tanh")
         row: bool = True
-        lr: float = 0.1
 
     source = "Sun et al. 2024, arXiv 2407.04620"
     cases = (

@@ -18,7 +18,7 @@ from .optimisers import NEWTON_SCHULZ, Muon
 from .rule import Rule
 from .state import init_state
 
-START = {"lr": 0.0, "momentum": 0.0, "decay": -6.0}
+START = {"lr": 0.0, "momentum": 0.0, "decay": -9.0}
 """Biases of the gates at the start: half of the highest rate, momentum 1/2, decay 1/400 a token
 (a memory that fades fast makes denormals, and finds it hard to learn otherwise)."""
 
@@ -67,7 +67,7 @@ class FastWeights(Memory, name="fast_weights"):
         """lr: highest rate. lr_per_matrix: a rate for every matrix. row: tokens read the writes of
         their mini-batch times max(0, 1 / i + learned), i their place in it (`update: token`)."""
 
-        lr: float = 0.1
+        lr: float = 1.0
         lr_per_matrix: bool = False
         row: bool = False
 
@@ -98,10 +98,16 @@ class FastWeights(Memory, name="fast_weights"):
         if rule.network.residual and K != V:
             raise SpecError(f"network: residual needs key_dim = value_dim, got {K} and {V}")
         self.shapes = rule.network.shapes(K, V)
-        self.key_square = 1.0 if config.qk_norm == "l2" else float(K)
+        # What a matrix's inputs have for a squared length: a key, or half of the hidden units.
+        key = 1.0 if config.qk_norm == "l2" else float(K)
+        first = rule.network.first
+        self.squares = [key if m in first else i / 2 for m, (i, _) in enumerate(self.shapes)]
         self.weights = nn.ParameterList(self.start(m) for m in range(len(self.shapes)))
-        rates = len(self.shapes) if config.lr_per_matrix else 1
-        self.lr_gate = Gate(dim, H * rates, START["lr"])
+        self.lr_gate = Gate(dim, H * (len(self.shapes) if config.lr_per_matrix else 1), START["lr"])
+        scale = self.squares if config.lr_per_matrix else [max(self.squares)]
+        together = 1.0 if config.row else rule.mini_batch**0.5
+        rates = config.lr / together / torch.tensor(scale, dtype=torch.float64)
+        self.register_buffer("rates", rates.float(), persistent=False)
         if rule.has_momentum:
             self.momentum_gate = Gate(dim, H, START["momentum"])
         if rule.has_decay:
@@ -113,9 +119,9 @@ class FastWeights(Memory, name="fast_weights"):
             self.norm_bias = nn.Parameter(torch.zeros(H, V))
 
     def start(self, m: int) -> Tensor:
-        """Initial weights of a matrix."""
+        """Initial weights of a matrix: outputs of variance 1, behind the last one a quarter."""
         network, (i, o) = self.rule_.network, self.shapes[m]
-        std = self.key_square**-0.5 if m in network.first else i**-0.5
+        std = self.squares[m] ** -0.5
         if o == self.value_dim and m not in network.first:
             std = std / 2
         weights = torch.randn(self.heads, i + network.bias, o) * std
@@ -124,7 +130,7 @@ class FastWeights(Memory, name="fast_weights"):
         return weights
 
     def gates(self, x: Tensor) -> Write:
-        lr = self.lr_gate(x).unflatten(-1, (self.heads, -1)) * (self.config.lr / self.key_square)
+        lr = self.lr_gate(x).unflatten(-1, (self.heads, -1)) * self.rates
         found = {"lr": lr}
         if self.rule_.has_momentum:
             found["momentum"] = self.momentum_gate(x)
