@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from lightning import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import SaveConfigCallback
 
+from torch import Tensor
+
+from layerzoo.layer import Layer
 from layerzoo.lit import SHOWN
 from layerzoo.model import LanguageModel
 
@@ -73,6 +78,48 @@ class Summary(Callback):
             print(f"logs: {folder}")
             text = json.dumps(record(pl_module.model, trainer), indent=2)
             Path(folder, "record.json").write_text(text + "\n")
+
+
+class Diagnostics(Callback):
+    """Logs what the layers say of their work on the first held-out batch, as
+    `memory/<block>.<layer>/<figure>`; see each layer's `diagnose`. Add it to `trainer.callbacks`.
+    """
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.inputs: dict[str, tuple[Layer, Tensor]] = {}
+        self.hooks = [
+            layer.register_forward_pre_hook(functools.partial(self._keep, name))
+            for name, layer in named_layers(pl_module.model)
+        ]
+
+    def _keep(self, name: str, layer: Layer, args: tuple[Tensor, ...]) -> None:
+        self.inputs.setdefault(name, (layer, args[0]))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for name, (layer, x) in self.inputs.items():
+            for figure, value in layer.diagnose(x).items():
+                tag = f"memory/{name}/{figure}"
+                pl_module.log(tag, value, on_step=False, on_epoch=True, batch_size=1)
+        self.hooks, self.inputs = [], {}
+
+
+def named_layers(model: LanguageModel) -> Iterator[tuple[str, Layer]]:
+    """Every layer with its block and name; of a composition, the children too."""
+    for n, block in enumerate(model.each_block()):
+        for path, module in block.layer.named_modules():
+            if isinstance(module, Layer):
+                place = "".join(f".{part}" for part in path.split(".") if part.isdigit())
+                yield f"{n}{place}.{module.name}", module
 
 
 class PredictionWriter(BasePredictionWriter):

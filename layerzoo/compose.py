@@ -47,6 +47,9 @@ class Composition(Layer):
         sizes = [layer.state_bytes(T) for layer in self.children_layers()]
         return StateBytes(sum(s.memory for s in sizes), sum(s.buffers for s in sizes))
 
+    def cautions(self, T: int) -> list[str]:
+        return [line for layer in self.children_layers() for line in layer.cautions(T)]
+
     def rule_flops(self, T: int) -> float:
         return sum(layer.rule_flops(T) for layer in self.children_layers())
 

@@ -103,6 +103,7 @@ class Layer(nn.Module):
         self.dim = dim
         self.config = config
         self._impl = "auto"
+        self._checkpoint = False
 
     @property
     def impl(self) -> str:
@@ -117,6 +118,18 @@ class Layer(nn.Module):
         for module in self.modules():
             if isinstance(module, Layer):
                 module._impl = value
+
+    @property
+    def checkpoint(self) -> bool:
+        """Whether the layer (and any child) keeps less for the backward pass and computes it
+        again, where it knows how. Like `impl` it never changes the function."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module._checkpoint = value
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: State = None
@@ -148,6 +161,14 @@ class Layer(nn.Module):
     def reach(self) -> Reach | None:
         """How far information travels through this layer; None is unbounded."""
         return None
+
+    def cautions(self, T: int) -> list[str]:
+        """What this layer cannot do in sequences of T tokens, a line each."""
+        return []
+
+    def diagnose(self, x: Float[Tensor, "B T D"]) -> dict[str, float]:
+        """Figures on how the layer works on its input x, by name; none by default."""
+        return {}
 
     def ops(self) -> tuple[Op, ...]:
         """The ops that this layer and its children run."""

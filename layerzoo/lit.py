@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -32,6 +33,7 @@ class LitModel(LightningModule):
         warmup: share of the steps over which the learning rate rises linearly.
         schedule: cosine falls to zero at the last step; constant stays.
         impl: how the layers run; it does not change the function.
+        checkpoint: layers keep less for the backward pass and compute it again.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class LitModel(LightningModule):
         warmup: float = 0.05,
         schedule: Literal["cosine", "constant"] = "cosine",
         impl: Literal["auto", "recurrent", "chunked", "triton"] = "auto",
+        checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(network, Mapping):  # from a checkpoint
@@ -56,6 +59,7 @@ class LitModel(LightningModule):
                 "warmup": warmup,
                 "schedule": schedule,
                 "impl": impl,
+                "checkpoint": checkpoint,
             }
         )
         for name, value, low, high in (
@@ -68,7 +72,7 @@ class LitModel(LightningModule):
             if not low <= value <= high:
                 raise SpecError(f"model.{name}: must be in [{low}, {high}], got {value}")
         with at("model.network"):
-            self.model = LanguageModel(network, impl=impl)
+            self.model = LanguageModel(network, impl=impl, checkpoint=checkpoint)
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup, self.schedule = warmup, schedule
         self.metrics = nn.ModuleDict()
@@ -77,6 +81,9 @@ class LitModel(LightningModule):
         task = getattr(self.trainer, "datamodule", None)
         if isinstance(task, Task):
             task.attach(self.model)
+        if stage == "fit" and (length := getattr(task, "length", None)):
+            for line in self.model.cautions(length):
+                rank_zero_warn(line, stacklevel=1)
         for split in ("val", "test"):
             if split not in self.metrics:
                 metrics = task.metrics() if isinstance(task, Task) else [TokenLoss()]

@@ -90,12 +90,18 @@ class LanguageModel(nn.Module):
         config: a `ModelConfig`, or else
         fields: its fields, as in ``LanguageModel(vocab_size=256, layers=["linear"])``.
         impl: how every layer runs (auto, recurrent, chunked, triton); not part of the function.
+        checkpoint: layers keep less for the backward pass and compute it again; neither is this.
     """
 
     Config = ModelConfig
 
     def __init__(
-        self, config: ModelConfig | None = None, *, impl: str = "auto", **fields: Any
+        self,
+        config: ModelConfig | None = None,
+        *,
+        impl: str = "auto",
+        checkpoint: bool = False,
+        **fields: Any,
     ) -> None:
         super().__init__()
         self.config = c = config or ModelConfig.from_fields(fields)
@@ -110,7 +116,7 @@ class LanguageModel(nn.Module):
         if c.tie:
             self.out.weight = self.embedding.weight
         for block in self.each_block():
-            block.layer.impl = impl
+            block.layer.impl, block.layer.checkpoint = impl, checkpoint
 
     def each_block(self) -> Iterable[Block]:
         return (block for block in self.blocks if isinstance(block, Block))
@@ -183,6 +189,10 @@ class LanguageModel(nn.Module):
             return None
         back, sinks = zip(*filter(None, reaches), strict=True)
         return Reach(sum(back) + self.config.depth * max(0, self.config.conv - 1), max(sinks))
+
+    def cautions(self, T: int) -> list[str]:
+        """What its layers cannot do in sequences of T tokens, each line once."""
+        return list(dict.fromkeys(c for block in self.each_block() for c in block.layer.cautions(T)))
 
     def choices(self) -> dict[str, list[str]]:
         """Which implementations of its ops have run in this process since `forget_choices`."""

@@ -179,7 +179,7 @@ class Engine:
         S = None if at.S is None else tuple(S)
         if not full:
             return o, at._replace(U=tuple(end), S=S, A=A_end)
-        return o, self.end(at, tuple(end), S, A_end, k, v)
+        return o, self.end(at, tuple(end), S, k, v)
 
     def chunk_piece(
         self,
@@ -214,14 +214,14 @@ class Engine:
             U = S = tuple(torch.addcmul(u, s, mean) for u, s in zip(U, S, strict=True))
         base = at.W if rule.place == "view" else at.mapped
         W = tuple(scaled(A, w) + rule.optimiser.direction(u) for w, u in zip(base, U, strict=True))
-        return o, self.end(at, W, S, A, k, v)
+        return o, self.end(at, W, S, k, v)
 
-    def end(self, at: Running, W: Weights, S: Any, A: Any, k: Tensor, v: Tensor) -> Running:
+    def end(self, at: Running, W: Weights, S: Any, k: Tensor, v: Tensor) -> Running:
         """The end of a mini-batch."""
         new = self.begin(self.phi(W, "end"), S)
         if self.watch is not None:
             view = self.rule.place == "view"
-            self.watch(self, at.mapped, new.mapped if view else new.W, A, k, v)
+            self.watch(self, at.mapped, new.mapped if view else new.W, k, v)
         return new
 
     def group(self, at: Running, start: int, n: int, *seq: Tensor | None) -> Any:

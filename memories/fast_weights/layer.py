@@ -13,6 +13,7 @@ from layerzoo.ops import accumulator_dtype
 from layerzoo.shell import Memory, Shell, Write
 from layerzoo.spec import SpecError
 
+from .diagnostics import Log
 from .op import OP, fast_weights, read_fast_weights
 from .optimisers import NEWTON_SCHULZ, Muon
 from .rule import Rule
@@ -149,10 +150,29 @@ class FastWeights(Memory, name="fast_weights"):
         return found
 
     def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        return fast_weights(q, **write, **self.constants(), state=state, impl=self.impl)
+        found = {**write, **self.constants(), "state": state}
+        return fast_weights(q, **found, impl=self.impl, checkpoint=self.checkpoint)
 
     def read(self, q: Tensor, state: State) -> Tensor:
         return read_fast_weights(q, **self.constants(), state=state)
+
+    def cautions(self, T: int) -> list[str]:
+        C = self.rule_.mini_batch
+        what = "nothing is ever written" if self.rule_.update == "chunk" else "W_0 is never updated"
+        if T >= C:
+            return []
+        return [
+            f"{self.name}: a mini-batch of {C} never fills in sequences of {T} tokens, so {what}; "
+            f"set mini_batch to {max(1, T // 4)} or less"
+        ]
+
+    def diagnose(self, x: Tensor) -> dict[str, float]:
+        """Means over the mini-batches that x `[B, T, D]` fills: see diagnostics.py."""
+        log = Log()
+        with torch.no_grad():
+            q, write = self.project(x)
+            fast_weights(q, **write, **self.constants(), impl="chunked", watch=log)
+        return log.means()
 
     def init_state(self, batch_size: int) -> State:
         wide = accumulator_dtype(self.q.weight)
