@@ -30,7 +30,7 @@ class AllMem(FastWeights, name="allmem"):
         place: Literal["end", "start", "view"] = "start"
         update: Literal["token", "chunk"] = "chunk"
         mini_batch: int = 512
-        lr: float = 0.4
+        lr: float = 0.6
         qk_norm: Literal["l2", "rms", "none"] = "rms"
 
     source = "AllMem, arXiv 2602.13680"

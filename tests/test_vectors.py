@@ -74,7 +74,10 @@ def close(got: Tensor, want: Tensor, atol: float) -> None:
 
 
 def test_every_file_is_used() -> None:
-    assert sorted(p.stem for p in VECTORS.glob("*.npz")) == sorted(ALL)
+    """tests/test_fast_weights_vectors.py has the fast weights."""
+    fast = ("ttt", "titans", "lact", "allmem")
+    found = [p.stem for p in VECTORS.glob("*.npz")]
+    assert sorted(f for f in found if not f.startswith(fast)) == sorted(ALL)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
