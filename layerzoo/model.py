@@ -192,7 +192,9 @@ class LanguageModel(nn.Module):
 
     def cautions(self, T: int) -> list[str]:
         """What its layers cannot do in sequences of T tokens, each line once."""
-        return list(dict.fromkeys(c for block in self.each_block() for c in block.layer.cautions(T)))
+        return list(
+            dict.fromkeys(c for block in self.each_block() for c in block.layer.cautions(T))
+        )
 
     def choices(self) -> dict[str, list[str]]:
         """Which implementations of its ops have run in this process since `forget_choices`."""

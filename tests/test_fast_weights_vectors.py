@@ -84,7 +84,9 @@ CASES = [
         for C in (1, 16)
     ),
     *(
-        Case(f"titans_mlp_c{C}", titans(MLP(expansion=1), C), ("W1", "W2"), ("S_W1", "S_W2"), unit=2)
+        Case(
+            f"titans_mlp_c{C}", titans(MLP(expansion=1), C), ("W1", "W2"), ("S_W1", "S_W2"), unit=2
+        )
         for C in (1, 16)
     ),
     Case("lact_full", lact("sgd"), **GLU_ARRAYS, suffix="_gd", **NO_MOMENTUM),

@@ -289,7 +289,9 @@ def run(
     groups = list(plan(T, start, C, B * H))
     sizes = [n * g for _, n, g in groups]
     gates = (None if x is None else x.unsqueeze(-1) for x in (momentum, decay))
-    parts = [[None] * len(sizes) if x is None else x.split(sizes, 1) for x in (q, k, v, lr, *gates)]
+    parts = [
+        [None] * len(sizes) if x is None else x.split(sizes, 1) for x in (q, k, v, lr, *gates)
+    ]
     outputs = []
     for (begin, n, _), *seq in zip(groups, *parts, strict=True):
         if checkpoint and torch.is_grad_enabled():

@@ -87,9 +87,7 @@ class FastWeights(Memory, name="fast_weights"):
 
     source = "Sun et al. 2024, arXiv 2407.04620; axes of many, see its options"
     op = OP
-    cases: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"heads": 2, "mini_batch": 5},
-    )
+    cases: ClassVar[tuple[dict[str, Any], ...]] = ({"heads": 2, "mini_batch": 5},)
     config: Any
 
     def __init__(self, dim: int, config: Any) -> None:
@@ -104,7 +102,9 @@ class FastWeights(Memory, name="fast_weights"):
         first = rule.network.first
         self.squares = [key if m in first else i / 2 for m, (i, _) in enumerate(self.shapes)]
         self.weights = nn.ParameterList(self.start(m) for m in range(len(self.shapes)))
-        self.lr_gate = Gate(dim, H * (len(self.shapes) if config.lr_per_matrix else 1), START["lr"])
+        self.lr_gate = Gate(
+            dim, H * (len(self.shapes) if config.lr_per_matrix else 1), START["lr"]
+        )
         scale = self.squares if config.lr_per_matrix else [max(self.squares)]
         together = 1.0 if config.row else rule.mini_batch**0.5
         rates = config.lr / together / torch.tensor(scale, dtype=torch.float64)
@@ -158,7 +158,9 @@ class FastWeights(Memory, name="fast_weights"):
 
     def cautions(self, T: int) -> list[str]:
         C = self.rule_.mini_batch
-        what = "nothing is ever written" if self.rule_.update == "chunk" else "W_0 is never updated"
+        what = (
+            "nothing is ever written" if self.rule_.update == "chunk" else "W_0 is never updated"
+        )
         if T >= C:
             return []
         return [

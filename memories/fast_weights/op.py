@@ -146,12 +146,16 @@ def check(
         got = [tuple(w.shape[-2:]) for w in weights]
         raise SpecError(f"weights: shapes {got} are not {shapes} of network '{network.name}'")
     if lr.shape[:3] != (B, T, H) or lr.shape[3:] not in ((), (1,), (len(weights),)):
-        raise SpecError(f"lr: shape {tuple(lr.shape)} is neither [B, T, H] nor [B, T, H, matrices]")
+        raise SpecError(
+            f"lr: shape {tuple(lr.shape)} is neither [B, T, H] nor [B, T, H, matrices]"
+        )
     for name, gate in (("momentum", momentum), ("decay", decay)):
         if gate is not None and gate.shape != (B, T, H):
             raise SpecError(f"{name}: shape {tuple(gate.shape)} is not [B, T, H]")
     if row is not None and rule.update == "chunk":
-        raise SpecError("row: weighs the tokens inside a mini-batch, which update 'chunk' does not")
+        raise SpecError(
+            "row: weighs the tokens inside a mini-batch, which update 'chunk' does not"
+        )
     if row is not None and row.shape != (rule.mini_batch,):
         raise SpecError(f"row: shape {tuple(row.shape)} is not [{rule.mini_batch}]")
 

@@ -49,7 +49,16 @@ class Dual(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, full: bool, z: Any, X: Any, E: Any, L: Any, w: Any, t: Any, theta: Any, *parts: Any
+        ctx: Any,
+        full: bool,
+        z: Any,
+        X: Any,
+        E: Any,
+        L: Any,
+        w: Any,
+        t: Any,
+        theta: Any,
+        *parts: Any,
     ) -> Any:
         P = z @ X.mT
         o = torch.bmm((P * L).neg_(), E)
