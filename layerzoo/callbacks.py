@@ -15,7 +15,6 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import SaveConfigCallback
-
 from torch import Tensor
 
 from layerzoo.layer import Layer

@@ -18,9 +18,9 @@ class AllMem(FastWeights, name="allmem"):
     and a learned scale per channel that starts at 0. There is no public code; this is our reading
     of the paper's text and figures, which order read, norm and write so, and of which order, norm,
     momentum and chunk size are unablated. `place: end` normalises after the write (as LaCT does),
-    forgetting `none` not at all, `decay` fades. Deviations: one shell for all memories (a projection of
-    its own for q, k, v); q and k have unit length, the paper's RMS norm (`qk_norm: rms`) but for a
-    factor, with which recall was learned less reliably; a chunk of 512 by default.
+    forgetting `none` not at all, `decay` fades. Deviations: one shell for all memories (its own
+    projections to q, k, v); q and k of unit length, the paper's RMS norm (`qk_norm: rms`) but for
+    a factor, with which recall was learned less reliably; a chunk of 512 by default.
     """
 
     class Config(FastWeights.Config):

@@ -18,10 +18,10 @@ class Titans(FastWeights, name="titans"):
     In the paper's letters momentum is eta (past surprise), lr theta, decay alpha. g_t is the
     gradient at the weights from the start of t's mini-batch; S and W advance at every token.
 
-    Ambiguous in the paper: L has no 1/2 there (our rates are twice as large for the same rule); the depth (its
-    ablation: two layers or more); whether gates are per channel (per head here); initial weights (learned here). It takes the
-    gradient before the decay, so a depth of 1 is gated delta up to rescaled rates and values, and
-    not exactly. Deviations: one shell for all memories.
+    Ambiguous in the paper: the depth (its ablation: two layers or more), whether gates are per
+    channel (per head here), initial weights (learned here). L has no 1/2 there, so that our rates
+    are twice its own. The gradient is taken before the decay: a depth of 1 is gated delta only up
+    to rescaled rates and values. Deviations: one shell for all memories.
     """
 
     class Config(FastWeights.Config):

@@ -10,7 +10,7 @@ from .fast_weights import FastWeights, Linear
 class TTTLinear(FastWeights, name="ttt_linear"):
     """M(x) = x + LN(x W + b), one gradient step a token on L = |M(k) - v|^2 / 2.
 
-    W_i = W_0 - row_i sum_(j <= i) lr_j g_j,   o_i = M_(W_i)(q_i),   row_i = max(0, 1 / i + learned)
+    W_i = W_0 - row_i sum_(j <= i) lr_j g_j,  o_i = M_(W_i)(q_i),  row_i = max(0, 1 / i + learned)
 
     i, j: places in a mini-batch of 16; g_j: gradient at W_0, the weights from its start. L is the
     paper's |LN(k W + b) - (v - k)|^2 / 2, and o its q + LN(q W + b). LN has a weight and a bias

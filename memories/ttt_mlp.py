@@ -10,9 +10,10 @@ from .fast_weights import MLP, FastWeights
 class TTTMLP(FastWeights, name="ttt_mlp"):
     """M(x) = x + LN(gelu(x W1 + b1) W2 + b2), hidden width 4 K, GELU by tanh; all as `ttt_linear`.
 
-    W_i = W_0 - row_i sum_(j <= i) lr_j g_j,   o_i = M_(W_i)(q_i),   row_i = max(0, 1 / i + learned)
+    W_i = W_0 - row_i sum_(j <= i) lr_j g_j,  o_i = M_(W_i)(q_i),  row_i = max(0, 1 / i + learned)
 
-    The authors' base rate is a tenth of TTT-Linear's, as here. Deviations: as `ttt_linear`.
+    The authors' base rate is a tenth of TTT-Linear's; here rates are relative to the width of the
+    hidden layer, and the same. Deviations: as `ttt_linear`.
     """
 
     class Config(FastWeights.Config):

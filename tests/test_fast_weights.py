@@ -117,7 +117,8 @@ class Problem:
     def grads(self, o: Tensor, state: Any) -> list[Tensor]:
         found = [o, *(x for x in tree_leaves(state) if x.is_floating_point())]
         loss = sum((x * torch.linspace(-1, 2, x.numel()).to(x).view_as(x)).sum() for x in found)
-        return list(torch.autograd.grad(loss, self.leaves, materialize_grads=True))  # pyright: ignore[reportArgumentType]
+        assert isinstance(loss, Tensor)
+        return list(torch.autograd.grad(loss, self.leaves, materialize_grads=True))
 
 
 def assert_same(got: Any, want: Any, tol: float = 1e-8) -> None:
@@ -156,7 +157,12 @@ def test_crossed(n: int) -> None:
     wanted = problem.grads(*want)
     got = problem.run("chunked", problem.cut)
     assert_same(got, want)
-    assert_same(problem.grads(*got), wanted)
+    grads = problem.grads(*got)
+    if (
+        RULES[n].optimiser.name == "muon"
+    ):  # small gradients are sums of large ones: of all together
+        wanted, grads = (torch.cat([x.flatten() for x in xs]) for xs in (wanted, grads))
+    assert_same(grads, wanted)
     with torch.no_grad():
         for impl in ("recurrent", "chunked"):
             assert_same(problem.run(impl, 2, 3, 8), want)
@@ -204,7 +210,7 @@ def test_a_partial_mini_batch(update: Any) -> None:
 @pytest.mark.parametrize("impl", ["recurrent", "chunked"])
 @pytest.mark.parametrize("momentum, decay", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
 def test_gates_at_their_ends(momentum: float, decay: float, impl: str) -> None:
-    """No quotient of products: a reset, and no momentum at all, are finite with their gradients."""
+    """No quotient of products: a reset, and no momentum, are finite with their gradients."""
     problem = Problem(Rule(optimiser="momentum", forgetting="decay", mini_batch=7), 2)
     with torch.no_grad():
         problem.tokens["momentum"][:, ::3] = momentum
@@ -291,7 +297,7 @@ def test_refused_by_name(fields: Any, message: str) -> None:
 
 
 def test_layer_refuses() -> None:
-    with pytest.raises(SpecError, match="row: .*update 'chunk'"):
+    with pytest.raises(SpecError, match=r"row: .*update 'chunk'"):
         build("lact", dim=16, row=True)
     with pytest.raises(SpecError, match="residual needs key_dim = value_dim, got 4 and 5"):
         build("allmem", dim=16, key_dim=4, value_dim=5)
@@ -362,9 +368,11 @@ def test_products() -> None:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("coefficients", [False, True])
-@pytest.mark.parametrize("I, O", [(2, 3), (3, 2)])
-def test_primitives(full: bool, momentum: bool, coefficients: bool, I: int, O: int) -> None:  # noqa: E741
-    N, n = 2, 3
+@pytest.mark.parametrize("rows, columns", [(2, 3), (3, 2)])
+def test_primitives(
+    full: bool, momentum: bool, coefficients: bool, rows: int, columns: int
+) -> None:
+    N, n, I, O = 2, 3, rows, columns  # noqa: E741
 
     def new(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)

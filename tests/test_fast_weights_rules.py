@@ -41,8 +41,8 @@ def arguments(rule: Rule, B: int = B, T: int = T, H: int = H) -> Args:
     x: Args = {
         "q": F.normalize(randn(B, T, H, K), dim=-1),
         "k": F.normalize(randn(B, T, H, K), dim=-1),
-        "v": randn(B, T, H, O),
-        "lr": 0.3 * rand(B, T, H),
+        "v": 0.5 * randn(B, T, H, O),
+        "lr": 0.2 * rand(B, T, H),
         "weights": tuple(randn(H, i + rule.network.bias, o) / i**0.5 for i, o in shapes),
     }
     if rule.has_momentum:
@@ -209,7 +209,7 @@ def test_chunk_of_a_short_sequence(impl: str, forgetting: str, place: Any) -> No
         read_fast_weights(x["q"][:, -1:], x["weights"], spec=rule, state=s) for s in (state, full)
     )
     close(last, before)
-    assert (after - before).abs().max() > 1e-2
+    assert (after - before).abs().max() > 1e-3
 
 
 EDGES: Any = [("decay", "end"), ({"name": "norm", "decay": True, "eps": 1e-5}, "end")]
@@ -315,7 +315,7 @@ def test_a_row_factor_broadcasts(full: bool, I: int, O: int) -> None:  # noqa: E
     at the end, and one mask `[n, n]` for all."""
     N, n = 2, 3
     z, X, E, w = randn(N, n, I), randn(N, n, I), randn(N, n, O), randn(n, 1)
-    L, u, end = randn(n, n).tril(), randn(n, 1), randn(())
+    L, u, end = randn(n, n).tril(), randn(n, 1), randn(1).squeeze().clone()
     W, U = randn(N, I, O), randn(N, I, O)
     at = [z, X, E, L, w, W, U, u, end]
     for leaf in at:

@@ -25,8 +25,8 @@ class Case(NamedTuple):
     """A rule and where a file keeps its arrays.
 
     weights: names of the matrices, with a bias as `W1 b1`. momentum: those of the initial S.
-    transposed: kept as [out, in]. flip: the sign of S. rates: the arrays of lr, one a matrix or one
-    for all, and what ours are in units of theirs. suffix: of outputs. main: prefix of final
+    transposed: kept as [out, in]. flip: the sign of S. rates: the arrays of lr, one for all or for
+    each matrix; unit: of ours in theirs. suffix: of outputs. main: prefix of final
     weights. without: gates of the file that this variant does not use.
     """
 
@@ -115,7 +115,7 @@ def close(got: Tensor, want: Tensor, atol: float) -> None:
 def test_every_file_is_used() -> None:
     """tests/test_vectors.py has the others."""
     found = [p.stem for p in VECTORS.glob("*.npz")]
-    assert FILES == sorted(f for f in found if f.startswith(("ttt", "titans", "lact", "allmem")))
+    assert sorted(f for f in found if f.startswith(("ttt", "titans", "lact", "allmem"))) == FILES
 
 
 def load(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:

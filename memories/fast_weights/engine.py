@@ -1,12 +1,12 @@
 """The chunked form of all fast weights: a mini-batch is a handful of matrix products.
 
-Token j of a mini-batch has the gradient g_j = X_j^T E_j (per matrix; X its inputs, E the errors at
-its outputs), all at the weights W_0 from the start of the mini-batch. With `update: token`
+Token j of a mini-batch has the gradient g_j = X_j^T E_j (of each matrix: X its inputs, E the
+errors at its outputs), at the weights W_0 from before the mini-batch. With `update: token`
 
-    S_j = momentum_j S_(j-1) - lr_j g_j,  U_j = retention_j U_(j-1) + S_j,  W_j = A_j W_0 + row_j U_j
+    S_j = momentum_j S_(j-1) - lr_j g_j,  U_j = keep_j U_(j-1) + S_j,  W_j = A_j W_0 + row_j U_j
 
-is linear in the g_j, so that a read with W_i is a product with W_0, U and S from before and one with
-the tokens' X and E (the dual form), nested through the network's matrices. With `update: chunk`
+is linear in the g_j, so that a read with W_i is a product with W_0, U and S from before and one
+with the tokens' X and E (the dual form), matrix after matrix of the network. `update: chunk` is
 
     U_j = U_(j-1) - lr_j g_j;  when it is full  S = mean(momentum) S + U,  W = A W + direction(S).
 
@@ -161,11 +161,11 @@ class Engine:
             u_end = last if u_end is None else last * u_end
             s_end = None if s_end is None else last * s_end
             w = tuple(last * x for x in w)
-        end, S = list(at.W), list(at.W)
+        end, momenta = list(at.W), list(at.W)
 
         def lin(m: int, z: Tensor) -> Tensor:
             r = m % len(w)
-            o, end[m], S[m] = Dual.apply(
+            o, end[m], momenta[m] = Dual.apply(
                 full,
                 *(with_bias(self.rule.network, z), X[m], E[m], gates.L[r], w[r]),
                 *(None if gates.t is None else gates.t[r], gates.theta),
@@ -176,7 +176,7 @@ class Engine:
             return o
 
         o, _ = self.rule.network.forward(lin, q, self.layer_norm)
-        S = None if at.S is None else tuple(S)
+        S = None if at.S is None else tuple(momenta)
         if not full:
             return o, at._replace(U=tuple(end), S=S, A=A_end)
         return o, self.end(at, tuple(end), S, k, v)
@@ -226,7 +226,8 @@ class Engine:
 
     def group(self, at: Running, start: int, n: int, *seq: Tensor | None) -> Any:
         """Pieces of n tokens each, `[B, g n, H, ..]`, from position `start` of a mini-batch."""
-        q, k, v, lr, *rest = (None if x is None else fold(x) for x in tiles(n, *seq))
+        found: Any = (None if x is None else fold(x) for x in tiles(n, *seq))
+        q, k, v, lr, *rest = found
         momentum, decay = (None if x is None else x.squeeze(-1) for x in rest)
         retention = None if decay is None else 1 - decay
         C, row, outputs = self.rule.mini_batch, self.row, []

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from layerzoo.layer import Reduction, State, StateBytes
+from layerzoo.layer import State, StateBytes
 from layerzoo.ops import accumulator_dtype
 from layerzoo.shell import Memory, Shell, Write
 from layerzoo.spec import SpecError
@@ -20,8 +20,8 @@ from .rule import Rule
 from .state import init_state
 
 START = {"lr": 0.0, "momentum": 0.0, "decay": -9.0}
-"""Biases of the gates at the start: half of the highest rate, momentum 1/2, decay 1/400 a token
-(a memory that fades fast makes denormals, and finds it hard to learn otherwise)."""
+"""Biases of the gates at the start: half of the highest rate, momentum 1/2, decay 1/8000 a token.
+(Layers of a network that fade together fade twice as fast, down to denormals.)"""
 
 
 class Gate(nn.Module):
@@ -58,10 +58,12 @@ class FastWeights(Memory, name="fast_weights"):
     of this (second order, exact). `ttt_linear`, `ttt_mlp`, `titans`, `lact`, `allmem`, `yaad`,
     `moneta` and `memora` are points in this space.
 
-    lr_t = lr sigmoid(x_t w + b) / |k|^2, b = 0 at the start; |k|^2 counts as 1 for qk_norm l2 and
-    as K else. momentum_t and decay_t likewise without a factor, b = 0 and b = -6. A matrix starts
-    normal with the variance 1 / |x|^2 of its inputs x, taken as their number beyond the first
-    matrices, and the last one at half that deviation; biases at 0.
+    lr_t = lr sigmoid(x_t w + b) / (s sqrt(C)), b = 0 at the start. s is the squared length of a
+    matrix's inputs (of a key 1 with qk_norm l2, else K; of I hidden units I / 2), the largest of
+    them where all matrices share a rate. The C gradients of a mini-batch add up: by C where tokens
+    agree, and not at all where they are orthogonal; sqrt(C) is between. (With `row`, which is a
+    mean already, it is left out.) momentum_t = sigmoid(x_t w), decay_t = sigmoid(x_t w - 9).
+    Matrices start normal with variance 1 / s, the last one a quarter of that; biases at 0.
     """
 
     class Config(Shell, Rule):
@@ -123,7 +125,7 @@ class FastWeights(Memory, name="fast_weights"):
         """Initial weights of a matrix: outputs of variance 1, behind the last one a quarter."""
         network, (i, o) = self.rule_.network, self.shapes[m]
         std = self.squares[m] ** -0.5
-        if o == self.value_dim and m not in network.first:
+        if m == network.last and m not in network.first:
             std = std / 2
         weights = torch.randn(self.heads, i + network.bias, o) * std
         if network.bias:

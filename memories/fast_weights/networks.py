@@ -6,6 +6,7 @@ serves the writes at the anchor, the reads with every token's own weights, and t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -43,6 +44,11 @@ class Network(Option):
     first: ClassVar[tuple[int, ...]] = (0,)
     """The matrices that x itself meets."""
 
+    @property
+    def last(self) -> int:
+        """The matrix whose output is f(x)."""
+        return 0
+
     def shapes(self, K: int, V: int) -> list[tuple[int, int]]:
         """(inputs, outputs) of every matrix, without the bias row."""
         raise NotImplementedError
@@ -56,19 +62,17 @@ class Network(Option):
     ) -> tuple[Float[Tensor, "N n V"], Pull]:
         """M(x), and how dL/dM(x) reaches the matrices; layer_norm: (weight, bias), `[N, 1, V]`."""
         f, pull = self.body(lin, x)
-        y = f
-        if layer_norm is not None:
-            weight, bias = layer_norm
-            normal, mean, rstd = torch.native_layer_norm(f, f.shape[-1:], None, None, EPS)
-            y, body_pull = normal * weight + bias, pull
+        if layer_norm is None:
+            return (x + f if self.residual else f), pull
+        weight, bias = layer_norm
+        normal, mean, rstd = torch.native_layer_norm(f, f.shape[-1:], None, None, EPS)
+        y = normal * weight + bias
 
-            def pull(dy: Tensor, lin_t: Lin) -> list[Tensor]:
-                df = torch.ops.aten.native_layer_norm_backward(
-                    dy * weight, f, f.shape[-1:], mean, rstd, None, None, [True, False, False]
-                )[0]
-                return body_pull(df, lin_t)
+        def through_norm(dy: Tensor, lin_t: Lin) -> list[Tensor]:
+            given = (dy * weight, f, f.shape[-1:], mean, rstd, None, None, [True, False, False])
+            return pull(torch.ops.aten.native_layer_norm_backward(*given)[0], lin_t)
 
-        return (x + y if self.residual else y), pull
+        return (x + y if self.residual else y), through_norm
 
 
 class Linear(Network, name="linear"):
@@ -92,6 +96,10 @@ class MLP(Network, name="mlp"):
     expansion: float = 4.0
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
 
+    @property
+    def last(self) -> int:
+        return self.depth - 1
+
     def check(self) -> None:
         if not 2 <= self.depth <= 4:
             raise SpecError(f"depth: must be 2, 3 or 4, got {self.depth}; depth 1 is 'linear'")
@@ -100,7 +108,7 @@ class MLP(Network, name="mlp"):
 
     def shapes(self, K: int, V: int) -> list[tuple[int, int]]:
         widths = [K, *[max(1, round(self.expansion * K))] * (self.depth - 1), V]
-        return list(zip(widths, widths[1:], strict=False))
+        return list(itertools.pairwise(widths))
 
     def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
         act = GELU if self.activation == "gelu" else GELU_TANH
@@ -125,6 +133,10 @@ class GLU(Network, name="glu"):
 
     expansion: float = 2.0
     first: ClassVar[tuple[int, ...]] = (0, 2)
+
+    @property
+    def last(self) -> int:
+        return 1
 
     def check(self) -> None:
         if self.expansion <= 0:

@@ -30,7 +30,7 @@ def fast_weights(
     lr: Tensor,
     momentum: Float[Tensor, "B T H"] | None = None,
     decay: Float[Tensor, "B T H"] | None = None,
-    row: Float[Tensor, "mini_batch"] | None = None,
+    row: Tensor | None = None,
     layer_norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None,
     state: State | None = None,
     impl: str = "auto",
@@ -61,7 +61,7 @@ def fast_weights(
         spec: the rule (named as the axes in a config are).
         lr: finished rates, `[B, T, H]`, or `[B, T, H, M]` with one for each of M matrices.
         momentum, decay: in [0, 1]; given if and only if the rule has them.
-        row: a factor of the token's place in its mini-batch (TTT), of `update: token`.
+        row: `[mini_batch]`, a factor of the token's place in its mini-batch (TTT), with `token`.
         layer_norm: weight and bias, if and only if the network has a LayerNorm.
         state: of an earlier call, else its start from `weights`. It is enough to go on at any
             token. (`weights` still give `norm` its target.)
@@ -75,8 +75,9 @@ def fast_weights(
     Raises:
         SpecError: gates or weights that do not fit the rule. ImplError: an impl that cannot run.
 
-    Sources: TTT, Sun et al. 2024, arXiv 2407.04620; Titans, Behrouz et al. 2025, 2501.00663 (token);
-    LaCT, Zhang et al. 2025, 2505.23884; AllMem, 2602.13680 (chunk); Miras, 2504.13173 (lq, kl, lp).
+    Sources: TTT, Sun et al. 2024, arXiv 2407.04620, and Titans, Behrouz et al. 2025, 2501.00663
+    (token); LaCT, Zhang et al. 2025, 2505.23884, and AllMem, 2602.13680 (chunk); Miras,
+    2504.13173 (huber, lp, lq, kl).
     """
     B = len(k)
     check(spec, k, v, weights, lr, momentum, decay, row, layer_norm)

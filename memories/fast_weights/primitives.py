@@ -63,7 +63,8 @@ class Dual(torch.autograd.Function):
         P = z @ X.mT
         o = torch.bmm((P * L).neg_(), E)
         narrow = X.shape[-1] <= E.shape[-1]
-        end, products = None, []
+        end: Any = None
+        products: list[Tensor] = []
         for n, (B, c, e) in enumerate(_parts(parts)):
             if B is None:
                 continue
@@ -119,7 +120,7 @@ class Dual(torch.autograd.Function):
                     d_B, d_e = (g_end * e).baddbmm_(left.mT, right), row_sum(g_end, B, e)
             else:
                 d_B = left.mT @ right
-            if n == 2:
+            if n == 2 and theta is not None:
                 d_B.addcmul_(g_S, theta)
             grads += [d_B, d_c, d_e]
         return None, d_z, d_X, d_E, d_L.sum_to_size(L.shape), d_w, d_t, d_theta, *grads
@@ -187,7 +188,7 @@ class Products(torch.autograd.Function):
         n = x.shape[-1]
         below = torch.ones(n, n, dtype=torch.bool, device=x.device).tril(-1)
         L = torch.where(below, x.unsqueeze(-1), 1).cumprod(-2)
-        L = F.threshold_(L, TINY, 0.0).tril_()
+        L = F.threshold(L, TINY, 0.0, inplace=True).tril_()
         ctx.save_for_backward(L)
         return L
 
