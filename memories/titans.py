@@ -28,6 +28,7 @@ class Titans(FastWeights, name="titans"):
         network: Any = MLP()
         optimiser: Any = "momentum"
         forgetting: Any = "decay"
+        lr: float = 0.5
 
     source = "Behrouz et al. 2025, arXiv 2501.00663"
     cases = (
