@@ -82,7 +82,9 @@ def test_diagnostics_are_of_the_state() -> None:
         "retention": ((W * old).sum((1, 2)) / old.square().sum((1, 2))).mean(),
     }
     found = layer.diagnose(x)
-    assert found == pytest.approx({name: float(value) for name, value in want.items()}, rel=1e-9)
+    assert found == pytest.approx(
+        {name: float(value.detach()) for name, value in want.items()}, rel=1e-9
+    )
 
 
 def test_cautions() -> None:
