@@ -12,7 +12,7 @@ from typing import Any
 
 from layerzoo.layer import Layer, build, get_layer, list_layers
 from layerzoo.ops import ImplError
-from layerzoo.spec import SpecError, required, suggest
+from layerzoo.spec import SpecError, plain, required, suggest
 
 DIM, LENGTH = 256, 4096
 """What `layerzoo list` computes state sizes for."""
@@ -33,7 +33,7 @@ def describe_fully(cls: type[Layer]) -> dict[str, Any]:
     fields = {
         field.name: {
             "type": field.type if isinstance(field.type, str) else str(field.type),
-            "default": None if required(field) else field.default,
+            "default": None if required(field) else plain(field.default),
             "required": required(field),
         }
         for field in cls.Config.fields()

@@ -91,7 +91,7 @@ class Config:
 
     def to_fields(self) -> dict[str, Any]:
         """The inverse of `from_fields`, in plain types that YAML and JSON hold."""
-        return {field.name: _plain(getattr(self, field.name)) for field in self.fields()}
+        return {field.name: plain(getattr(self, field.name)) for field in self.fields()}
 
 
 def required(field: dataclasses.Field[Any]) -> bool:
@@ -127,9 +127,10 @@ def _describe(hint: Any) -> str:
     return "null" if hint is type(None) else getattr(origin or hint, "__name__", str(hint))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field's value in types that YAML and JSON hold."""
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value.spec() if hasattr(value, "spec") else value

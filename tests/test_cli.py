@@ -152,3 +152,12 @@ def test_a_corrupt_checkpoint_is_named(capsys: pytest.CaptureFixture[str], tmp_p
             ("test", "--config", "mqar", "--ckpt_path", str(path)),
         ):
             assert "is damaged, or not one that layerzoo wrote" in fails(capsys, *argv)
+
+
+@pytest.mark.parametrize("name", list_layers())
+def test_list_explains_every_layer(name: str, capsys) -> None:
+    assert main(["list", name]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(name) and "Config fields:" in page
+    assert main(["list", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from layerzoo.memories.chunks import SEGMENT
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.fast_weights import Rule, fast_weights
 from layerzoo.memories.fast_weights.op import read_fast_weights
-from layerzoo.memories.fast_weights.primitives import Dual, products
+from layerzoo.memories.fast_weights.primitives import products
 from layerzoo.memories.linear import linear_attention
+from layerzoo.spec import SpecError
 
 IMPLS = ("recurrent", "chunked")
 IMPL = pytest.mark.parametrize("impl", IMPLS)
@@ -308,24 +310,75 @@ def test_products_with_zeros() -> None:
     assert tiny[39, 0] == 0 and 0 < tiny[19, 1] < 1e-17  # never a denormal
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("I, O", [(2, 3), (3, 2)])
-def test_a_row_factor_broadcasts(full: bool, I: int, O: int) -> None:  # noqa: E741
-    """The coefficients that a row factor alone makes: of tokens without a row, `[n, 1]`, a scalar
-    at the end, and one mask `[n, n]` for all."""
-    N, n = 2, 3
-    z, X, E, w = randn(N, n, I), randn(N, n, I), randn(N, n, O), randn(n, 1)
-    L, u, end = randn(n, n).tril(), randn(n, 1), randn(1).squeeze().clone()
-    W, U = randn(N, I, O), randn(N, I, O)
-    at = [z, X, E, L, w, W, U, u, end]
-    for leaf in at:
-        leaf.requires_grad_()
-    last = w.expand(N, n, 1)
-    o, new, _ = Dual.apply(
-        full, z, X, E, L, last, None, None, W, None, None, U, u, end, None, None, None
-    )
-    want = z @ W + u * (z @ U) - (L * (z @ X.mT)) @ E
-    updates = end * U - X.mT @ (last * E)
-    want = [want, W + updates if full else updates]
-    close([o, new], want, 1e-13)
-    close(grads([o, new], at), grads(want, at), 1e-13)
+TOKEN_AXES: dict[str, Any] = {
+    "network": (*NETWORKS, {"name": "mlp", "depth": 3, "expansion": 1.5}, {"name": "glu", **ALL}),
+    "objective": OBJECTIVES,
+    "optimiser": ("sgd", "momentum"),
+    "forgetting": ("none", "decay", "norm", {"name": "norm", "decay": True, "eps": 1e-5}),
+    "mini_batch": (1, 5, 7),
+    "row": (False, True),
+    "rate per matrix": (False, True),
+}
+STRIDE = 37
+
+
+def token_points() -> list[tuple[Any, ...]]:
+    """Every STRIDE-th combination but those that are refused."""
+    points = list(itertools.product(*TOKEN_AXES.values()))[::STRIDE]
+    refused = [f != "none" and "norm" in str(f) and "bias" in str(n) for n, _, _, f, *_ in points]
+    return [point for point, is_refused in zip(points, refused, strict=True) if not is_refused]
+
+
+def test_token_points_have_every_option() -> None:
+    assert all(math.gcd(STRIDE, len(options)) == 1 for options in TOKEN_AXES.values())
+    for place, options in enumerate(TOKEN_AXES.values()):
+        assert all(any(point[place] == option for point in token_points()) for option in options)
+
+
+@pytest.mark.parametrize("point", token_points(), ids=str)
+def test_token_crossed(point: tuple[Any, ...]) -> None:
+    """What `update: token` alone has, a row factor, crossed with all else that it allows: few of
+    the points of all axes together have it."""
+    *axes, row, per_matrix = point
+    rule = Rule(**dict(zip(TOKEN_AXES, axes, strict=False)))
+    x = arguments(rule)
+    if row:
+        x["row"] = (0.2 + rand(rule.mini_batch)).requires_grad_()
+    if per_matrix:
+        x["lr"] = (0.1 * rand(B, T, H, len(x["weights"]))).requires_grad_()
+    want = fast_weights(**x, impl="recurrent")
+    cut = int(torch.randint(1, T, ()))
+    first, state = fast_weights(**part(x, 0, cut), impl="chunked")
+    second, state = fast_weights(**part(x, cut, T), state=state, impl="chunked")
+    got = (torch.cat((first, second), 1), state)
+    close(got, want)
+    wanted = grads(floats(want), leaves(x))
+    close(grads(floats(got), leaves(x)), wanted, 1e-9)
+    assert all(g.any() for g in wanted)  # else they would prove nothing
+
+
+VALUES_REFUSED: Any = [
+    ("forgetting", {"name": "norm", "eps": -1.0}, "eps: must not be negative, got -1.0"),
+    ("forgetting", {"name": "lq", "q": 1.5}, "q: must be at least 2, got 1.5"),
+    ("objective", {"name": "huber", "delta": 0.0}, "delta: must be positive"),
+    ("optimiser", {"name": "muon", "eps": 0.0}, "eps: must be positive"),
+    ("network", {"name": "mlp", "expansion": 0.0}, "expansion: must be positive"),
+    ("network", {"name": "mlp", "depth": 1}, "depth 1 is 'linear'"),
+    ("network", {"name": "glu", "expansion": -1.0}, "expansion: must be positive"),
+    ("optimiser", {"momentum": True}, "expected a name or a mapping with a name"),
+]
+
+
+@pytest.mark.parametrize("axis, value, reason", VALUES_REFUSED)
+def test_values_are_refused_where_they_stand(axis: str, value: Any, reason: str) -> None:
+    with pytest.raises(SpecError, match=f"^{axis}: .*{reason}"):
+        Rule(**{axis: value})
+
+
+def test_op_refuses_what_shapes_and_updates_exclude() -> None:
+    x = arguments(Rule(network={"name": "linear", "residual": True}, mini_batch=5))
+    with pytest.raises(SpecError, match=r"residual needs K = V, got 4 and 3"):
+        fast_weights(**{**x, "v": x["v"][..., :3]})
+    chunk = Rule(network={"name": "linear", "residual": True}, mini_batch=5, update="chunk")
+    with pytest.raises(SpecError, match=r"row: .* which update 'chunk' does not"):
+        fast_weights(**{**x, "spec": chunk, "row": rand(5)})

@@ -63,7 +63,8 @@ class FastWeights(Memory, name="fast_weights"):
     them where all matrices share a rate. The C gradients of a mini-batch add up: by C where tokens
     agree, and not at all where they are orthogonal; sqrt(C) is between. (With `row`, which is a
     mean already, it is left out.) momentum_t = sigmoid(x_t w), decay_t = sigmoid(x_t w - 9).
-    Matrices start normal with variance 1 / s, the last one a quarter of that; biases at 0.
+    Matrices start normal with variance 1 / s, the last one a quarter of that; biases at 0. q and k
+    enter the network alike: no qk_norm scales q here.
     """
 
     class Config(Shell, Rule):
