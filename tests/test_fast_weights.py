@@ -1,4 +1,4 @@
-"""The fast weights: every axis crossed with every other, the identities, and what is refused."""
+"""The fast weights: every axis crossed with every other, what is refused, and the parts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from torch.autograd import gradcheck
 from torch.utils._pytree import tree_leaves
 
 from layerzoo.layer import build
-from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.fast_weights import Rule, engine, fast_weights
 from layerzoo.memories.fast_weights import rule as engine_rule
 from layerzoo.memories.fast_weights.activations import GELU, GELU_TANH, SILU
 from layerzoo.memories.fast_weights.objectives import Objective
 from layerzoo.memories.fast_weights.primitives import Dual, Write, products
-from layerzoo.memories.linear import linear_attention
 from layerzoo.spec import SpecError
 
 ALL: Any = {"bias": True, "residual": True, "layer_norm": True}
@@ -191,82 +189,6 @@ def test_checkpoint_changes_nothing() -> None:
     want, got = problem.run("chunked", 8), problem.run("chunked", 8, checkpoint=True)
     assert_same(got, want, 0.0)
     assert_same(problem.grads(*got), problem.grads(*want), 1e-12)
-
-
-@pytest.mark.parametrize("update", UPDATES)
-def test_a_partial_mini_batch(update: Any) -> None:
-    """Before it is full, `token` reads what was written and `chunk` does not; neither loses it."""
-    rule = Rule(optimiser="momentum", update=update, mini_batch=64)
-    problem = Problem(rule, 2)
-    o, state = problem.run("auto")
-    problem.tokens["lr"] = torch.zeros_like(problem.tokens["lr"])
-    unwritten, _ = problem.run("auto")
-    assert (o - unwritten).abs()[:, 1:].max() > 1e-3 if update == "token" else o.equal(unwritten)
-    position = state["position"]
-    assert (position.shape, position.device.type, int(position)) == ((), "cpu", T)
-    assert all(U.abs().max() > 1e-3 for U in state["updates"])
-
-
-@pytest.mark.parametrize("impl", ["recurrent", "chunked"])
-@pytest.mark.parametrize("momentum, decay", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
-def test_gates_at_their_ends(momentum: float, decay: float, impl: str) -> None:
-    """No quotient of products: a reset, and no momentum, are finite with their gradients."""
-    problem = Problem(Rule(optimiser="momentum", forgetting="decay", mini_batch=7), 2)
-    with torch.no_grad():
-        problem.tokens["momentum"][:, ::3] = momentum
-        problem.tokens["decay"][:, ::2] = decay
-    want, got = problem.run("recurrent"), problem.run(impl)
-    assert_same(got, want)
-    assert_same(problem.grads(*got), problem.grads(*want))
-
-
-def test_muon_without_a_step() -> None:
-    problem = Problem(Rule(optimiser="muon", update="chunk", mini_batch=5), 2)
-    with torch.no_grad():
-        problem.tokens["lr"].zero_()
-    assert all(torch.isfinite(g).all() for g in problem.grads(*problem.run("chunked")))
-
-
-def inputs(C: int = 1, **fields: Any) -> Problem:
-    return Problem(Rule(network={"name": "linear", **fields}, mini_batch=C), 2)
-
-
-@pytest.mark.parametrize("impl", ["recurrent", "chunked"])
-def test_ttt_linear_is_the_delta_rule(impl: str) -> None:
-    """Of x + x W, without LayerNorm, bias and row factor, C = 1: S = W + I with beta = lr."""
-    problem = inputs(residual=True)
-    x, W = problem.tokens, problem.weights[0]
-    o, state = problem.run(impl)
-    eye = torch.eye(K, dtype=torch.float64)
-    start = (W + eye).expand(B, H, K, K)
-    want, S = delta_rule(x["q"], x["k"], x["v"], x["lr"], state=start)
-    assert_same((o, state["weights"][0] + eye), (want, S), 1e-12)
-
-
-@pytest.mark.parametrize("impl", ["recurrent", "chunked"])
-def test_titans_of_depth_one_is_gated_delta(impl: str) -> None:
-    """Its gradient is taken before the decay: beta = lr / retention and v' = retention v, or, as
-    given to gated delta, lr = retention beta and v = v' / retention."""
-    problem = Problem(Rule(network="linear", forgetting="decay", mini_batch=1), 2)
-    x = problem.tokens
-    o, state = problem.run(impl)
-    keep = 1 - x["decay"]
-    want, S = delta_rule(
-        *(x["q"], x["k"], keep.unsqueeze(-1) * x["v"], x["lr"] / keep, keep.log()),
-        state=problem.weights[0].expand(B, H, K, K + 1),
-    )
-    assert_same((o, state["weights"][0]), (want, S), 1e-12)
-
-
-@pytest.mark.parametrize("C", [1, 7])
-def test_dot_is_linear_attention(C: int) -> None:
-    """Of a linear network, whatever the mini-batch: nothing depends on the weights."""
-    problem = Problem(Rule(network="linear", objective="dot", mini_batch=C), 2)
-    x, W = problem.tokens, problem.weights[0]
-    o, _ = problem.run("chunked")
-    v = x["lr"].unsqueeze(-1) * x["v"]
-    want, _ = linear_attention(x["q"], x["k"], v, state=W.expand(B, H, K, K + 1))
-    assert_same(o, want, 1e-12)
 
 
 REFUSED: Any = [
