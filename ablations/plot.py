@@ -14,9 +14,10 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from .report import Row, bound_of
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#444444", "#CC79A7", "#F0E442")
-MARKERS = "osD^vPX*"
+# Okabe and Ito's colours, told apart by colour-blind readers too, without their yellow; two more.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#444444", "#CC79A7")
+COLOURS += ("#7F6000", "#661155")
+MARKERS = "osD^vPX*"  # of another length, so that a colour comes back with another marker
 
 
 def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool:
