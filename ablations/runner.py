@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from layerzoo.layer import EXECUTION
 from layerzoo.spec import SpecError
 
 from .grid import Cell
@@ -75,7 +76,8 @@ def _identity(config: str) -> Any:
     """What makes a run: its config but for where it logs and how its layers are computed."""
     tree: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=False)
     tree.get("trainer", {}).pop("logger", None)
-    tree.get("model", {}).pop("impl", None)
+    for name in EXECUTION:
+        tree.get("model", {}).pop(name, None)
     return tree
 
 

@@ -62,6 +62,28 @@ class Inner(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+class Execution:
+    """An attribute of a layer, and of all layers in it, that never changes the function, only how
+    it is computed. The first of the allowed values is the default."""
+
+    def __init__(self, *allowed: Any) -> None:
+        self.allowed = allowed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Layer, owner: type) -> Any:
+        return layer.__dict__.get(self.name, self.allowed[0])
+
+    def __set__(self, layer: Layer, value: Any) -> None:
+        if value not in self.allowed:
+            known = suggest(str(value), map(str, self.allowed))
+            raise SpecError(f"{self.name} '{value}' is unknown; {known}")
+        for module in layer.modules():
+            if isinstance(module, Layer):
+                module.__dict__[self.name] = value
+
+
 class Layer(nn.Module):
     """A causal sequence mixer, `[B, T, D] -> [B, T, D]`.
 
@@ -70,7 +92,12 @@ class Layer(nn.Module):
 
     A subclass registers itself: ``class Mine(Layer, name="mine")``. It holds a nested `Config`,
     a `source` (paper), and `cases`: small specs with which the conformance suite proves the law.
-    Whatever does not change the function (`impl`) is an attribute, never a config field.
+    Whatever does not change the function is an attribute, never a config field:
+
+    impl: which implementation of its op the layer runs: auto, recurrent, chunked or triton.
+    checkpoint: keep less for the backward pass and compute it again, where the layer knows how.
+    compiled: compile what torch.compile of the whole would leave out, where it knows how; needs a
+        C++ compiler on a CPU.
     """
 
     Config: ClassVar[Any]  # a subclass of layerzoo.spec.Config
@@ -81,6 +108,10 @@ class Layer(nn.Module):
     cases: ClassVar[tuple[dict[str, Any], ...]] = ()
     reductions: ClassVar[tuple[Reduction, ...]] = ()
     op: ClassVar[Op | None] = None
+
+    impl: Any = Execution(*IMPLS)
+    checkpoint: Any = Execution(False, True)
+    compiled: Any = Execution(False, True)
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -102,34 +133,6 @@ class Layer(nn.Module):
         super().__init__()
         self.dim = dim
         self.config = config
-        self._impl = "auto"
-        self._checkpoint = False
-
-    @property
-    def impl(self) -> str:
-        """Which implementation of its op the layer (and any child) runs: auto, recurrent,
-        chunked or triton. It never changes the function, only how it is computed."""
-        return self._impl
-
-    @impl.setter
-    def impl(self, value: str) -> None:
-        if value not in IMPLS:
-            raise SpecError(f"impl '{value}' is unknown; {suggest(value, IMPLS)}")
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module._impl = value
-
-    @property
-    def checkpoint(self) -> bool:
-        """Whether the layer (and any child) keeps less for the backward pass and computes it
-        again, where it knows how. Like `impl` it never changes the function."""
-        return self._checkpoint
-
-    @checkpoint.setter
-    def checkpoint(self, value: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module._checkpoint = value
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: State = None
@@ -181,6 +184,10 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, dim={self.dim}"
+
+
+EXECUTION = tuple(name for name, x in vars(Layer).items() if isinstance(x, Execution))
+"""What is not part of a run's identity."""
 
 
 def discover() -> None:

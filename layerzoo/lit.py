@@ -33,7 +33,8 @@ class LitModel(LightningModule):
         warmup: share of the steps over which the learning rate rises linearly.
         schedule: cosine falls to zero at the last step; constant stays.
         impl: how the layers run; it does not change the function.
-        checkpoint: layers keep less for the backward pass and compute it again.
+        checkpoint: layers keep less for the backward pass and compute it again; nor does this.
+        compiled: layers compile their inner loops (needs a C++ compiler); nor does this.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LitModel(LightningModule):
         schedule: Literal["cosine", "constant"] = "cosine",
         impl: Literal["auto", "recurrent", "chunked", "triton"] = "auto",
         checkpoint: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(network, Mapping):  # from a checkpoint
@@ -60,6 +62,7 @@ class LitModel(LightningModule):
                 "schedule": schedule,
                 "impl": impl,
                 "checkpoint": checkpoint,
+                "compiled": compiled,
             }
         )
         for name, value, low, high in (
@@ -72,7 +75,9 @@ class LitModel(LightningModule):
             if not low <= value <= high:
                 raise SpecError(f"model.{name}: must be in [{low}, {high}], got {value}")
         with at("model.network"):
-            self.model = LanguageModel(network, impl=impl, checkpoint=checkpoint)
+            self.model = LanguageModel(
+                network, impl=impl, checkpoint=checkpoint, compiled=compiled
+            )
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup, self.schedule = warmup, schedule
         self.metrics = nn.ModuleDict()

@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         config: a `ModelConfig`, or else
         fields: its fields, as in ``LanguageModel(vocab_size=256, layers=["linear"])``.
         impl: how every layer runs (auto, recurrent, chunked, triton); not part of the function.
-        checkpoint: layers keep less for the backward pass and compute it again; neither is this.
+        checkpoint, compiled: of every layer, see `Layer`; neither are these.
     """
 
     Config = ModelConfig
@@ -101,6 +101,7 @@ class LanguageModel(nn.Module):
         *,
         impl: str = "auto",
         checkpoint: bool = False,
+        compiled: bool = False,
         **fields: Any,
     ) -> None:
         super().__init__()
@@ -116,7 +117,8 @@ class LanguageModel(nn.Module):
         if c.tie:
             self.out.weight = self.embedding.weight
         for block in self.each_block():
-            block.layer.impl, block.layer.checkpoint = impl, checkpoint
+            layer = block.layer
+            layer.impl, layer.checkpoint, layer.compiled = impl, checkpoint, compiled
 
     def each_block(self) -> Iterable[Block]:
         return (block for block in self.blocks if isinstance(block, Block))

@@ -20,6 +20,7 @@ from yaml import MarkedYAMLError
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.data import Task
+from layerzoo.layer import EXECUTION
 from layerzoo.lit import LitModel, read_checkpoint
 from layerzoo.model import ModelConfig
 from layerzoo.spec import SpecError, at, suggest
@@ -176,9 +177,9 @@ class TrainCLI(LightningCLI):
 
 
 def _same_hyperparameters(asked: dict[str, Any], trained: dict[str, Any]) -> None:
-    """Raise for the first hyperparameter that is not the checkpoint's; impl is not one."""
+    """Raise for the first hyperparameter that is not the checkpoint's, but for how layers run."""
     pairs = {f"network.{n}": (asked["network"].get(n), v) for n, v in trained["network"].items()}
-    pairs |= {n: (asked[n], v) for n, v in trained.items() if n not in ("network", "impl")}
+    pairs |= {n: (asked[n], v) for n, v in trained.items() if n not in ("network", *EXECUTION)}
     for name, (now, before) in pairs.items():
         if (list(now) if isinstance(now, tuple) else now) != before:
             raise SpecError(

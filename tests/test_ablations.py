@@ -169,11 +169,11 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     for folder in first.keys() - {lost}:
         assert (folder / "metrics.json").read_text() == first[folder]
 
-    # Another config never overwrites, nor passes for, these results; another impl is the same run.
+    # Another config never overwrites, nor passes for, these results; how layers run is no config.
     other = tree["set"] | {"model.network.dim": 32}
     with pytest.raises(SpecError, match="results of another config; give another --out"):
         run(str(grid_file(tmp_path, set=other)), tmp_path, jobs=1)
-    same = tree["set"] | {"model.impl": "chunked"}
+    same = tree["set"] | {"model.impl": "chunked", "model.checkpoint": True}
     assert run(str(grid_file(tmp_path, set=same)), tmp_path, jobs=1) == 0
 
 

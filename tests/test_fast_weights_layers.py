@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves
 
@@ -18,9 +21,10 @@ from layerzoo.callbacks import Diagnostics
 from layerzoo.data import MQAR
 from layerzoo.layer import build, get_layer, list_layers
 from layerzoo.lit import LitModel
-from layerzoo.memories.fast_weights import FastWeights
+from layerzoo.memories.fast_weights import FastWeights, engine
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.nn import UnitLength
+from layerzoo.ops import ImplError
 
 PRESETS = [n for n in list_layers() if issubclass(get_layer(n), FastWeights)]
 NAMES = "allmem fast_weights lact memora moneta titans ttt_linear ttt_mlp yaad"
@@ -169,3 +173,66 @@ def test_unit_length_has_two_derivatives() -> None:
     x.requires_grad_()
     assert gradcheck(lambda x: UnitLength.apply(x, 1e-2), (x,))
     assert gradgradcheck(lambda x: UnitLength.apply(x, 1e-2), (x,))
+
+
+def run_twice(layer: Any, x: Tensor) -> list[Tensor]:
+    """Outputs, state and gradients of a sequence cut inside a mini-batch."""
+    first, state = layer(x[:, :13])
+    second, state = layer(x[:, 13:], state)
+    floats = [leaf for leaf in tree_leaves(state) if leaf.is_floating_point()]
+    total = sum(leaf.square().sum() for leaf in (first, second, *floats))
+    assert isinstance(total, Tensor)
+    layer.zero_grad()
+    total.backward()
+    return [first, second, *floats, *(p.grad.clone() for p in layer.parameters())]
+
+
+quiet = pytest.mark.filterwarnings(  # of torch about torch
+    r"ignore:The \.grad attribute of a Tensor that is not a leaf",
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    r"ignore:.*torch\.jit\.script.*deprecated:DeprecationWarning",
+)
+
+
+@quiet
+@pytest.mark.parametrize("name", PRESETS)
+def test_compiled_is_the_same(name: str, monkeypatch: Any) -> None:
+    """As captured; what a backend makes of the capture is torch's own (and of titans, below)."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    engine.compiled_piece.cache_clear()
+    same_compiled(build(name, dim=8, heads=2, mini_batch=4))
+    engine.compiled_piece.cache_clear()
+
+
+@quiet
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_by_torch() -> None:
+    same_compiled(build("titans", dim=8, heads=2, mini_batch=4))
+
+
+def same_compiled(layer: Any) -> None:
+    layer.double()
+    x = torch.randn(2, 25, 8, dtype=torch.float64)
+    want = run_twice(layer, x)
+    layer.compiled = True
+    torch._dynamo.reset()
+    captured = counters["stats"]["unique_graphs"]
+    got = run_twice(layer, x)
+    assert counters["stats"]["unique_graphs"] > captured
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@quiet
+def test_compiled_without_a_compiler(monkeypatch: Any) -> None:
+    layer = build("titans", dim=8, heads=2, mini_batch=4)
+    layer.compiled = True
+
+    def backend(*_: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    engine.compiled_piece.cache_clear()
+    with pytest.raises(ImplError, match=r"set compiled to false: .*No working C"):
+        layer(torch.randn(1, 8, 8))
+    engine.compiled_piece.cache_clear()

@@ -171,6 +171,11 @@ def test_built_layers_as_children() -> None:
     assert build(layer.spec(), dim=24).spec() == layer.spec()
     layer.impl = "recurrent"
     assert child.impl == "recurrent", "impl reaches the children"
+    assert (child.checkpoint, child.compiled) == (False, False)
+    layer.checkpoint = layer.compiled = True
+    assert (child.checkpoint, child.compiled) == (True, True)
+    with pytest.raises(SpecError, match="compiled 'fast' is unknown; known: False, True"):
+        layer.compiled = "fast"
     with pytest.raises(SpecError, match="linear: already built with dim=24"):
         build(child, dim=12)
     with pytest.raises(SpecError, match="linear: already built with dim=24"):

@@ -68,7 +68,8 @@ def test_fit_lowers_the_loss_on_real_text(tmp_path: Path, capsys) -> None:
 def test_a_resumed_run_is_the_uninterrupted_run(small_run: Path, tmp_path: Path) -> None:
     # 10 batches an epoch: step 6 is inside the first one, so the data must go on there too.
     checkpoint = small_run / "checkpoints" / "epoch=0-step=6.ckpt"
-    resumed = fit(tmp_path, "mqar", *SMALL, "--ckpt_path", str(checkpoint))
+    how = ("--model.checkpoint", "true")  # is not a hyperparameter
+    resumed = fit(tmp_path, "mqar", *SMALL, *how, "--ckpt_path", str(checkpoint))
     whole, again = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
         for folder in (small_run, resumed)

@@ -97,6 +97,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", type=one_of("dtype", *DTYPES), default="float32", help=", ".join(DTYPES))
     add("--device", type=device, default=torch.device("cpu"), help="cpu or cuda; default cpu")
     add("--impl", default="auto", help="of ours: auto, recurrent, chunked or triton")
+    add("--compiled", action="store_true", help="compile the inner loops of ours")
     add("--threads", metavar="N", type=positive, help="of the CPU; default: torch's")
     add("--json", metavar="FILE", type=Path, help="write all numbers")
     add("--plot", metavar="FILE", type=Path, help=f"draw time against T ({' '.join(PICTURES)})")
@@ -186,6 +187,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=getattr(torch, options.dtype),
         device=options.device,
         impl=options.impl,
+        compiled=options.compiled,
         repeats=options.repeats,
         measures=options.measure,
         against=choose(options.against, options.mode, names),

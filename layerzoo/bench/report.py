@@ -87,11 +87,15 @@ def where(settings: Settings) -> str:
     return f"{hardware(settings.device)}{count}, {str(settings.dtype).removeprefix('torch.')}"
 
 
+def how(settings: Settings) -> str:
+    return f"impl {settings.impl}{', compiled' * settings.compiled}"
+
+
 def title(settings: Settings, layers: Sequence[str]) -> str:
     """Of the picture."""
     what = layers[0] if len(layers) == 1 else settings.mode
     s = settings
-    return f"{what}: B {s.batch}, D {s.dim}, {s.heads} heads, impl {s.impl}\n{where(s)}"
+    return f"{what}: B {s.batch}, D {s.dim}, {s.heads} heads, {how(s)}\n{where(s)}"
 
 
 def header(settings: Settings, gemm: float) -> str:
@@ -100,7 +104,7 @@ def header(settings: Settings, gemm: float) -> str:
     lengths = " ".join(map(str, s.lengths))
     flops = "rule alone" if s.mode == "ops" else "whole layer"
     return f"""\
-layerzoo bench {s.mode}: torch {torch.__version__}, {where(s)}, impl {s.impl}
+layerzoo bench {s.mode}: torch {torch.__version__}, {where(s)}, {how(s)}
 x [B, T, D]: B {s.batch}, T {lengths}, D {s.dim}, {s.heads} heads; \
 GEMM peak {digits(gemm)} GFLOP/s ({GEMM}^3, {dtype})
 

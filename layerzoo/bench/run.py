@@ -34,6 +34,7 @@ class Settings:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     impl: str = "auto"
+    compiled: bool = False
     repeats: int = 10
     measures: tuple[str, ...] = tuple(MEASURES)
     against: tuple[str, ...] | None = None
@@ -80,7 +81,7 @@ def bench(
     torch.manual_seed(0)
     exact = torch.float64 if settings.dtype == torch.float64 else torch.float32
     layer = build(spec, dim=settings.dim).to(settings.device, exact)
-    layer.impl = settings.impl
+    layer.impl, layer.compiled = settings.impl, settings.compiled
     x = torch.randn(settings.batch, T, settings.dim, device=settings.device, dtype=exact)
     ours, theirs = arms_of(layer, x, label, settings, skipped)
     differences = {peer.name: error for peer, (_, error) in theirs.items()}

@@ -15,12 +15,16 @@ A mini-batch is worked off in pieces: all of it, or what a call holds of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
+
+from layerzoo.ops import ImplError
 
 from ..chunks import SEGMENT, fold, tiles
 from .gates import Gates, token_gates
@@ -52,10 +56,16 @@ class Engine:
     """One call: what its pieces share."""
 
     def __init__(
-        self, rule: Rule, initial: Weights, row: Any, layer_norm: Any, watch: Watch | None
+        self,
+        rule: Rule,
+        initial: Weights,
+        row: Any,
+        layer_norm: Any,
+        watch: Watch | None = None,
+        compiled: bool = False,
     ) -> None:
         self.rule, self.initial, self.row, self.watch = rule, initial, row, watch
-        self.layer_norm = layer_norm
+        self.layer_norm, self.compiled = layer_norm, compiled
         self.matrices = range(len(initial))
 
     def phi(self, weights: Weights, *places: str) -> Weights:
@@ -178,16 +188,39 @@ class Engine:
         if self.rule.update == "token":
             part = None if row is None else row[start : start + n]
             gates: Any = token_gates(lr, momentum, retention, part)
-            piece: Any = self.token_piece
+            piece: Any = Engine.token_piece
         else:
             each = lambda x: [None] * len(lr) if x is None else x.unbind(0)  # noqa: E731
             gates = zip(lr.unbind(0), each(momentum), each(retention), strict=True)
-            piece = self.chunk_piece
+            piece = Engine.chunk_piece
+        if self.compiled and n == min(C, MAX_PIECE):
+            piece = compiled_piece(piece, self.rule)
         for x in zip(q.unbind(0), k.unbind(0), v.unbind(0), gates, strict=True):
             start += n
-            o, at = piece(at, *x, full=start % C == 0)
+            o, at = piece(self, at, *x, full=start % C == 0)
             outputs.append(o)
         return outputs, at
+
+
+@functools.cache
+def compiled_piece(piece: Any, rule: Rule) -> Callable[..., Any]:
+    """`token_piece` or `chunk_piece` as one compiled function, of a rule alone: torch compiles a
+    function a limited number of times."""
+    from torch._dynamo.exc import BackendCompilerFailed  # seconds, of those who compile
+
+    alone = FunctionType(piece.__code__.replace(), piece.__globals__, piece.__name__)
+    fast = torch.compile(alone, dynamic=False)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return fast(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            why = " ".join(str(error).split("\n\n")[0].split())
+            raise ImplError(
+                f"fast_weights: cannot be compiled here, set compiled to false: {why}"
+            ) from error
+
+    return run
 
 
 def plan(T: int, start: int, C: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -217,13 +250,14 @@ def run(
     rule: Rule,
     state: State,
     checkpoint: bool,
+    compiled: bool,
     watch: Watch | None,
 ) -> tuple[Tensor, State]:
     """See `fast_weights`. initial: weights `[N, I, O]`; layer_norm: `[N, 1, V]` each."""
     B, T, H, _ = q.shape
     if T == 0:
         return torch.zeros_like(v), state
-    engine = Engine(rule, initial, row, layer_norm, watch)
+    engine = Engine(rule, initial, row, layer_norm, watch, compiled and watch is None)
     flat = {name: _rows(x) for name, x in state.items() if name != "position"}
     past, C = position(state), rule.mini_batch
     start = past % C
@@ -259,7 +293,7 @@ def read_only(
 ) -> Tensor:
     """What q `[B, T, H, K]` reads from a state, which does not change."""
     B, _, H, _ = q.shape
-    engine = Engine(rule, initial, row, layer_norm, None)
+    engine = Engine(rule, initial, row, layer_norm)
     W, past = _rows(state["weights"]), position(state)
     if rule.update == "chunk":
         at = engine.begin(W, None, first=past < rule.mini_batch)

@@ -154,7 +154,8 @@ class FastWeights(Memory, name="fast_weights"):
 
     def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
         found = {**write, **self.constants(), "state": state}
-        return fast_weights(q, **found, impl=self.impl, checkpoint=self.checkpoint)
+        how = {"impl": self.impl, "checkpoint": self.checkpoint, "compiled": self.compiled}
+        return fast_weights(q, **found, **how)
 
     def read(self, q: Tensor, state: State) -> Tensor:
         return read_fast_weights(q, **self.constants(), state=state)

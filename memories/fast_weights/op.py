@@ -35,6 +35,7 @@ def fast_weights(
     state: State | None = None,
     impl: str = "auto",
     checkpoint: bool = False,
+    compiled: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], State]:
     """A network M_W trained on the pairs (k, v) while they are read: o_t = M_(W_t)(q_t).
@@ -67,13 +68,16 @@ def fast_weights(
             token. (`weights` still give `norm` its target.)
         impl: auto, recurrent, chunked or triton.
         checkpoint: keep less for the backward pass and compute it again.
+        compiled: compile the work of a mini-batch, once for a rule and shapes (half a minute); a
+            mini-batch that a call holds a part of, as in decoding, is not compiled.
         watch: called at the end of every mini-batch, see diagnostics.py.
 
     Returns:
         o in q's dtype, and the state: float32 (float64 for float64 input), see state.py.
 
     Raises:
-        SpecError: gates or weights that do not fit the rule. ImplError: an impl that cannot run.
+        SpecError: gates or weights that do not fit the rule.
+        ImplError: an impl that cannot run, or a compiler that is missing.
 
     Sources: TTT, Sun et al. 2024, arXiv 2407.04620, and Titans, Behrouz et al. 2025, 2501.00663
     (token); LaCT, Zhang et al. 2025, 2505.23884, and AllMem, 2602.13680 (chunk); Miras,
@@ -92,6 +96,7 @@ def fast_weights(
         rule=spec,
         state=state,
         checkpoint=checkpoint,
+        compiled=compiled,
         watch=watch,
     )
 

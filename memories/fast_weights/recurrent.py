@@ -27,6 +27,7 @@ def run(
     rule: Rule,
     state: State,
     checkpoint: bool,
+    compiled: bool,
     watch: Any,
 ) -> tuple[Tensor, State]:
     """See `fast_weights`. initial: weights `[N, I, O]`; layer_norm: `[N, 1, V]` each."""
