@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerzoo.layer import Inner, Layer, State, StateBytes
 from layerzoo.nn import RMSNorm, rotary
+from layerzoo.shell import QKV
 from layerzoo.spec import Config, SpecError, divide
 
 
@@ -73,10 +74,14 @@ class Attention(Layer):
         """The layer's op."""
         raise NotImplementedError
 
-    def project(self, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor) -> QKV:
+        """The projections of x."""
+        return self.q(x), self.k(x), self.v(x)
+
+    def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> QKV:
         """x `[B, T, D]`, after the tokens of `state` -> q `[B, T, H, K]` and k, v
-        `[B, T, kv_heads, K]`."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
+        `[B, T, kv_heads, K]`. qkv: of another layer."""
+        q, k, v = (p.unflatten(-1, (-1, self.head_dim)) for p in qkv or self.qkv(x))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rotary:
@@ -92,9 +97,11 @@ class Attention(Layer):
         state = self.init_state(len(x)) if state is None else state
         return Inner(fn, dict(zip("qkv", self.project(x, state), strict=True)))
 
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State = None, qkv: QKV | None = None
+    ) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
-        q, k, v = self.project(x, state)
+        q, k, v = self.project(x, state, qkv)
         o, state = self.attend(q, k, v, state)
         o = o.flatten(-2)
         if self.config.out_gate:

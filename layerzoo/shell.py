@@ -19,6 +19,7 @@ from layerzoo.spec import Config, SpecError, divide
 Write = dict[str, Tensor]
 """What a memory stores for each token, `[B, T, ...]` tensors named as the op's arguments."""
 
+QKV = tuple[Tensor, Tensor, Tensor]
 GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -75,9 +76,13 @@ class Memory(Layer):
         if config.out_gate != "none":
             self.gate = nn.Linear(dim, H * V, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Write]:
-        """x `[B, T, D]` -> q `[B, T, H, K]` and what each token writes."""
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q, self.k, self.v))
+    def qkv(self, x: Tensor) -> QKV:
+        """The projections of x, `[B, T, H K]`, `[B, T, H K]` and `[B, T, H V]`."""
+        return self.q(x), self.k(x), self.v(x)
+
+    def project(self, x: Tensor, qkv: QKV | None = None) -> tuple[Tensor, Write]:
+        """x `[B, T, D]` -> q `[B, T, H, K]` and what each token writes. qkv: of another layer."""
+        q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in qkv or self.qkv(x))
         if self.config.qk_norm == "l2":
             q, k = l2_normalise(q), l2_normalise(k)
         elif self.config.qk_norm == "rms":
@@ -121,8 +126,10 @@ class Memory(Layer):
             o = o * GATES[self.config.out_gate](self.gate(x))
         return self.out(o)
 
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        q, write = self.project(x)
+    def forward(
+        self, x: Tensor, state: State = None, qkv: QKV | None = None
+    ) -> tuple[Tensor, State]:
+        q, write = self.project(x, qkv)
         state = self.init_state(x.shape[0]) if state is None else state
         o, state = self.mix(q, write, state)
         return self.merge(o, x), state

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from layerzoo.layer import State
 from layerzoo.ops import Op
-from layerzoo.shell import Write
+from layerzoo.shell import QKV, Write
 from layerzoo.spec import SpecError
 
 from .chunks import (
@@ -210,8 +210,8 @@ class Linear(MatrixMemory, name="linear"):
         features = FEATURE_MAPS[self.config.feature_map].size(self.key_dim)
         return features, self.value_dim + self.config.normaliser
 
-    def project(self, x: Tensor) -> tuple[Tensor, Write]:
-        q, write = super().project(x)
+    def project(self, x: Tensor, qkv: QKV | None = None) -> tuple[Tensor, Write]:
+        q, write = super().project(x, qkv)
         phi = FEATURE_MAPS[self.config.feature_map].phi
         q, write["k"] = (phi(t * self.inner_scale) for t in (q, write["k"]))
         if self.config.normaliser:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import State
-from layerzoo.shell import Write
+from layerzoo.shell import QKV, Write
 
 from .linear import Linear
 
@@ -87,8 +87,8 @@ class Mamba2(Linear, name="mamba2"):
         super().__init__(dim, config)
         self.skip = nn.Parameter(torch.ones(self.heads, 1))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Write]:
-        q, write = super().project(x)
+    def project(self, x: Tensor, qkv: QKV | None = None) -> tuple[Tensor, Write]:
+        q, write = super().project(x, qkv)
         v, step = write["v"], write.pop("step")
         return q, {
             **write,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from layerzoo import build
 from layerzoo.layer import Reach
+from layerzoo.spec import SpecError
 
 X = torch.randn(2, 30, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 WINDOW = {"name": "sliding", "heads": 2, "window": 5}
@@ -59,3 +63,163 @@ def test_a_window_longer_than_the_sequence_is_full_attention(window: int, sinks:
     sliding = build("sliding", dim=24, heads=2, window=window, sinks=sinks).double()
     sliding.load_state_dict(full.state_dict())
     assert torch.allclose(sliding(X)[0], full(X)[0], atol=1e-12)
+
+
+def parallel(*children: Any, **fields: Any) -> Any:
+    return build("parallel", dim=24, children=list(children), **fields).double()
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_evicted_writes_what_has_left_the_window(sinks: int) -> None:
+    """At token i the memory holds tokens sinks .. i - window, and the window the rest."""
+    window = {**WINDOW, "sinks": sinks}
+    layer = parallel(window, {"name": "linear", "heads": 2, "out_norm": "none"}, write="evicted")
+    memory = layer.layers[1]
+    y, state = layer(X)
+    q, write = memory.project(X)
+    want = layer.layers[0](X)[0]
+    for i in range(X.shape[1]):
+        k, v = (write[name][:, sinks : max(sinks, i - 5 + 1)] for name in "kv")
+        S = torch.einsum("bthk,bthv->bhkv", k, v)
+        o = torch.einsum("bhk,bhkv->bhv", q[:, i], S) * memory.scale
+        want[:, i] += memory.merge(o.unsqueeze(1), X[:, i : i + 1])[:, 0]
+    assert torch.allclose(y, want, atol=1e-12)
+    assert state[-1]["writes"][0]["k"].shape[1] == 5 and state[-1]["position"] == 30
+    assert torch.equal(state[-1]["writes"][0]["v"], write["v"][:, -5:])
+
+
+@pytest.mark.parametrize("memory", ["linear", "gated_delta", "ttt_mlp", "allmem"])
+def test_evicted_with_a_window_above_the_length_writes_nothing(memory: str) -> None:
+    layer = parallel({**WINDOW, "window": 28, "sinks": 2}, memory, write="evicted")
+    _, state = layer(X)
+    for got, want in zip(
+        tree_leaves(state[1]), tree_leaves(layer.layers[1].init_state(2)), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert "no token ever leaves a window of 28" in layer.cautions(30)[0]
+    assert layer.cautions(2000) == []
+    (early,) = build("parallel", dim=24, children=[WINDOW, "allmem"], write="evicted").cautions(60)
+    assert "mini-batch of 512 never fills in sequences of 55 tokens" in early
+
+
+@pytest.mark.parametrize("share", ["qkv", "qkvo"])
+def test_shared_projections_are_one(share: str) -> None:
+    children = [WINDOW, {"name": "gated_delta", "heads": 3}]
+    alone, layer = parallel(*children), parallel(*children, share=share)
+    names = ["q", "k", "v", "out"] if share == "qkvo" else ["q", "k", "v"]
+    window, memory = layer.layers
+    for name in names:
+        assert getattr(memory, name) is getattr(window, name)
+    assert (memory.out is window.out) == (share == "qkvo")
+    alone.load_state_dict(layer.state_dict())
+    assert torch.allclose(layer(X)[0], alone(X)[0], rtol=0, atol=1e-14)
+    count = sum(p.numel() for p in alone.parameters()) - sum(p.numel() for p in layer.parameters())
+    assert count == len(names) * 24 * 24
+
+
+def test_window_dropout_leaves_rows_without_the_window() -> None:
+    layer = parallel(WINDOW, "linear", drop=0.5)
+    x = X[:1].repeat(64, 1, 1)
+    window, memory = (child(x)[0] for child in layer.layers)
+    torch.manual_seed(0)
+    y, _ = layer(x)
+    dropped = [bool(torch.allclose(row, m)) for row, m in zip(y, memory, strict=True)]
+    assert 16 < sum(dropped) < 48
+    kept = torch.tensor(dropped).logical_not()
+    assert torch.allclose(y[kept], (window + memory)[kept], atol=1e-12)
+    layer.eval()
+    assert torch.allclose(layer(x)[0], window + memory, atol=1e-12)
+
+
+def test_children_can_be_switched_off() -> None:
+    layer = parallel(WINDOW, "linear").eval()
+    window, memory = (child(X)[0] for child in layer.layers)
+    layer.off = (0,)
+    assert torch.allclose(layer(X)[0], memory, atol=1e-12)
+    layer.off = (1,)
+    assert torch.equal(layer(X)[0], window)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_sequential(residual: bool) -> None:
+    one = build("sequential", dim=24, children=["gated_delta"], residual=residual).double()
+    y, state = one(X)
+    want, want_state = one.layers[0](X)
+    assert torch.equal(y, want) and torch.equal(state[0], want_state)
+    two = build("sequential", dim=24, children=["linear", WINDOW], residual=residual).double()
+    a = two.layers[0](X)[0]
+    b = two.layers[1](X + a if residual else a)[0]
+    assert torch.allclose(two(X)[0], a + b if residual else b, atol=1e-12)
+    assert build("sequential", dim=24, children=[WINDOW, WINDOW]).reach() == Reach(8, 0)
+
+
+def test_gated() -> None:
+    layer = build("gated", dim=24, children=[WINDOW, "linear"]).double()
+    a, b = (child(X)[0] for child in layer.layers)
+    g = (X @ layer.gate.weight.mT + layer.gate.bias).sigmoid()
+    assert torch.allclose(layer(X)[0], g * a + (1 - g) * b, atol=1e-12)
+    layer = build("gated", dim=24, children=[WINDOW, "linear"], gate="tanh").double()
+    assert torch.equal(layer(X)[0], layer.layers[0](X)[0])
+    with torch.no_grad():
+        layer.gate.weight.normal_()
+    a, b = (child(X)[0] for child in layer.layers)
+    want = a + (X @ layer.gate.weight.mT).tanh() * b
+    assert torch.allclose(layer(X)[0], want, atol=1e-12)
+
+
+def test_heads_share_one_output_projection() -> None:
+    children = [{"name": "sliding", "heads": 3, "window": 4}, {"name": "delta", "heads": 1}]
+    layer = build("heads", dim=24, children=children).double()
+    window, memory = layer.layers
+    assert (window.head_dim, memory.key_dim, memory.value_dim) == (6, 6, 6)
+    outs = []
+    for child in layer.layers:
+        child.out.register_forward_pre_hook(lambda _, args: outs.append(args[0]))
+    y, _ = layer(X)
+    W = torch.cat([child.out.weight for child in layer.layers], 1)
+    assert torch.allclose(y, torch.cat(outs, -1) @ W.mT, atol=1e-12)
+    assert W.shape == (24, 24)
+
+
+@pytest.mark.parametrize("pieces", [[30], [5, 11, 14]])
+def test_reset_forgets(pieces: list[int]) -> None:
+    layer = build("reset", dim=24, children=["gated_delta"], every=7).double()
+    want = torch.cat([layer.layers[0](segment)[0] for segment in X.split(7, 1)], 1)
+    state, outs = None, []
+    for x in X.split(pieces, 1):
+        y, state = layer(x, state)
+        outs.append(y)
+    assert torch.allclose(torch.cat(outs, 1), want, atol=1e-12)
+    assert layer.reach() == Reach(6)
+    layer.every = None
+    assert torch.equal(layer(X)[0], layer.layers[0](X)[0]) and layer.reach() is None
+
+
+REFUSED: Any = [
+    ("parallel", {"children": ["softmax", "linear"], "write": "evicted"}, "needs a window"),
+    ("parallel", {"children": [WINDOW, "softmax"], "write": "evicted"}, "is for memories"),
+    ("parallel", {"children": [WINDOW, "linear"], "drop": 1.0}, r"drop: must be in \[0, 1\)"),
+    (
+        "parallel",
+        {"children": [{**WINDOW, "kv_heads": 1}, "linear"], "share": "qkv"},
+        r"children\[1\]: share: its projection 'k' has shape \(24, 24\), and sliding's \(12, 24\)",
+    ),
+    ("parallel", {"children": [WINDOW, "parallel"], "share": "qkv"}, "children: missing"),
+    (
+        "parallel",
+        {"children": [{"name": "reset", "children": ["linear"]}, "linear"], "share": "qkv"},
+        "reset has no projection 'q'",
+    ),
+    ("gated", {"children": [WINDOW]}, "children: needs 2, got 1"),
+    ("sequential", {"children": []}, "children: needs at least 1"),
+    ("reset", {"children": ["linear"], "every": 0}, "every: must be at least 1 or null"),
+    ("heads", {"children": [{"name": "linear", "key_dim": 3}]}, "key_dim: leave it out"),
+    ("heads", {"children": [{"name": "linear", "heads": 5}]}, "heads of all: 5 does not divide"),
+    ("heads", {"children": [{"name": "reset", "children": ["linear"]}]}, "reset has no heads"),
+]
+
+
+@pytest.mark.parametrize("name, fields, message", REFUSED)
+def test_refused(name: str, fields: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        build(name, dim=24, **fields)

@@ -1,11 +1,10 @@
-"""Layers made of layers; children are given as specs or as built layers."""
+"""What compositions share: children, given as specs or as built layers, and their states."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layerzoo.layer import Layer, Reach, State, StateBytes, build, check_spec
 from layerzoo.spec import Config, SpecError, at
@@ -16,9 +15,13 @@ class ChildrenConfig(Config):
 
     children: tuple[Any, ...]
 
+    count: ClassVar[int | None] = None
+    """How many children there must be; None is any number from 1."""
+
     def check(self) -> None:
-        if not self.children:
-            raise SpecError("children: needs at least one layer")
+        if not self.children or self.count not in (None, len(self.children)):
+            want = self.count or "at least 1"
+            raise SpecError(f"children: needs {want}, got {len(self.children)}")
         for n, child in enumerate(self.children):
             with at(f"children[{n}]"):
                 check_spec(child)
@@ -33,9 +36,13 @@ class Composition(Layer):
     def __init__(self, dim: int, config: ChildrenConfig) -> None:
         super().__init__(dim, config)
         self.layers = nn.ModuleList()
-        for n, child in enumerate(config.children):
+        for n, child in enumerate(self.child_specs()):
             with at(f"children[{n}]"):
                 self.layers.append(build(child, dim=dim))
+
+    def child_specs(self) -> list[Any]:
+        """The specs that are built: the config's."""
+        return list(self.config.children)
 
     def children_layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
@@ -53,51 +60,8 @@ class Composition(Layer):
     def rule_flops(self, T: int) -> float:
         return sum(layer.rule_flops(T) for layer in self.children_layers())
 
-
-class Parallel(Composition, name="parallel"):
-    """Children side by side, each but the first times a learned scale per channel.
-
-    y = child_0(x) + sum_{n >= 1} scale_n * child_n(x),   scale_n: [D]
-
-    With `scale_init: 0` the layer starts as exactly its first child, which is how a memory is
-    grafted onto a pretrained window.
-
-    scale_init: start of every scale_n. children: specs of layers, or built layers.
-    """
-
-    class Config(ChildrenConfig):
-        scale_init: float = 1.0
-
-    source = "AllMem, arXiv 2602.13680"
-    cases = (
-        {
-            "children": [
-                {"name": "sliding", "heads": 2, "window": 4},
-                {"name": "linear", "heads": 2},
-            ]
-        },
-        {
-            "children": ["softmax", {"name": "gated_delta", "heads": 2}, {"name": "linear"}],
-            "scale_init": 0.0,
-        },
-    )
-
-    def __init__(self, dim: int, config: Parallel.Config) -> None:
-        super().__init__(dim, config)
-        rest = len(config.children) - 1
-        self.scales = nn.Parameter(torch.full((rest, dim), float(config.scale_init)))
-
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        states = [None] * len(self.layers) if state is None else state
-        outs, states = zip(
-            *(layer(x, s) for layer, s in zip(self.layers, states, strict=True)), strict=True
-        )
-        y = outs[0]
-        for scale, out in zip(self.scales, outs[1:], strict=True):
-            y = y + scale.to(out.dtype) * out
-        return y, list(states)
-
     def reach(self) -> Reach | None:
+        """Of children side by side: that of the furthest."""
         reaches = [layer.reach() for layer in self.children_layers()]
         if any(reach is None for reach in reaches):
             return None
