@@ -6,7 +6,7 @@ import functools
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from layerzoo.layer import Layer
 from layerzoo.lit import SHOWN
 from layerzoo.model import LanguageModel
+from layerzoo.spec import SpecError
 
 
 class TokensPerSecond(Callback):
@@ -110,6 +111,47 @@ class Diagnostics(Callback):
                 tag = f"memory/{name}/{figure}"
                 pl_module.log(tag, value, on_step=False, on_epoch=True, batch_size=1)
         self.hooks, self.inputs = [], {}
+
+
+class Controls(Callback):
+    """What remains of a trained model without its memory, or with a short one: switches, while it
+    is validated and tested, layers that have them (`parallel` and `reset`).
+
+    off: children of every `parallel` to leave out; [1] is a window without its memory, [0] a
+        memory without its window. every: tokens after which every `reset` starts anew.
+    """
+
+    def __init__(self, off: Sequence[int] = (), every: int | None = None) -> None:
+        self.changes: dict[str, Any] = {"off": tuple(off)} if off else {}
+        if every is not None:
+            self.changes["every"] = every
+
+    def _switch(self, model: LanguageModel) -> None:
+        self.before: list[tuple[Layer, str, Any]] = []
+        for _, layer in named_layers(model):
+            for name, value in self.changes.items():
+                if hasattr(layer, name):
+                    self.before.append((layer, name, getattr(layer, name)))
+                    setattr(layer, name, value)
+        missing = self.changes.keys() - {name for _, name, _ in self.before}
+        if missing:
+            raise SpecError(f"Controls: {min(missing)}: no layer of this model has such a switch")
+
+    def _restore(self) -> None:
+        for layer, name, value in self.before:
+            setattr(layer, name, value)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._switch(pl_module.model)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._restore()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._switch(pl_module.model)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        self._restore()
 
 
 def named_layers(model: LanguageModel) -> Iterator[tuple[str, Layer]]:

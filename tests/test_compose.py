@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from layerzoo import build
+from layerzoo.callbacks import Controls
 from layerzoo.layer import Reach
+from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
 
 X = torch.randn(2, 30, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -195,7 +198,56 @@ def test_reset_forgets(pieces: list[int]) -> None:
     assert torch.equal(layer(X)[0], layer.layers[0](X)[0]) and layer.reach() is None
 
 
+def test_controls_switch_while_testing() -> None:
+    reset = {"name": "reset", "children": ["linear"], "every": None}
+    config: Any = {"layers": [{"name": "parallel", "children": [WINDOW, reset]}], "dim": 24}
+    lit: Any = SimpleNamespace(model=LanguageModel(vocab_size=8, depth=2, **config))
+    layers = [block.layer for block in lit.model.blocks]
+    controls = Controls(off=[0], every=5)
+    for start, end in (
+        (controls.on_validation_start, controls.on_validation_end),
+        (controls.on_test_start, controls.on_test_end),
+    ):
+        start(None, lit)
+        assert all(layer.off == (0,) and layer.layers[1].every == 5 for layer in layers)
+        end(None, lit)
+        assert all(layer.off == () and layer.layers[1].every is None for layer in layers)
+    plain: Any = SimpleNamespace(model=LanguageModel(vocab_size=8, dim=24, layers=["linear"]))
+    with pytest.raises(SpecError, match="Controls: off: no layer of this model"):
+        Controls(off=[1]).on_test_start(None, plain)
+
+
+def test_prefix_is_attention_over_memory_and_segment() -> None:
+    """Token by token from the modules: what is retrieved, what is seen, what is written."""
+    spec: Any = {"children": [{"name": "linear", "heads": 2}], "heads": 2, "rotary": None}
+    layer = build("prefix", dim=24, segment=7, persistent=3, **spec).double()
+    memory = layer.layers[0]
+    now = last = memory.init_state(2)
+    outs: list[torch.Tensor] = []
+    for i in range(30):
+        if i % 7 == 0:
+            last, tokens, retrieved = now, [], []
+        x = X[:, i : i + 1]
+        q, _ = memory.project(x)
+        tokens.append(x)
+        retrieved.append(memory.merge(memory.read(q, last), x))
+        seen = torch.cat((*retrieved, *tokens), 1)
+        k, v = (
+            torch.cat((p.expand(2, 3, 2, 12), proj(seen).unflatten(-1, (2, 12))), 1)
+            for p, proj in ((layer.first_k, layer.k), (layer.first_v, layer.v))
+        )
+        weights = torch.einsum("bhk,bnhk->bhn", layer.q(x).view(2, 2, 12), k) / 12**0.5
+        o = torch.einsum("bhn,bnhv->bhv", weights.softmax(-1), v)
+        y = layer.out(o.reshape(2, 1, 24))
+        o, now = memory.mix(*memory.project(y), now)
+        outs.append(y * memory.merge(o, y).sigmoid())
+    assert torch.allclose(layer(X)[0], torch.cat(outs, 1), atol=1e-12)
+
+
 REFUSED: Any = [
+    ("prefix", {"children": ["softmax"]}, r"children\[0\]: softmax is no memory"),
+    ("prefix", {"children": ["linear"], "heads": 8}, "rotary: needs an even dim / heads, got 3"),
+    ("prefix", {"children": ["linear"], "segment": 0}, "segment: must be at least 1"),
     ("parallel", {"children": ["softmax", "linear"], "write": "evicted"}, "needs a window"),
     ("parallel", {"children": [WINDOW, "softmax"], "write": "evicted"}, "is for memories"),
     ("parallel", {"children": [WINDOW, "linear"], "drop": 1.0}, r"drop: must be in \[0, 1\)"),

@@ -191,6 +191,8 @@ def test_rollback(case: Case, mode: Any) -> None:
             layer(-x[:, t : t + 1], state)
             assert_close(state, before, 0.0)
         assert_close(layer(x[:, 9:], state), first, 0.0)
+        recorded = any(leaf.requires_grad for leaf in tree_leaves((state, first)))
+        assert recorded == torch.is_grad_enabled(), "a state would keep all that came before"
         assert_close(first, layer(x[:, 9:], before), 0.0)
         assert_close((first[0], first[1]), (want[0][:, 9:], want[1]), 1e-9)
 

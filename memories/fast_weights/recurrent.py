@@ -32,7 +32,9 @@ def run(
 ) -> tuple[Tensor, State]:
     """See `fast_weights`. initial: weights `[N, I, O]`; layer_norm: `[N, 1, V]` each."""
     args: Any = (q, k, v, lr, momentum, decay, row, layer_norm, initial, state)
-    with torch.inference_mode(False):  # which autograd cannot leave; Lightning tests in it
+    recording = torch.is_grad_enabled()  # the next mode turns it on
+    # Autograd cannot leave inference mode, in which Lightning tests.
+    with torch.inference_mode(False), torch.set_grad_enabled(recording):
         if q.is_inference() or any(w.is_inference() for w in initial):
             args = clones(args)
         return tokens(rule, *args)

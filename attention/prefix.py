@@ -1,0 +1,192 @@
+"""Attention within segments, with memory in front of them (memory as a context)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerzoo.compose import ChildrenConfig, Composition
+from layerzoo.compose.parallel import read_flops
+from layerzoo.layer import State, StateBytes
+from layerzoo.nn import rotary
+from layerzoo.ops import Op
+from layerzoo.shell import Memory
+from layerzoo.spec import SpecError, divide
+
+from .heads import append, attend_one
+
+OP = Op("prefix_attention")
+
+
+@OP.register("recurrent")
+def _recurrent(q, k, v, memory_k, memory_v, first_k, first_v, *, scale):
+    """q `[B, n, H, K]` of the last n tokens of a segment; k, v of all its m tokens `[B, m, H, K]`;
+    memory_k, memory_v of what was retrieved for them; first_k, first_v `[P, H, K]`. Token i sees
+    all of first, and of the others those up to its own."""
+    B, n = q.shape[:2]
+    outputs = []
+    for i in range(n):
+        seen = k.shape[1] - n + i + 1
+        keys, values = (
+            torch.cat((first.expand(B, *first.shape), retrieved[:, :seen], own[:, :seen]), 1)
+            for first, retrieved, own in ((first_k, memory_k, k), (first_v, memory_v, v))
+        )
+        outputs.append(attend_one(q[:, i], keys, values, scale))
+    return torch.stack(outputs, 1) if outputs else torch.zeros_like(q)
+
+
+@OP.register("chunked", upcast=False)
+def _chunked(q, k, v, memory_k, memory_v, first_k, first_v, *, scale):
+    B, n, m = *q.shape[:2], k.shape[1]
+    if n == 0:
+        return torch.zeros_like(q)
+    keys, values = (
+        torch.cat([first.expand(B, *first.shape), retrieved, own], 1).to(q.dtype).transpose(1, 2)
+        for first, retrieved, own in ((first_k, memory_k, k), (first_v, memory_v, v))
+    )
+    causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    mask = torch.cat((causal.new_ones(n, len(first_k)), causal, causal), 1)
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask, scale=scale)
+    return o.transpose(1, 2)
+
+
+class Prefix(Composition, name="prefix"):
+    """Segments of tokens x_1 .. x_S, each behind learned tokens and what a memory M knows of it.
+
+    r_i = M(q(x_i)), M as the last segment left it
+    y_i = softmax attention of x_i over [p_1 .. p_P, r_1 .. r_i, x_1 .. x_i]
+    M is written y_1, y_2, ..;   output y_i * sigmoid(M_i(y_i)), M_i with y_1 .. y_i
+
+    Rotary positions are those in the segment, i for x_i and r_i; the p have none, and are keys and
+    values themselves. A retrieved r_j is visible to x_i only from i = j on: seen from the start,
+    as the paper draws it, it would tell of tokens that have not come. The paper leaves open how y
+    and the last read meet; sigmoid keeps y's scale. The state: M of the last segment and M now,
+    and keys and values of the segment's tokens so far.
+
+    children: the memory, a spec or built layer. heads: of the attention. segment: S.
+    persistent: P.
+    """
+
+    class Config(ChildrenConfig):
+        heads: int = 4
+        segment: int = 64
+        persistent: int = 4
+        rotary: float | None = 10000.0
+
+        count = 1
+
+        def check(self) -> None:
+            ChildrenConfig.check(self)
+            for name, least in (("heads", 1), ("segment", 1), ("persistent", 0)):
+                if getattr(self, name) < least:
+                    got = getattr(self, name)
+                    raise SpecError(f"{name}: must be at least {least}, got {got}")
+
+    source = "Titans, Behrouz et al. 2025, arXiv 2501.00663, MAC"
+    op = OP
+    cases = (
+        {
+            "children": [{"name": "titans", "heads": 2, "mini_batch": 5}],
+            "heads": 2,
+            "segment": 6,
+            "persistent": 2,
+        },
+        {
+            "children": [{"name": "gated_delta", "heads": 3}],
+            "heads": 3,
+            "segment": 4,
+            "persistent": 0,
+            "rotary": None,
+        },
+    )
+
+    def __init__(self, dim: int, config: Prefix.Config) -> None:
+        super().__init__(dim, config)
+        (self.memory,) = memory = self.children_layers()
+        if not isinstance(memory[0], Memory):
+            raise SpecError(f"children[0]: {memory[0].name} is no memory")
+        self.head_dim = divide(dim, config.heads, "heads")
+        if config.rotary and self.head_dim % 2:
+            raise SpecError(f"rotary: needs an even dim / heads, got {self.head_dim}; or null")
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        shape = (config.persistent, config.heads, self.head_dim)
+        self.first_k = nn.Parameter(torch.randn(shape))
+        self.first_v = nn.Parameter(torch.randn(shape) * dim**-0.5)
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        state = self.init_state(len(x)) if state is None else state
+        past, S, outputs = int(state["position"]), self.config.segment, []
+        first = S - past % S
+        sizes = [min(first, x.shape[1])]
+        sizes += [S] * ((x.shape[1] - sizes[0]) // S)
+        sizes.append(x.shape[1] - sum(sizes))
+        for piece in x.split(sizes, 1):
+            y, state = self._piece(piece, state)
+            outputs.append(y)
+        return torch.cat(outputs, 1), state
+
+    def _piece(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Tokens of one segment."""
+        memory: Any = self.memory
+        q, _ = memory.project(x)
+        retrieved = memory.merge(memory.read(q, state["retrieve"]), x)
+        place = int(state["position"]) % self.config.segment
+        new = {"k": self._heads(self.k(x), place), "v": self._heads(self.v(x))}
+        new |= {"memory_k": self._heads(self.k(retrieved), place)}
+        new |= {"memory_v": self._heads(self.v(retrieved))}
+        cache = {name: append(state[name], t) for name, t in new.items()}
+        q = self._heads(self.q(x), place)
+        scale = self.head_dim**-0.5
+        o = OP(self.impl, q, *cache.values(), self.first_k, self.first_v, scale=scale)
+        y = self.out(o.flatten(-2))
+        o, written = memory.mix(*memory.project(y), state["memory"])
+        y = y * memory.merge(o, y).sigmoid()
+        full = place + x.shape[1] == self.config.segment
+        if full:
+            cache = {name: t[:, :0].clone() for name, t in cache.items()}
+        return y, {
+            "memory": written,
+            "retrieve": written if full else state["retrieve"],
+            **cache,
+            "position": state["position"] + x.shape[1],
+        }
+
+    def _heads(self, x: Tensor, place: int | None = None) -> Tensor:
+        """`[B, n, D]` -> `[B, n, H, K]`, rotated if it has a place."""
+        x = x.unflatten(-1, (self.config.heads, -1))
+        base = self.config.rotary
+        return x if place is None or base is None else rotary(x, place, base)
+
+    def init_state(self, batch_size: int) -> State:
+        memory: Any = self.memory
+        none = self.first_k.new_empty(batch_size, 0, self.config.heads, self.head_dim)
+        return {
+            "memory": memory.init_state(batch_size),
+            "retrieve": memory.init_state(batch_size),
+            **dict.fromkeys(("k", "v", "memory_k", "memory_v"), none),
+            "position": torch.zeros((), dtype=torch.int64),
+        }
+
+    def state_bytes(self, T: int) -> StateBytes:
+        memory: Any = self.memory
+        now, last = memory.state_bytes(T), memory.state_bytes(T - T % self.config.segment)
+        cache = 4 * 4 * self.dim * (T % self.config.segment)
+        return StateBytes(now.memory, now.buffers + last.total + cache + 8)
+
+    def rule_flops(self, T: int) -> float:
+        """The memory's reads and writes, and the attention."""
+        S, c = self.config.segment, self.config
+        places = [T // S + (i < T % S) for i in range(S)]  # how many tokens have place i
+        seen = sum(n * (c.persistent + 2 * (i + 1)) for i, n in enumerate(places))
+        memory: Any = self.memory
+        attention = 4 * self.dim * seen / max(1, T)
+        return attention + memory.rule_flops(T) + read_flops(memory)
+
+    def flops_per_token(self, T: int) -> float:
+        """x and y both go through the memory's projections, x and r through k and v."""
+        twice = [m for m in self.memory.modules() if isinstance(m, nn.Linear)]
+        again = sum(2 * m.in_features * m.out_features for m in (*twice, self.k, self.v))
+        return super().flops_per_token(T) + again
