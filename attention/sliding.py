@@ -141,6 +141,12 @@ def _chunked(q, k, v, *, window, sinks, start, scale):
     return o.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)[:, :T]
 
 
+def _ramp(n: int, top: int) -> int:
+    """sum of min(j, top) over j = 1..n"""
+    rising = max(0, min(n, top))
+    return rising * (rising + 1) // 2 + max(0, n - top) * top
+
+
 class Sliding(Attention, name="sliding"):
     """Sliding-window softmax attention with sinks.
 
@@ -181,7 +187,7 @@ class Sliding(Attention, name="sliding"):
 
     def rule_flops(self, T: int) -> float:
         c = self.config
-        seen = sum(min(i + 1, c.window) + cached_sinks(i, c.window, c.sinks) for i in range(T))
+        seen = _ramp(T, c.window) + _ramp(T - c.window, c.sinks)  # the window, and sinks behind it
         return self.heads * 4 * self.head_dim * seen / max(1, T)
 
     def reach(self) -> Reach:

@@ -143,6 +143,10 @@ def ablate_command(argv: Sequence[str]) -> int:
     return importlib.import_module("layerzoo.ablations.command").main(argv)
 
 
+def describe_command(argv: Sequence[str]) -> int:
+    return importlib.import_module("layerzoo.describe.command").main(argv)
+
+
 def bench_command(argv: Sequence[str]) -> int:
     return importlib.import_module("layerzoo.bench.command").main(argv)
 
@@ -153,6 +157,7 @@ COMMANDS = {
     "test": (train_command, "evaluate a checkpoint on the test split"),
     "predict": (train_command, "save a checkpoint's predictions on the test split"),
     "list": (list_command, "list the layers; `list NAME` shows equation and fields"),
+    "describe": (describe_command, "count a model's parameters, FLOPs and state at any length"),
     "generate": (generate_command, "continue a prompt with a checkpoint"),
     "ablate": (ablate_command, "run a grid of training runs and compare them"),
     "bench": (bench_command, "time ops or layers, in pairs with other libraries"),

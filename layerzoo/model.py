@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from layerzoo.layer import Layer, Reach, State, StateBytes, build, check_spec
+from layerzoo.layer import Reach, State, StateBytes, build
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op
+from layerzoo.pattern import block_indices, check_blocks, overridden, tiled
 from layerzoo.spec import Config, SpecError, at
 
 if TYPE_CHECKING:
@@ -23,36 +24,41 @@ class ModelConfig(Config):
     """What a language model computes.
 
     vocab_size: number of token ids. dim: width D. depth: number of blocks.
-    layers: specs, tiled over the depth: block n runs layers[n % len(layers)].
+    layers: specs, tiled over the depth: block n runs layers[n % len(layers)]. Or specs by name.
+    pattern: with layers by name, their order, tiled over the depth: 'window*3 full'.
+    overrides: exceptions, block index (negative from the end) to fields that are merged over the
+        block's spec, one level deep, or to a whole spec: {0: {window: 16}, -1: {name: softmax}}.
+    persistent: learned tokens in front of every sequence and document. Their outputs are dropped.
     conv: width of the causal convolution in front of every layer, 0 is off.
     mlp: hidden width of the SwiGLU after every layer as a multiple of dim, 0 is off.
     tie: the output head shares the embedding's weight (then the embedding starts small).
     """
 
     vocab_size: int
-    layers: tuple[Any, ...]
+    layers: dict[str, Any] | tuple[Any, ...]
+    pattern: str | None = None
+    overrides: dict[Any, Any] | None = None
     dim: int = 128
     depth: int = 2
     conv: int = 4
     mlp: float = 0.0
     tie: bool = False
+    persistent: int = 0
 
     def check(self) -> None:
         for name in ("vocab_size", "dim", "depth"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("conv", "mlp"):
+        for name in ("conv", "mlp", "persistent"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name}: must not be negative, got {getattr(self, name)}")
-        if not 1 <= len(self.layers) <= self.depth:
-            raise SpecError(
-                f"layers: needs 1 to depth={self.depth} specs to tile, got {len(self.layers)}"
-            )
-        for n, spec in enumerate(self.layers):
-            with at(f"layers[{n}]"):
-                check_spec(spec)
-                if isinstance(spec, Layer) and n + len(self.layers) < self.depth:
-                    raise SpecError("a built layer cannot be tiled; give its spec, layer.spec()")
+        if self.overrides is not None:
+            object.__setattr__(self, "overrides", block_indices(self.overrides))
+        check_blocks(self.layers, self.pattern, self.depth, self.overrides or {})
+
+    def blocks(self) -> list[tuple[str, Any]]:
+        """The spec of every block, behind the place where it was given."""
+        return overridden(tiled(self.layers, self.pattern, self.depth), self.overrides or {})
 
 
 class Block(nn.Module):
@@ -107,11 +113,15 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = c = config or ModelConfig.from_fields(fields)
         self.embedding = nn.Embedding(c.vocab_size, c.dim)
-        nn.init.normal_(self.embedding.weight, std=c.dim**-0.5 if c.tie else 1.0)
+        std = c.dim**-0.5 if c.tie else 1.0
+        nn.init.normal_(self.embedding.weight, std=std)
+        self.persistent = None
+        if c.persistent:
+            self.persistent = nn.Parameter(torch.randn(c.persistent, c.dim) * std)
         self.blocks = nn.ModuleList()
-        for n in range(c.depth):
-            with at(f"layers[{n % len(c.layers)}]"):
-                self.blocks.append(Block(c, c.layers[n % len(c.layers)]))
+        for place, spec in c.blocks():
+            with at(place):
+                self.blocks.append(Block(c, spec))
         self.norm = RMSNorm(c.dim, eps=1e-6)
         self.out = nn.Linear(c.dim, c.vocab_size, bias=False)
         if c.tie:
@@ -147,13 +157,17 @@ class LanguageModel(nn.Module):
                 raise SpecError(f"documents: shape {tuple(documents.shape)} is not the tokens'")
             rows, where = unpack(tokens, documents)
             return self.hidden(rows)[0][where], None
-        x = self.embedding(tokens)
-        states = self.init_state(len(tokens)) if state is None else state
+        state = self.init_state(len(tokens)) if state is None else state
+        x, state = self._run(self.embedding(tokens), state)
+        return self.norm(x), state
+
+    def _run(self, x: Tensor, states: State) -> tuple[Tensor, State]:
+        """x `[B, T, D]` through the blocks."""
         new = []
-        for block, block_state in zip(self.blocks, states, strict=True):
-            x, block_state = block(x, block_state)
-            new.append(block_state)
-        return self.norm(x), new
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block(x, state)
+            new.append(state)
+        return x, new
 
     def head(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... vocab"]:
         """Logits of hidden states; give it only the positions that need them."""
@@ -169,33 +183,47 @@ class LanguageModel(nn.Module):
         return self.head(h), state
 
     def init_state(self, batch_size: int) -> State:
-        return [block.init_state(batch_size) for block in self.each_block()]
+        """The state before the first token, after the persistent ones: of them it has gradients.
+        Positions, windows and mini-batches count them."""
+        state = [block.init_state(batch_size) for block in self.each_block()]
+        if self.persistent is None:
+            return state
+        # A copy: a view of a parameter wants gradients even where none are recorded.
+        return self._run(self.persistent.repeat(batch_size, 1, 1), state)[1]
 
     def state_bytes(self, T: int) -> StateBytes:
-        """Bytes of the state after T tokens, batch 1, float32; convolutions count as buffers."""
-        sizes = [block.layer.state_bytes(T) for block in self.each_block()]
+        """Bytes of the state after T tokens, batch 1, float32; convolutions count as buffers, and
+        what is cached of persistent tokens as the rest (the parameters themselves do not)."""
+        read = T + self.config.persistent
+        sizes = [block.layer.state_bytes(read) for block in self.each_block()]
         conv = 4 * self.config.dim * max(0, self.config.conv - 1) * self.config.depth
         return StateBytes(sum(s.memory for s in sizes), sum(s.buffers for s in sizes) + conv)
 
     def flops_per_token(self, T: int) -> float:
-        """Matrix-product FLOPs per token, forward, mean over T: layers, SwiGLUs and head."""
-        outside = [self.out, *(block.mlp for block in self.each_block() if block.mlp)]
-        linear = (m for part in outside for m in part.modules() if isinstance(m, nn.Linear))
-        total = sum(2.0 * m.in_features * m.out_features for m in linear)
-        return total + sum(block.layer.flops_per_token(T) for block in self.each_block())
+        """Matrix-product FLOPs per token, forward, mean over T: layers, SwiGLUs and head. The T
+        tokens pay for the persistent ones, which every sequence reads once (without the head)."""
+        read = T + self.config.persistent
+        blocks = sum(
+            linear_flops(block.mlp) + block.layer.flops_per_token(read)
+            for block in self.each_block()
+        )
+        return linear_flops(self.out) + blocks * (read / T if T else 1)
 
     def reach(self) -> Reach | None:
-        """How far back a token can be and still have an effect; None is unbounded."""
+        """How far back a token can be and still have an effect; None is unbounded. Persistent
+        tokens are no tokens, but where they are a layer's sinks, its first tokens are not."""
         reaches = [block.layer.reach() for block in self.each_block()]
         if any(reach is None for reach in reaches):
             return None
         back, sinks = zip(*filter(None, reaches), strict=True)
-        return Reach(sum(back) + self.config.depth * max(0, self.config.conv - 1), max(sinks))
+        conv = self.config.depth * max(0, self.config.conv - 1)
+        return Reach(sum(back) + conv, max(0, max(sinks) - self.config.persistent))
 
     def cautions(self, T: int) -> list[str]:
         """What its layers cannot do in sequences of T tokens, each line once."""
+        read = T + self.config.persistent
         return list(
-            dict.fromkeys(c for block in self.each_block() for c in block.layer.cautions(T))
+            dict.fromkeys(c for block in self.each_block() for c in block.layer.cautions(read))
         )
 
     def choices(self) -> dict[str, list[str]]:
@@ -210,6 +238,12 @@ class LanguageModel(nn.Module):
     def _ops(self) -> list[Op]:
         found = {op.name: op for block in self.each_block() for op in block.layer.ops()}
         return list(found.values())
+
+
+def linear_flops(part: nn.Module | None) -> float:
+    """FLOPs per token of the linear maps in a part of a model, 2 a multiply-add."""
+    linear = (m for m in part.modules() if isinstance(m, nn.Linear)) if part else ()
+    return sum(2.0 * m.in_features * m.out_features for m in linear)
 
 
 def unpack(tokens: Tensor, documents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -124,6 +124,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(arg) for arg in args)
     if origin is tuple:
         return f"a list of {_describe(args[0])}"
+    if origin is dict:
+        return "a mapping"
     return "null" if hint is type(None) else getattr(origin or hint, "__name__", str(hint))
 
 

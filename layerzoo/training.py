@@ -109,6 +109,10 @@ class Parser(LightningArgumentParser):
         if task:
             known = [cls.__name__ for cls in Task.__subclasses__()]
             raise SpecError(f"{place}no task '{task[1]}'; {suggest(task[1], known)}") from None
+        if "Union subtypes" in message:  # a list of every type's own message
+            wanted = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
+            value = re.findall(r"Given value: (.*)", message)
+            message = f"Expected {' or '.join(wanted)}, got {' '.join(value)}"
         text = re.sub(r'^Parser key "[^"]+":', "", message.strip()).strip().splitlines()[0]
         raise SpecError(f"{place}{text}") from None
 

@@ -83,6 +83,21 @@ def test_list_name_shows_equation_and_fields(
             ["fit", "--config", "mqar", "--model.network.layers", "[{name: linear, heads: x}]"],
             "model.network: layers[0]: linear: heads: expected int, got 'x'",
         ),
+        (
+            ["fit", "--config", "mqar", "--model.network.layers", "linear"],
+            "model.network.layers: Expected dict or tuple, got linear",
+        ),
+        (
+            ["fit", "--config", "mqar", "--model.network.overrides", "{-1: {childre: []}}"],
+            "model.network: overrides[-1]: parallel: unknown field 'childre'; did you mean",
+        ),
+        (
+            [
+                *("fit", "--config", "mqar", "--model.network.layers", "{a: linear}"),
+                *("--model.network.pattern", "a*2 b"),
+            ],
+            "model.network: pattern: no layer 'b'; known: a",
+        ),
         (["fit", "--config", "mqar", "--data", "MQARR"], "did you mean 'MQAR'?"),
         (["fit", "--config", "mqar", "--data.pairs", "70"], "MQAR: pairs: 70"),
         (["fit", "--config", "mqar", "--data.pairz", "7"], "did you mean 'pairs'?"),

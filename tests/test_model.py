@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerzoo import SpecError
+from layerzoo import SpecError, build
 from layerzoo.layer import Reach
-from layerzoo.model import LanguageModel, generate
+from layerzoo.lit import LitModel
+from layerzoo.model import LanguageModel, ModelConfig, generate
 
 VOCAB, T = 13, 24
 LINEAR = {"name": "linear", "heads": 2, "decay": "scalar"}
@@ -23,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "conv-1": {"conv": 1},
     "mlp": {"mlp": 1.5},
     "tie": {"tie": True, "conv": 2, "mlp": 2.0},
+    "persistent": {"persistent": 3, "mlp": 1.0},
 }
 VARIANT = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -85,12 +88,142 @@ def test_layers_are_tiled_over_depth() -> None:
     assert len({id(block.layer) for block in net.each_block()}) == 4, "no weights are shared"
 
 
+NAMED = {"window": SLIDING, "linear": LINEAR, "full": "softmax"}
+
+
+@pytest.mark.parametrize(
+    "pattern, depth, want",
+    [
+        ("window linear", 5, "WLWLW"),
+        ("window*3 full", 8, "WWWFWWWF"),
+        ("full window*2", 4, "FWWF"),
+        (" linear  full*1 ", 2, "LF"),
+    ],
+)
+def test_patterns_of_names_are_tiled(pattern: str, depth: int, want: str) -> None:
+    net = model(depth=depth, layers=NAMED, pattern=pattern)
+    names = {"W": "sliding", "L": "linear", "F": "softmax"}
+    assert [block.layer.name for block in net.each_block()] == [names[letter] for letter in want]
+    specs = [NAMED["window"] if letter == "W" else None for letter in want]
+    for block, spec in zip(net.each_block(), specs, strict=True):
+        assert spec is None or spec.items() <= block.layer.spec().items()
+
+
+def test_overrides_are_fields_or_whole_specs() -> None:
+    changes = {
+        0: {"window": 7},
+        2: "linear",
+        -1: {"name": "softmax", "heads": 4},
+        "-2": {"heads": 1},
+    }
+    net = model(depth=6, layers=[SLIDING, "softmax"], overrides=changes)
+    got = [block.layer.spec() for block in net.each_block()]
+    names = ["sliding", "softmax", "linear", "softmax", "sliding", "softmax"]
+    assert [spec["name"] for spec in got] == names
+    assert (got[0]["window"], got[0]["sinks"], got[0]["heads"]) == (7, 2, 2)  # merged
+    assert (got[4]["window"], got[4]["heads"]) == (4, 1)
+    assert got[5]["heads"] == 4 and got[3] == got[1] == build("softmax", dim=16).spec()
+    named = model(depth=3, layers=NAMED, pattern="full", overrides={1: {"heads": 1}})
+    assert [block.layer.heads for block in named.each_block()] == [4, 1, 4]
+    child = build("linear", dim=16, heads=2)
+    assert model(depth=3, overrides={1: child}).blocks[1].layer is child
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "layers": NAMED,
+            "pattern": "window*2 full",
+            "overrides": {"-1": {"heads": 2}, 0: "linear"},
+        },
+        {"layers": ["linear", SLIDING], "overrides": {1: {"window": 3}}, "persistent": 4},
+    ],
+)
+def test_a_config_survives_json_and_a_checkpoint(fields: dict[str, Any]) -> None:
+    config = ModelConfig(vocab_size=VOCAB, dim=16, depth=4, **fields)
+    assert config.overrides and all(type(index) is int for index in config.overrides)
+    assert ModelConfig.from_fields(json.loads(json.dumps(config.to_fields()))) == config
+    kept = LitModel(config).hparams["network"]
+    assert ModelConfig.from_fields(kept) == config and kept == config.to_fields()
+
+
+def test_persistent_tokens_are_tokens_in_front() -> None:
+    """Equal to a model with a larger vocabulary, whose further tokens open every sequence."""
+    net, n = model(persistent=3), 3
+    plain, x = model(vocab_size=VOCAB + n), tokens(2, T)
+    weights = net.state_dict()
+    more = weights.pop("persistent")
+    weights["embedding.weight"] = torch.cat((weights["embedding.weight"], more))
+    plain.load_state_dict({**plain.state_dict(), **weights, "out.weight": plain.out.weight})
+    opening = torch.arange(VOCAB, VOCAB + n).expand(2, n)
+    h, state = plain.hidden(torch.cat((opening, x), 1))
+    close(net.hidden(x), (h[:, n:], state))
+    close(net.init_state(2), plain.hidden(opening)[1])
+    bare = model()
+    assert "persistent" not in bare.state_dict()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_persistent_tokens_are_learned(documents: bool) -> None:
+    net, x = model(persistent=3), tokens(*DOCUMENTS.shape)
+    net(x, documents=DOCUMENTS if documents else None)[0].square().sum().backward()
+    assert net.persistent is not None and net.persistent.grad is not None
+    assert net.persistent.grad.isfinite().all() and (net.persistent.grad.abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_persistent_tokens_start_as_large_as_tokens(tie: bool) -> None:
+    net = model(persistent=64, dim=64, tie=tie)
+    assert net.persistent is not None
+    with torch.no_grad():
+        assert 0.9 < float(net.persistent.std() / net.embedding.weight.std()) < 1.1
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
+        ({"persistent": -1}, "persistent: must not be negative, got -1"),
+        ({"layers": NAMED}, "pattern: missing; layers by name need an order"),
+        ({"layers": {}, "pattern": ""}, "pattern: needs 1 to depth=2 specs to tile, got 0"),
+        ({"layers": NAMED, "pattern": "full*3"}, "pattern: needs 1 to depth=2 specs to tile, got"),
+        ({"layers": NAMED, "pattern": "ful"}, "pattern: no layer 'ful'; did you mean 'full'?"),
+        (
+            {"layers": NAMED, "pattern": "full*0"},
+            "pattern: 'full*0': expected a count of at least",
+        ),
+        ({"layers": NAMED, "pattern": "full*x"}, "pattern: 'full*x': expected a count of at leas"),
+        ({"pattern": "full"}, "pattern: needs layers by name, {a: .., b: ..}"),
+        (
+            {"layers": {**NAMED, "unused": "linaer"}, "pattern": "full"},
+            "layers.unused: unknown layer 'linaer'; did you mean 'linear'?",
+        ),
+        (
+            {"layers": {"a": {"name": "linear", "heads": 3}}, "pattern": "a"},
+            "layers.a: linear: heads (or give",
+        ),
+        ({"overrides": [1]}, "overrides: expected a mapping or null, got (1,)"),
+        ({"overrides": {"first": {}}}, "overrides[first]: expected the index of a block, such as"),
+        ({"overrides": {True: {}}}, "overrides[True]: expected the index of a block"),
+        ({"overrides": {0: {}, "0": {}}}, "overrides[0]: given twice"),
+        ({"overrides": {2: {}}}, "overrides[2]: no such block; there are 0 to 1, or -1 to -2"),
+        ({"overrides": {-3: {}}}, "overrides[-3]: no such block"),
+        ({"overrides": {0: {}, -2: {}}}, "overrides[-2]: is the same block as overrides[0]"),
+        ({"overrides": {0: 3}}, "overrides[0]: expected fields, or a spec, got 3"),
+        ({"overrides": {-1: {"windw": 3}}}, "overrides[-1]: sliding: unknown field 'windw'; did"),
+        ({"overrides": {-1: "linaer"}}, "overrides[-1]: unknown layer 'linaer'; did you mean"),
+        ({"overrides": {0: {"heads": 3}}}, "overrides[0]: linear: heads (or give"),
+        (
+            {"layers": [build("linear", dim=16, heads=2)]},
+            "layers[0]: a built layer cannot be tiled; give its spec",
+        ),
+        (
+            {"layers": [build("linear", dim=16), "linear"], "overrides": {0: {"heads": 2}}},
+            "overrides[0]: the block's layer is built and takes no fields",
+        ),
         ({"layers": []}, "layers: needs 1 to depth=2 specs to tile, got 0"),
         ({"layers": ["linear"] * 3}, "layers: needs 1 to depth=2 specs to tile, got 3"),
-        ({"layers": "linear"}, "layers: expected a list of"),
+        ({"layers": "linear"}, "layers: expected a mapping or a list of"),
         ({"layers": ["linear", "linaer"]}, "layers[1]: unknown layer 'linaer'; did you mean"),
         ({"layers": ["linear", {**LINEAR, "heads": 3}]}, "layers[1]: linear: heads (or give"),
         ({"vocab_size": 0}, "vocab_size: must be at least 1, got 0"),
@@ -150,9 +283,10 @@ def test_packed_documents_equal_separate_runs(fields: dict[str, Any]) -> None:
         close(packed[row], torch.cat(alone))
 
 
-def test_documents_of_no_tokens() -> None:
+@VARIANT
+def test_documents_of_no_tokens(fields: dict[str, Any]) -> None:
     none = torch.zeros(2, 0, dtype=torch.int64)
-    assert model()(none, documents=none)[0].shape == (2, 0, VOCAB)
+    assert model(**fields)(none, documents=none)[0].shape == (2, 0, VOCAB)
 
 
 def test_documents_do_not_continue_a_state() -> None:
@@ -239,6 +373,8 @@ def window(size: int, sinks: int = 0) -> dict[str, Any]:
             {"layers": [{"name": "parallel", "children": [window(2, 1), window(4)]}], "conv": 0},
             Reach(6, 1),
         ),
+        ({"layers": [window(3, sinks=3)], "conv": 0, "persistent": 2}, Reach(4, 1)),
+        ({"layers": [window(3, sinks=1)], "conv": 0, "persistent": 4}, Reach(4, 0)),
     ],
 )
 def test_reach_is_where_the_last_logits_stop_changing(
@@ -276,6 +412,11 @@ def test_a_state_holds_no_long_prompt(fields: dict[str, Any]) -> None:
     net = model(torch.float32, **fields)
     held = sum(leaf.untyped_storage().nbytes() for leaf in tree_leaves(net(tokens(1, 300))[1]))
     assert held <= 2 * net.state_bytes(300).total  # slack, in which a cache may append
+
+
+def test_cautions_count_persistent_tokens() -> None:
+    ttt = {"name": "ttt_linear", "heads": 2, "mini_batch": 8}
+    assert model(layers=[ttt]).cautions(6) and not model(layers=[ttt], persistent=2).cautions(6)
 
 
 @VARIANT

@@ -79,6 +79,21 @@ def test_a_resumed_run_is_the_uninterrupted_run(small_run: Path, tmp_path: Path)
         assert torch.equal(weight, again["state_dict"][name]), name
 
 
+def test_patterns_and_exceptions_survive_a_run(tmp_path: Path) -> None:
+    layers = "{near: {name: sliding, heads: 2, window: 4}, all: {name: linear, heads: 2}}"
+    network = ("--model.network.layers", layers, "--model.network.pattern", "near all")
+    network += ("--model.network.overrides", "{-1: {heads: 4}}", "--model.network.persistent", "3")
+    folder = fit(tmp_path / "first", "mqar", *SMALL, *network, "--trainer.max_steps", "1")
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    blocks = list(load_model(checkpoint).each_block())
+    assert [(b.layer.name, b.layer.heads) for b in blocks] == [("sliding", 2), ("linear", 4)]
+    resume = ("--ckpt_path", str(checkpoint), "--trainer.max_steps", "2")
+    again = fit(tmp_path / "again", str(folder / "config.yaml"), *resume)
+    before, after = (load_model(f / "checkpoints" / "last.ckpt") for f in (folder, again))
+    assert before.config == after.config and before.persistent is not None
+    assert not torch.equal(before.persistent, after.persistent)
+
+
 @pytest.mark.parametrize("change", [("lr", "1e-4", "0.003"), ("network.dim", "16", "32")])
 def test_training_goes_on_only_with_its_hyperparameters(
     small_run: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str, str]

@@ -1,0 +1,1 @@
+"""What a model's parts hold and cost, beside full attention: `layerzoo describe`."""
