@@ -50,7 +50,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--checkpoint", metavar="CHECKPOINT", help="the same")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="text, for a model of bytes")
-    what.add_argument("--prompt_file", metavar="FILE", help="its bytes, for a model of bytes")
+    what.add_argument("--prompt_file", metavar="FILE", help="its bytes, not repeated")
     what.add_argument("--tokens", metavar="IDS", type=ids, help="separated by spaces")
     add("--max_new_tokens", metavar="N", type=int, default=200, help="default 200")
     add("--temperature", metavar="X", type=float, default=0.8, help="0 is greedy; default 0.8")
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     )
     text = model.config.vocab_size == BYTES and options.tokens is None
     printer = Printer(text)
-    printer.put(prompt)
+    printer.put(prompt if options.prompt_file is None else [])  # a book is not repeated
     for token in tokens:
         printer.put([token])
     printer.end()

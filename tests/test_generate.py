@@ -79,8 +79,14 @@ def test_the_kept_set(temperature: float, top_k: int | None, top_p: float | None
         assert got.nonzero().flatten().tolist() == sorted(want)
 
 
+def test_of_equals_the_lower_ids_are_kept() -> None:
+    kept = Sampling(1.0, top_k=7).kept(torch.zeros(2, 5000))
+    assert kept.nonzero().tolist() == [[row, n] for row in range(2) for n in range(7)]
+
+
 def test_draws_follow_the_distribution() -> None:
     logits, how = torch.randn(1, VOCAB), Sampling(1.5, top_k=5, top_p=0.9)
+    logits[0, 0] = -9.0  # not kept: a draw of 0 is not its
     p = (logits / 1.5).masked_fill(~how.kept(logits), -torch.inf).softmax(-1)[0]
     n = 4000
     draws = [(i + 0.5) / n for i in range(n)]  # evenly: the counts are exact but for the edges

@@ -6,6 +6,7 @@ own. What is measured is that process: its resident memory and its clock.
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
 
 from .command import PICTURES, Parser, check_writable, positive, spec_of
-from .measure import hardware, spread
+from .measure import hardware
 
 STATM = Path("/proc/self/statm")
 VOCAB = 256
@@ -34,23 +36,24 @@ MIB = 2**20
 
 class Point(NamedTuple):
     """After so many new tokens: bytes of resident memory and of the state, and milliseconds a
-    token, the mean since the point before."""
+    token, the mean since the point before: of the clock, and of the processor, in which other
+    programs of the machine do not show."""
 
     tokens: int
     rss: int
     state: int
     ms: float
+    cpu_ms: float
 
 
 class Arm(NamedTuple):
-    """What one process runs, until it has `tokens` or has taken `seconds`."""
+    """What one process runs."""
 
     spec: Spec
     dim: int
     depth: int
     tokens: int
     every: int
-    seconds: int
     threads: int
 
 
@@ -81,16 +84,16 @@ def measure(arm: Arm) -> list[Point]:
 
 def points(model: LanguageModel, arm: Arm) -> Iterator[Point]:
     tokens = stream(model, [0], arm.tokens, temperature=1.0)
-    began = before = time.perf_counter()
+    clock, cpu, last = time.perf_counter(), time.process_time(), 0
     for n, _ in enumerate(tokens, 1):
         if n % arm.every and n < arm.tokens:
             continue
-        now = time.perf_counter()
-        count = n % arm.every or arm.every
-        yield Point(n, resident(), held(tokens.state), 1e3 * (now - before) / count)
-        if now - began > arm.seconds:
-            return
-        before = time.perf_counter()
+        now = time.perf_counter(), time.process_time()
+        each = 1e3 / (n - last)
+        yield Point(
+            n, resident(), held(tokens.state), each * (now[0] - clock), each * (now[1] - cpu)
+        )
+        clock, cpu, last = time.perf_counter(), time.process_time(), n
 
 
 def in_a_process(arm: Arm) -> list[Point]:
@@ -101,16 +104,15 @@ def in_a_process(arm: Arm) -> list[Point]:
 
 
 def table(label: str, found: Sequence[Point], lines: int = 10) -> str:
-    """Every tenth of the run, each with the median time of its tenth."""
-    head = f"{label}\n{'tokens':>9}{'RSS, MiB':>11}{'state, KiB':>13}{'ms/token':>11}"
+    """Every tenth of the run, each with the median times of its tenth."""
+    names = f"{'tokens':>9}{'RSS, MiB':>11}{'state, KiB':>13}{'ms/token':>11}{'CPU ms':>9}"
     step = -(-len(found) // lines)
-    rows = [head]
+    rows = [label, names]
     for n in range(0, len(found), step):
         part = found[n : n + step]
-        last, ms = part[-1], spread([p.ms for p in part]).median
-        rows.append(
-            f"{last.tokens:>9,}{last.rss / MIB:>11.1f}{last.state / 1024:>13,.1f}{ms:>11.2f}"
-        )
+        last, ms, cpu = part[-1], median(p.ms for p in part), median(p.cpu_ms for p in part)
+        sizes = f"{last.tokens:>9,}{last.rss / MIB:>11.1f}{last.state / 1024:>13,.1f}"
+        rows.append(f"{sizes}{ms:>11.2f}{cpu:>9.2f}")
     return "\n".join(rows)
 
 
@@ -119,12 +121,16 @@ def growth(found: Sequence[Point]) -> str:
     late = found[max(0, len(found) // 10 - 1) :]
     sizes = [p.rss for p in late]
     fifth = max(1, len(late) // 5)
-    first, last = (spread([p.ms for p in part]).median for part in (late[:fifth], late[-fifth:]))
+    first, last = (median(p.cpu_ms for p in part) for part in (late[:fifth], late[-fifth:]))
     return (
         f"from {late[0].tokens:,} to {late[-1].tokens:,} tokens: RSS {late[0].rss / MIB:.1f} -> "
         f"{late[-1].rss / MIB:.1f} MiB, largest / smallest {max(sizes) / min(sizes):.4f}; "
-        f"ms/token {first:.2f} -> {last:.2f} (medians of the first and last fifth)"
+        f"CPU ms/token {first:.2f} -> {last:.2f} (medians of the first and last fifth)"
     )
+
+
+def positives(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -134,11 +140,16 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("specs", metavar="SPEC", nargs="+", help="a layer, or a spec as '{name: .., ..}'")
+    add("specs", metavar="SPEC", nargs="*", help="a layer, or a spec as '{name: .., ..}'")
+    add(
+        "--tokens",
+        metavar="N,..",
+        type=positives,
+        default=[100_000],
+        help="one number, or one an arm; default 100000",
+    )
     for name, default, text in (
-        ("tokens", 100_000, "to generate"),
         ("every", 500, "tokens between two measurements"),
-        ("seconds", 600, "after which an arm stops where it is"),
         ("dim", 64, "of the model"),
         ("depth", 2, "of the model"),
         ("threads", 1, "of the CPU"),
@@ -147,17 +158,23 @@ def main(argv: Sequence[str]) -> int:
     add("--json", metavar="FILE", type=Path, help="write all numbers")
     add("--plot", metavar="FILE", type=Path, help=f"draw both ({' '.join(PICTURES)})")
     options = parser.parse_args(argv)
+    if not options.specs:
+        parser.error("give at least one SPEC, such as softmax")
     if not STATM.is_file():
         raise SpecError("bench generate: reads resident memory from /proc; it needs Linux")
     check_writable("--json", options.json)
     check_writable("--plot", options.plot, PICTURES)
-    sizes = (options.dim, options.depth, options.tokens, options.every, options.seconds)
+    counts = options.tokens * (len(options.specs) if len(options.tokens) == 1 else 1)
+    if len(counts) != len(options.specs):
+        raise SpecError(f"--tokens: {len(counts)} numbers for {len(options.specs)} arms")
     arms: dict[str, Arm] = {}
-    for text in options.specs:
+    for text, tokens in zip(options.specs, counts, strict=True):
         spec = spec_of(text)
         name = label_of(spec)
         LanguageModel(vocab_size=1, dim=options.dim, layers=[spec])  # refuse a bad one at once
-        arms[name if name not in arms else text] = Arm(spec, *sizes, options.threads)
+        arms[name if name not in arms else text] = Arm(
+            spec, options.dim, options.depth, tokens, options.every, options.threads
+        )
     what = (
         f"torch {torch.__version__}, {hardware(torch.device('cpu'))}, {options.threads} threads, "
         f"dim {options.dim}, depth {options.depth}, vocabulary {VOCAB}, float32, sampled"
@@ -167,13 +184,9 @@ def main(argv: Sequence[str]) -> int:
     for name, arm in arms.items():
         runs[name] = found = in_a_process(arm)
         print(f"\n{table(name, found)}\n{growth(found)}", flush=True)
-        if found[-1].tokens < options.tokens:
-            print(f"stopped after {options.seconds} s (--seconds)")
     if options.json:
         rows = {name: [p._asdict() for p in found] for name, found in runs.items()}
         options.json.write_text(json.dumps({"what": what, "runs": rows}, indent=2) + "\n")
     if options.plot:
-        from .stream_plot import plot
-
-        plot(what, runs, options.tokens, options.plot)
+        importlib.import_module("layerzoo.bench.stream_plot").plot(what, runs, options.plot)
     return 0
