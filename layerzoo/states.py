@@ -48,13 +48,14 @@ def batch_size(state: State) -> int:
 def check_state(model: LanguageModel, state: State) -> None:
     """Refuse a state that is not this model's.
 
-    Structure and shapes must be those of `model.init_state`, but for the batch size and for the
+    Structure and shapes must be those of its blocks' `init_state`, but for the batch size and for the
     dimensions that start with 0 entries, the tokens of a cache. (Two windows are not told apart.)
 
     Raises:
         SpecError: the first difference, and where it is.
     """
-    want = model.init_state(batch_size(state))
+    rows = batch_size(state)
+    want = [block.init_state(rows) for block in model.each_block()]
     with at("state: is not of this model"):
         _compare(state, want, "")
 

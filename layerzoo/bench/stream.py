@@ -176,7 +176,7 @@ def main(argv: Sequence[str]) -> int:
             spec, options.dim, options.depth, tokens, options.every, options.threads
         )
     what = (
-        f"torch {torch.__version__}, {hardware(torch.device('cpu'))}, {options.threads} threads, "
+        f"torch {torch.__version__}, {hardware(torch.device('cpu'))}, threads {options.threads}, "
         f"dim {options.dim}, depth {options.depth}, vocabulary {VOCAB}, float32, sampled"
     )
     print(f"layerzoo bench generate: {what}")
