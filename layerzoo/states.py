@@ -48,8 +48,9 @@ def batch_size(state: State) -> int:
 def check_state(model: LanguageModel, state: State) -> None:
     """Refuse a state that is not this model's.
 
-    Structure and shapes must be those of its blocks' `init_state`, but for the batch size and for the
-    dimensions that start with 0 entries, the tokens of a cache. (Two windows are not told apart.)
+    Structure and shapes must be those of its blocks' `init_state`, but for the batch size and for
+    dimensions that start with 0 entries, the tokens of a cache. (Two windows are not told apart,
+    nor two mini-batches.)
 
     Raises:
         SpecError: the first difference, and where it is.
