@@ -220,20 +220,17 @@ def test_text_is_printed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None
 def test_generate_goes_on_from_a_saved_state(
     capsys: pytest.CaptureFixture[str], checkpoints: dict[str, str]
 ) -> None:
-    def ids(*argv: str) -> list[str]:
-        return says(
-            capsys, checkpoints["tokens"], "--temperature", "0", *argv, "--max_new_tokens", "6"
-        ).split()
+    def ids(*argv: str, new: int = 6) -> list[str]:
+        options = ("--temperature", "0", "--max_new_tokens", str(new), *argv)
+        return says(capsys, checkpoints["tokens"], *options).split()
 
     first = ids("--tokens", "1 2 3", "--save_state", "state")
     again = ids("--state", "state", "--save_state", "state")
     assert len(first) == 9 and len(again) == 6
-    assert first + again == says(
-        capsys, checkpoints["tokens"], "--temperature", "0", "--tokens", "1 2 3",
-        "--max_new_tokens", "12",
-    ).split()  # fmt: skip
-    more = ids("--state", "state", "--tokens", "7 8")
-    assert more == ids("--tokens", " ".join([*first, *again, "7 8"]))[15:]
+    assert first + again == ids("--tokens", "1 2 3", new=12)
+    more = ids("--state", "state", "--tokens", "7 8", "--temperature", "1", new=40)
+    whole = ids("--tokens", " ".join([*first, *again, "7 8"]), "--temperature", "1", new=40)
+    assert more == whole[15:]
 
 
 @pytest.mark.parametrize(
