@@ -94,43 +94,9 @@ def _page(info: dict[str, Any]) -> str:
 
 
 def generate_command(argv: Sequence[str]) -> int:
-    """Continue a prompt with a trained model."""
-    parser = argparse.ArgumentParser("layerzoo generate", description=generate_command.__doc__)
-    parser.add_argument("checkpoint", help="a .ckpt file that `layerzoo fit` wrote")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="text, for a model of bytes")
-    what.add_argument("--tokens", help="token ids, separated by spaces")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    parser.add_argument("--top_k", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--impl", default="auto")
-    options = parser.parse_args(argv)
+    from layerzoo import generate_command
 
-    from layerzoo.lit import load_model
-    from layerzoo.model import generate
-
-    model = load_model(options.checkpoint, impl=options.impl)
-    if options.prompt is not None and model.config.vocab_size != 256:
-        raise SpecError(
-            f"--prompt: the model has {model.config.vocab_size} tokens, not bytes; use --tokens"
-        )
-    try:
-        ids = list(map(int, options.tokens.split())) if options.tokens is not None else None
-    except ValueError:
-        raise SpecError(f"--tokens: expected integers, got '{options.tokens}'") from None
-    prompt = list(str(options.prompt).encode()) if ids is None else ids
-    (out,) = generate(
-        model,
-        [prompt],
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
-    tokens = out.tolist()
-    print(bytes(tokens).decode(errors="replace") if ids is None else " ".join(map(str, tokens)))
-    return 0
+    return generate_command.main(argv)
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -158,7 +124,7 @@ COMMANDS = {
     "predict": (train_command, "save a checkpoint's predictions on the test split"),
     "list": (list_command, "list the layers; `list NAME` shows equation and fields"),
     "describe": (describe_command, "count a model's parameters, FLOPs and state at any length"),
-    "generate": (generate_command, "continue a prompt with a checkpoint"),
+    "generate": (generate_command, "continue a prompt, or a state, with a checkpoint"),
     "ablate": (ablate_command, "run a grid of training runs and compare them"),
     "bench": (bench_command, "time ops or layers, in pairs with other libraries"),
 }

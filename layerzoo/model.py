@@ -1,14 +1,14 @@
-"""LanguageModel: layer specs tiled over depth, and generate() on its state."""
+"""LanguageModel: layer specs tiled over depth."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
+from layerzoo import generate
 from layerzoo.layer import Reach, State, StateBytes, build
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op
@@ -100,6 +100,7 @@ class LanguageModel(nn.Module):
     """
 
     Config = ModelConfig
+    generate = generate.generate
 
     def __init__(
         self,
@@ -258,63 +259,3 @@ def unpack(tokens: Tensor, documents: Tensor) -> tuple[Tensor, tuple[Tensor, Ten
     rows = tokens.new_zeros(count, length)
     rows[row, column] = tokens
     return rows, (row, column)
-
-
-@torch.no_grad()
-def generate(
-    model: LanguageModel,
-    prompts: Tensor | Sequence[Sequence[int] | Tensor],
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> list[Tensor]:
-    """Continue prompts on the model's state: one prefill, then one token a step.
-
-    Args:
-        prompts: rows of token ids; prompts of equal length run as one batch.
-        temperature: 0 is greedy; else logits are divided by it and sampled.
-        top_k: sample among the k likeliest tokens.
-        seed: of the sampling.
-
-    Returns:
-        Prompt and continuation of every prompt, in order, as 1-d tensors.
-
-    Raises:
-        SpecError: an empty prompt, a token outside the vocabulary, a negative temperature.
-    """
-    device, vocab = model.embedding.weight.device, model.config.vocab_size
-    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or max_new_tokens < 0:
-        raise SpecError(
-            f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens}: "
-            f"need >= 0, >= 1 and >= 0"
-        )
-    for n, prompt in enumerate(prompts):
-        ids = [int(token) for token in prompt]
-        if not ids:
-            raise SpecError(f"prompt {n} is empty: give at least one token")
-        if min(ids) < 0 or max(ids) >= vocab:
-            raise SpecError(f"prompt {n} has a token outside the vocabulary 0..{vocab - 1}")
-    rows = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def choose(logits: Tensor) -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        if top_k is not None and top_k < vocab:
-            floor = logits.topk(top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < floor, -torch.inf)
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-
-    done: dict[int, Tensor] = {}
-    for length in sorted({len(row) for row in rows}):
-        group = [n for n, row in enumerate(rows) if len(row) == length]
-        tokens = torch.stack([rows[n] for n in group])
-        news, state = tokens, None
-        for _ in range(max_new_tokens):
-            h, state = model.hidden(news, state)
-            news = choose(model.head(h[:, -1]).float())
-            tokens = torch.cat((tokens, news), 1)
-        done.update(zip(group, tokens, strict=True))
-    return [done[n] for n in range(len(rows))]

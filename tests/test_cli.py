@@ -10,6 +10,9 @@ import torch
 
 from layerzoo import list_layers
 from layerzoo.cli import main
+from layerzoo.generate_command import Printer
+from layerzoo.lit import LitModel
+from layerzoo.model import ModelConfig
 from layerzoo.training import named_configs
 
 FAST = ["--trainer.max_steps", "1", "--trainer.logger", "false", "--trainer.callbacks", "null"]
@@ -176,3 +179,104 @@ def test_list_explains_every_layer(name: str, capsys) -> None:
     assert page.startswith(name) and "Config fields:" in page
     assert main(["list", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == name
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Untrained models of bytes and of 16 tokens, and one of bytes that is another model."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    layers = {"bytes": "sliding", "tokens": "sliding", "other": "linear"}
+    for name, layer in layers.items():
+        network = {"vocab_size": 16 if name == "tokens" else 256, "dim": 16, "layers": [layer]}
+        lit = LitModel(ModelConfig.from_fields(network))
+        content = {"state_dict": lit.state_dict(), "hyper_parameters": dict(lit.hparams)}
+        torch.save(content, folder / name)
+    return {name: str(folder / name) for name in layers}
+
+
+def says(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(["generate", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_takes_a_prompt_in_three_ways(
+    capsys: pytest.CaptureFixture[str], checkpoints: dict[str, str]
+) -> None:
+    path = checkpoints["bytes"]
+    out = says(capsys, path, "--prompt", "a b", "--max_new_tokens", "9")
+    assert out.startswith("a b") and out.endswith("\n")
+    Path("prompt").write_bytes(b"a b")
+    files = ("--checkpoint", path, "--prompt_file", "prompt", "--max_new_tokens", "9")
+    assert says(capsys, *files, "--piece", "1", "--impl", "recurrent") == out[3:]
+    ids = says(capsys, path, "--tokens", "97 32 98", "--max_new_tokens", "9").split()
+    assert bytes(map(int, ids)).decode(errors="replace") + "\n" == out
+    last = ids[5]
+    stopped = says(capsys, path, "--tokens", "97 32 98", "--stop", f"250 {last}").split()
+    assert stopped == ids[: ids.index(last, 3) + 1]
+    greedy = says(capsys, path, "--prompt", "a b", "--temperature", "0")
+    for option in (("--top_k", "1"), ("--top_p", "1e-9")):
+        assert says(capsys, path, "--prompt", "a b", *option) == greedy
+    assert says(capsys, path, "--prompt", "a b") != says(
+        capsys, path, "--prompt", "a b", "--seed", "1"
+    )
+
+
+def test_text_is_printed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    printer, shown = Printer(text=True), []
+    for byte in "aé€".encode() + b"\xff\xe2":
+        printer.put([byte])
+        shown.append(capsys.readouterr().out)
+    printer.end()
+    assert shown == ["a", "", "é", "", "", "€", "\ufffd", ""]
+    assert capsys.readouterr().out == "\ufffd\n"
+
+
+def test_generate_goes_on_from_a_saved_state(
+    capsys: pytest.CaptureFixture[str], checkpoints: dict[str, str]
+) -> None:
+    def ids(*argv: str, new: int = 6) -> list[str]:
+        options = ("--temperature", "0", "--max_new_tokens", str(new), *argv)
+        return says(capsys, checkpoints["tokens"], *options).split()
+
+    first = ids("--tokens", "1 2 3", "--save_state", "state")
+    again = ids("--state", "state", "--save_state", "state")
+    assert len(first) == 9 and len(again) == 6
+    assert first + again == ids("--tokens", "1 2 3", new=12)
+    more = ids("--state", "state", "--tokens", "7 8", "--temperature", "1", new=40)
+    whole = ids("--tokens", " ".join([*first, *again, "7 8"]), "--temperature", "1", new=40)
+    assert more == whole[15:]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["bytes"], "generate: needs --prompt, --prompt_file, --tokens or --state"),
+        (["--prompt", "a"], "generate: needs one checkpoint: layerzoo generate CHECKPOINT .."),
+        (["bytes", "--checkpoint", "bytes", "--prompt", "a"], "generate: needs one checkpoint"),
+        (["bytes", "--promt", "a"], "--promt: no such option; did you mean '--prompt'?"),
+        (["bytes", "--prompt", "a", "--tokens", "1"], "not allowed with argument --prompt"),
+        (["bytes", "--prompt", ""], "prompt 0 is empty"),
+        (["bytes", "--tokens", "1 b"], "--tokens: expected integers, got '1 b'"),
+        (["bytes", "--prompt", "a", "--top_k", "x"], "--top_k: invalid int value: 'x'"),
+        (["bytes", "--prompt", "a", "--top_p", "2"], "top_p: must be in (0, 1], or none, got 2"),
+        (["bytes", "--prompt", "a", "--stop", "256"], "stop: 256 is outside the vocabulary"),
+        (["bytes", "--prompt", "a", "--impl", "fast"], "impl 'fast' is unknown"),
+        (["bytes", "--prompt_file", "no"], "--prompt_file no: No such file"),
+        (["tokens", "--prompt", "a"], "--prompt: the model has 16 tokens, not bytes; use --tok"),
+        (["bytes", "--prompt", "a", "--save_state", "no/s"], "--save_state no/s: there is no"),
+        (["bytes", "--state", "no"], "state no: cannot be read: No such file"),
+        (["bytes", "--state", "bytes"], "state bytes: is damaged, or not one that layerzoo"),
+        (["other", "--state", "saved"], "--state saved: state: is not of this model: 0.layer"),
+    ],
+)
+def test_generate_refuses(
+    capsys: pytest.CaptureFixture[str],
+    checkpoints: dict[str, str],
+    argv: list[str],
+    message: str,
+) -> None:
+    says(capsys, checkpoints["bytes"], "--prompt", "a", "--save_state", "saved")
+    for name, path in checkpoints.items():
+        Path(name).symlink_to(path)
+    assert message in fails(capsys, "generate", *argv)

@@ -1,4 +1,4 @@
-"""LanguageModel obeys the law of a layer on tokens; generate() runs on the state."""
+"""LanguageModel obeys the law of a layer on tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerzoo import SpecError, build
 from layerzoo.layer import Reach
 from layerzoo.lit import LitModel
-from layerzoo.model import LanguageModel, ModelConfig, generate
+from layerzoo.model import LanguageModel, ModelConfig
 
 VOCAB, T = 13, 24
 LINEAR = {"name": "linear", "heads": 2, "decay": "scalar"}
@@ -293,67 +293,6 @@ def test_documents_do_not_continue_a_state() -> None:
     net, x = model(), tokens(*DOCUMENTS.shape)
     with pytest.raises(SpecError, match="documents: cannot continue a state"):
         net(x, net.init_state(len(x)), documents=DOCUMENTS)
-
-
-@VARIANT
-def test_greedy_generation_equals_the_full_forward(fields: dict[str, Any]) -> None:
-    net, x = model(**fields), tokens(3, 5)
-    want = x
-    for _ in range(8):
-        with torch.no_grad():
-            want = torch.cat((want, net(want)[0][:, -1].argmax(-1, keepdim=True)), 1)
-    got = generate(net, x, 8)
-    assert [row.tolist() for row in got] == want.tolist()
-
-
-def test_prompts_of_different_lengths_equal_each_alone() -> None:
-    net = model()
-    prompts = [[1, 2, 3], torch.tensor([4]), [5, 6, 7], [8, 9, 10, 11, 12], [0]]
-    together = generate(net, prompts, 6)
-    for prompt, row in zip(prompts, together, strict=True):
-        assert row.tolist() == generate(net, [prompt], 6)[0].tolist()
-        assert row[: len(prompt)].tolist() == list(prompt) and len(row) == len(prompt) + 6
-
-
-def as_lists(rows: list[Tensor]) -> list[list[int]]:
-    return [row.tolist() for row in rows]
-
-
-def test_sampling() -> None:
-    net, x = model(), tokens(3, 5)
-    greedy = as_lists(generate(net, x, 12))
-    assert as_lists(generate(net, x, 12, temperature=1.5, top_k=1)) == greedy
-    sample = as_lists(generate(net, x, 12, temperature=1.5, seed=3))
-    assert sample == as_lists(generate(net, x, 12, temperature=1.5, seed=3))
-    assert sample != as_lists(generate(net, x, 12, temperature=1.5, seed=4))
-    assert sample == as_lists(generate(net, x, 12, temperature=1.5, seed=3, top_k=VOCAB + 1))
-    assert as_lists(generate(net, x, 0)) == x.tolist()
-    assert generate(net, [], 3) == []
-
-
-def test_top_k_samples_among_the_likeliest() -> None:
-    net, x = model(), tokens(1, 5)
-    likeliest = set(net(x)[0][0, -1].topk(3).indices.tolist())
-    rows = generate(net, x.repeat(200, 1), 1, temperature=5.0, top_k=3)
-    assert {int(row[-1]) for row in rows} == likeliest
-
-
-@pytest.mark.parametrize(
-    "prompts, options, message",
-    [
-        ([[1], []], {}, "prompt 1 is empty"),
-        ([[1], [2, VOCAB]], {}, f"prompt 1 has a token outside the vocabulary 0..{VOCAB - 1}"),
-        ([[1]], {"temperature": float("nan")}, "temperature nan"),
-        ([[10**30]], {}, "prompt 0 has a token outside the vocabulary"),
-        ([[-1]], {}, "prompt 0 has a token outside the vocabulary"),
-        ([[1]], {"temperature": -1.0}, "temperature -1.0, top_k None, max"),
-        ([[1]], {"temperature": 1.0, "top_k": 0}, "temperature 1.0, top_k 0, max"),
-    ],
-)
-def test_generate_refuses(prompts: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(SpecError) as error:
-        generate(model(), prompts, 2, **options)
-    assert str(error.value).startswith(message)
 
 
 def window(size: int, sinks: int = 0) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`layerzoo bench ops|layers [NAME ...]`."""
+"""`layerzoo bench ops|layers [NAME ...]`; `layerzoo bench generate` is in stream.py."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def device(text: str) -> torch.device:
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "layerzoo bench",
-        description="Time ops (the rules alone) or whole layers, in pairs with peers.",
+        description="Time ops (the rules alone) or whole layers, in pairs with peers. "
+        "(`layerzoo bench generate --help`: memory and time of one long generation.)",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -173,6 +174,8 @@ def prepared(threads: int | None) -> Iterator[None]:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "generate":
+        return importlib.import_module("layerzoo.bench.stream").main(argv[1:])
     options = arguments(argv)
     check_writable("--json", options.json)
     check_writable("--plot", options.plot, PICTURES)

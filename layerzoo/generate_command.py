@@ -1,0 +1,157 @@
+"""`layerzoo generate`: text or token ids as they come, from a checkpoint and a state."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from layerzoo.generate import PIECE, stream
+from layerzoo.lit import load_model
+from layerzoo.model import LanguageModel
+from layerzoo.spec import SpecError, at, suggest
+from layerzoo.states import check_state, load_state, save_state
+
+BYTES = 256
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad options are a `SpecError`, as all bad input is."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        if unknown and unknown[0].startswith("--"):
+            word = unknown[0].partition("=")[0]
+            known = (o for action in self._actions for o in action.option_strings)
+            message = f"{word}: no such option; {suggest(word, known)}"
+        raise SpecError(f"generate: {message.removeprefix('argument ')}")
+
+
+def ids(text: str) -> list[int]:
+    try:
+        return list(map(int, text.split()))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers, got '{text}'") from None
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "layerzoo generate",
+        description="Continue a prompt, or a state, with a trained model.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("path", metavar="CHECKPOINT", nargs="?", help="a .ckpt file that `layerzoo fit` wrote")
+    add("--checkpoint", metavar="CHECKPOINT", help="the same")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="text, for a model of bytes")
+    what.add_argument("--prompt_file", metavar="FILE", help="its bytes, not repeated")
+    what.add_argument("--tokens", metavar="IDS", type=ids, help="separated by spaces")
+    add("--max_new_tokens", metavar="N", type=int, default=200, help="default 200")
+    add("--temperature", metavar="X", type=float, default=0.8, help="0 is greedy; default 0.8")
+    add("--top_k", metavar="K", type=int, help="sample among the K likeliest tokens")
+    add("--top_p", metavar="P", type=float, help="among the likeliest that sum to P")
+    add("--stop", metavar="IDS", type=ids, default=[], help="end after any of these tokens")
+    add("--seed", metavar="N", type=int, default=0, help="of the sampling; default 0")
+    add("--impl", default="auto", help="auto, recurrent, chunked or triton")
+    add("--piece", metavar="N", type=int, default=PIECE, help="tokens of a prompt read at a time")
+    add("--state", metavar="FILE", help="continue this state; a prompt is then read after it")
+    add("--save_state", metavar="FILE", help="write the state at the end")
+    options = parser.parse_args(argv)
+    if (options.path is None) == (options.checkpoint is None):
+        raise SpecError("generate: needs one checkpoint: layerzoo generate CHECKPOINT ..")
+    options.checkpoint = options.checkpoint or options.path
+    if options.state is None and all(
+        x is None for x in (options.prompt, options.prompt_file, options.tokens)
+    ):
+        raise SpecError("generate: needs --prompt, --prompt_file, --tokens or --state")
+    folder = Path(options.save_state or ".").absolute().parent
+    if not folder.is_dir():  # said before the time is spent
+        raise SpecError(f"--save_state {options.save_state}: there is no folder {folder}")
+    return options
+
+
+def prompt_of(options: argparse.Namespace, model: LanguageModel) -> list[int]:
+    """The token ids to read; none where only a state is continued."""
+    if options.tokens is not None:
+        return options.tokens
+    option = "--prompt" if options.prompt is not None else "--prompt_file"
+    if options.prompt is None and options.prompt_file is None:
+        return []
+    if model.config.vocab_size != BYTES:
+        raise SpecError(
+            f"{option}: the model has {model.config.vocab_size} tokens, not bytes; use --tokens"
+        )
+    if options.prompt is not None:
+        # What the shell passed, also where it is no UTF-8.
+        return list(options.prompt.encode(errors="surrogateescape"))
+    try:
+        return list(Path(options.prompt_file).read_bytes())
+    except OSError as error:
+        raise SpecError(f"--prompt_file {options.prompt_file}: {error.strerror}") from None
+
+
+def read_saved(path: str, model: LanguageModel) -> tuple[list[int], Any]:
+    """The token that a saved state has not read yet, and the state."""
+    saved = load_state(path)
+    if not isinstance(saved, dict) or saved.keys() != {"unread", "state"}:
+        raise SpecError(f"--state {path}: was not written by `layerzoo generate --save_state`")
+    with at(f"--state {path}"):
+        check_state(model, saved["state"])
+    return saved["unread"].tolist(), saved["state"]
+
+
+class Printer:
+    """Prints tokens as they come: as UTF-8, whose characters may span several, or as ids."""
+
+    def __init__(self, text: bool) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace") if text else None
+        self.between = ""
+
+    def put(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            if self.decoder is not None:
+                sys.stdout.write(self.decoder.decode(bytes([token])))
+            else:
+                sys.stdout.write(f"{self.between}{token}")
+                self.between = " "
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        print(self.decoder.decode(b"", final=True) if self.decoder is not None else "")
+
+
+def main(argv: Sequence[str]) -> int:
+    options = arguments(argv)
+    model = load_model(options.checkpoint, impl=options.impl)
+    prompt, unread, state = prompt_of(options, model), [], None
+    if options.state is not None:
+        unread, state = read_saved(options.state, model)
+    tokens = stream(
+        model,
+        unread + prompt,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=options.stop,
+        seed=options.seed,
+        state=state,
+        piece=options.piece,
+    )
+    text = model.config.vocab_size == BYTES and options.tokens is None
+    printer = Printer(text)
+    printer.put(prompt if options.prompt_file is None else [])  # a book is not repeated
+    for token in tokens:
+        printer.put([token])
+    printer.end()
+    if options.save_state is not None:
+        # The newest token is printed but not read: the state goes on with it.
+        unread = torch.tensor([tokens.unread])
+        save_state(options.save_state, {"unread": unread, "state": tokens.state})
+    return 0
