@@ -67,7 +67,7 @@ class Prefix(Composition, name="prefix"):
     and keys and values of the segment's tokens so far.
 
     children: the memory, a spec or built layer. heads: of the attention. segment: S.
-    persistent: P.
+    persistent: P. rotary: base of the rotary embedding; null is no positions at all.
     """
 
     class Config(ChildrenConfig):
@@ -167,7 +167,7 @@ class Prefix(Composition, name="prefix"):
             "memory": memory.init_state(batch_size),
             "retrieve": memory.init_state(batch_size),
             **dict.fromkeys(("k", "v", "memory_k", "memory_v"), none),
-            "position": torch.zeros((), dtype=torch.int64),
+            "position": torch.zeros((), dtype=torch.int64, device="cpu"),
         }
 
     def state_bytes(self, T: int) -> StateBytes:

@@ -112,7 +112,8 @@ def _upcast(fn: Callable[..., Any]) -> Callable[..., Any]:
                 return {name: up(value) for name, value in x.items()}
             return tuple(map(up, x)) if type(x) is tuple else x
 
-        with torch.autocast(args[0].device.type, enabled=False):
+        kind = args[0].device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             out = fn(*map(up, args), **{name: up(t) for name, t in kwargs.items()})
         if isinstance(out, tuple):
             return out[0].to(args[0].dtype), *out[1:]

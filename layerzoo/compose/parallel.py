@@ -160,7 +160,9 @@ class Parallel(Composition, name="parallel"):
         states = super().init_state(batch_size)
         if self.evicts:
             writes = [self._writes(child, batch_size, 0) for child in self.children_layers()[1:]]
-            states.append({"writes": writes, "position": torch.zeros((), dtype=torch.int64)})
+            states.append(
+                {"writes": writes, "position": torch.zeros((), dtype=torch.int64, device="cpu")}
+            )
         return states
 
     def _writes(self, child: Any, batch_size: int, T: int) -> Write:
@@ -237,7 +239,7 @@ def join(past: Tensor, new: Tensor) -> Tensor:
 
 def read_flops(memory: Any) -> float:
     """Matrix-product FLOPs of a read without a write, counted on one token."""
-    q, _ = memory.project(torch.zeros(1, 1, memory.dim, dtype=next(memory.parameters()).dtype))
+    q, _ = memory.project(next(memory.parameters()).new_zeros(1, 1, memory.dim))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         memory.read(q, memory.init_state(1))
     return counter.get_total_flops()

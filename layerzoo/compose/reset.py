@@ -44,7 +44,7 @@ class Reset(Composition, name="reset"):
         self.every: int | None = config.every
 
     def init_state(self, batch_size: int) -> State:
-        position = torch.zeros((), dtype=torch.int64)
+        position = torch.zeros((), dtype=torch.int64, device="cpu")
         return {"child": self.children_layers()[0].init_state(batch_size), "position": position}
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
