@@ -69,33 +69,32 @@ class Attention(Layer):
         if config.out_gate:
             self.gate = nn.Linear(dim, self.heads * self.head_dim, bias=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
-        """The layer's op."""
+    def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+        """The layer's op, on what `project` returns."""
         raise NotImplementedError
 
-    def project(self, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, state: State) -> dict[str, Tensor]:
         """x `[B, T, D]`, after the tokens of `state` -> q `[B, T, H, K]` and k, v
-        `[B, T, kv_heads, K]`."""
+        `[B, T, kv_heads, K]`, by name."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rotary:
             start = int(state["position"])
             q, k = (rotary(t, start, self.config.rotary) for t in (q, k))
-        return q, k, v
+        return {"q": q, "k": k, "v": v}
 
     def inner(self, x: Tensor, state: State = None) -> Inner:
         def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
-            q, k, v = (tensors[name] for name in "qkv")
-            return self.attend(q, k, v, self.init_state(len(q)) if state is None else state)
+            state = self.init_state(len(tensors["q"])) if state is None else state
+            return self.attend(tensors, state)
 
         state = self.init_state(len(x)) if state is None else state
-        return Inner(fn, dict(zip("qkv", self.project(x, state), strict=True)))
+        return Inner(fn, self.project(x, state))
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
-        q, k, v = self.project(x, state)
-        o, state = self.attend(q, k, v, state)
+        o, state = self.attend(self.project(x, state), state)
         o = o.flatten(-2)
         if self.config.out_gate:
             o = o * self.gate(x).sigmoid()
@@ -125,12 +124,16 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise SpecError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key heads")
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """o = softmax(scale q k^T) v for one query `[B, H, K]` over k, v `[B, n, G, K | V]`, where
-    query head h reads key head h // (H / G)."""
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """o = softmax(scale q k^T + bias) v for one query `[B, H, K]` over k, v `[B, n, G, K | V]`,
+    where query head h reads key head h // (H / G), and bias is `[B, H, n]`."""
     grouped = q.unflatten(1, (k.shape[2], -1))  # [B, G, H / G, K]
-    weights = (scale * grouped @ k.permute(0, 2, 3, 1)).softmax(-1)
-    return (weights @ v.transpose(1, 2)).flatten(1, 2)
+    logits = scale * grouped @ k.permute(0, 2, 3, 1)
+    if bias is not None:
+        logits = logits + bias.view_as(logits)
+    return (logits.softmax(-1) @ v.transpose(1, 2)).flatten(1, 2)
 
 
 def repeat_heads(kv: Tensor, heads: int) -> Tensor:

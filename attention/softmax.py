@@ -100,7 +100,8 @@ class Softmax(Attention, name="softmax"):
         {"heads": 3, "head_dim": 5, "rotary": None},
     )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+    def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+        q, k, v = tensors.values()
         return softmax_attention(q, k, v, state=state, impl=self.impl)
 
     def state_bytes(self, T: int) -> StateBytes:
