@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import Inner, Layer, State, StateBytes
-from layerzoo.nn import RMSNorm, rotary
-from layerzoo.spec import Config, SpecError, divide
+from layerzoo.nn import RMSNorm
+from layerzoo.spec import SpecError, divide
+
+from .rotary import RotaryConfig
 
 
-class HeadsConfig(Config):
+class HeadsConfig(RotaryConfig):
     """Fields that every attention layer has.
 
     heads: query heads H. kv_heads: key/value heads, a divisor of heads; null means heads.
     head_dim: K of q, k and v; null means dim / heads.
-    rotary: base of the rotary embedding (needs an even head_dim); null is no positions at all.
+    rotary, rotary_scaling: see RotaryConfig.
     qk_norm: RMS norm of q and k per head. out_gate: sigmoid gate of the output (2505.06708).
     """
 
     heads: int = 4
     kv_heads: int | None = None
     head_dim: int | None = None
-    rotary: float | None = 10000.0
     qk_norm: bool = False
     out_gate: bool = False
 
@@ -34,8 +35,7 @@ class HeadsConfig(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f"{name}: must be at least 1, got {value}")
-        if self.rotary is not None and self.rotary <= 0:
-            raise SpecError(f"rotary: must be positive or null, got {self.rotary}")
+        RotaryConfig.check(self)
         if self.kv_heads:
             divide(self.heads, self.kv_heads, "kv_heads")
 
@@ -55,10 +55,7 @@ class Attention(Layer):
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_dim or divide(dim, self.heads, "heads (or give head_dim)")
-        if config.rotary and self.head_dim % 2:
-            raise SpecError(
-                f"rotary: needs an even head_dim, got {self.head_dim}; or rotary: null"
-            )
+        config.check_channels(self.head_dim, "head_dim")
         self.q = nn.Linear(dim, self.heads * self.head_dim, bias=False)
         self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
         self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
@@ -79,9 +76,9 @@ class Attention(Layer):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rotary:
+        if self.config.rotary:  # else the position is not read, nor a graph broken
             start = int(state["position"])
-            q, k = (rotary(t, start, self.config.rotary) for t in (q, k))
+            q, k = (self.config.rotate(t, start) for t in (q, k))
         return {"q": q, "k": k, "v": v}
 
     def inner(self, x: Tensor, state: State = None) -> Inner:

@@ -95,7 +95,7 @@ class Softmax(Attention, name="softmax"):
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     op = OP
     cases = (
-        {"heads": 2},
+        {"heads": 2, "rotary_scaling": {"name": "yarn", "factor": 4.0, "original_length": 32}},
         {"heads": 6, "kv_heads": 2, "head_dim": 4, "qk_norm": True, "out_gate": True},
         {"heads": 3, "head_dim": 5, "rotary": None},
     )
