@@ -63,7 +63,7 @@ def forgetting_attention(
         want = list(q.shape[:3])
         raise SpecError(f"log_forget: expected [B, T, H] = {want}, got {list(log_forget.shape)}")
     if state is None:
-        state = empty(empty_cache(k), q.shape[2])
+        state = empty(empty_cache(k, v), q.shape[2])
     new = {"k": k, "v": v, "log_forget": log_forget.to(state["log_forget"].dtype)}
     cache = {name: append(state[name], t) for name, t in new.items()}
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -57,7 +57,7 @@ def sliding_attention(
     """
     check_window(window, sinks)
     check_heads(q, k)
-    state = empty_cache(k) if state is None else state
+    state = empty_cache(k, v) if state is None else state
     start = int(state["position"])
     end = start + q.shape[1]
     k, v = append(state["k"], k), append(state["v"], v)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from layerzoo.attention.differential import differential_attention
 from layerzoo.attention.forgetting import forgetting_attention
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
@@ -168,3 +170,56 @@ def test_grouped_heads_are_repeated_heads(name: str, impl: str) -> None:
         "forgetting": lambda *a: forgetting_attention(*a, gates, impl=impl),
     }[name]
     agree(op(q, k, v)[0], op(q, repeated(k, 4), repeated(v, 4))[0], [q, k, v])
+
+
+def differential_inputs(T: int = 150) -> list[Tensor]:
+    """Two maps of 4 heads over 2 key heads; values twice as wide as keys."""
+    return qkv(T, heads=8, kv_heads=4)[:2] + qkv(T, heads=4, kv_heads=2, V=12)[2:]
+
+
+@IMPL
+@pytest.mark.parametrize("wide", [12, 6, 7])
+def test_differential_is_the_difference_of_two_dense_maps(wide: int, impl: str) -> None:
+    q, k, v = differential_inputs()
+    v = v[..., :wide].detach().requires_grad_()
+    mix = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    seen = window_mask(150, 150)
+    first, second = (dense(q[:, :, h], k[:, :, g], v, seen) for h, g in HALVES)
+
+    def op(*tensors: Tensor, **options: Any) -> Any:
+        return differential_attention(*tensors, mix, impl=impl, **options)
+
+    for sizes in ([150], [40, 1, 0, 109]):
+        agree(in_pieces(op, [q, k, v], sizes)[0], first - mix * second, [q, k, v, mix])
+
+
+HALVES = ((slice(4), slice(2)), (slice(4, 8), slice(2, 4)))
+
+
+@IMPL
+def test_differential_with_lambda_zero_is_its_first_map(impl: str) -> None:
+    q, k, v = differential_inputs()
+    zero = torch.zeros((), dtype=torch.float64)
+    got, _ = differential_attention(q, k, v, zero, impl=impl)
+    agree(got, softmax_attention(q[:, :, :4], k[:, :, :2], v, impl=impl)[0], [v])
+
+
+def test_lambda() -> None:
+    layer = build("differential", dim=16, heads=2, lambda_init=0.2)
+    for name, p in layer.named_parameters():
+        if name.startswith("lambda_"):
+            p.data.fill_({"lambda_q1": 0.5, "lambda_k1": 0.25, "lambda_q2": 0.1}.get(name, 1.0))
+    assert layer.head_dim == 4
+    assert layer.mix().item() == pytest.approx(math.exp(0.5) - math.exp(0.4) + 0.2, abs=1e-6)
+    o = layer.normalise(100 * torch.randn(3, 5, 2, 8))
+    torch.testing.assert_close(o.square().mean(-1).sqrt(), torch.full((3, 5, 2), 0.8))
+
+
+def test_differential_refuses_what_it_cannot_run() -> None:
+    q, k, v = differential_inputs(5)
+    with pytest.raises(SpecError, match="expected 2 H, 2 G and G heads, got 8, 4 and 4"):
+        differential_attention(q, k, repeated(v, 4), torch.ones(()))
+    with pytest.raises(SpecError, match="lambda_init: must be at least 0 and below 1, got 1"):
+        build("differential", dim=8, lambda_init=1.0)
+    with pytest.raises(SpecError, match=r"differential: heads .or give head_dim.: 8 does"):
+        build("differential", dim=12, heads=4)
