@@ -7,26 +7,28 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from layerzoo.layer import Inner, Layer, State, StateBytes
-from layerzoo.nn import RMSNorm, rotary
+from layerzoo.nn import RMSNorm
 from layerzoo.shell import QKV
-from layerzoo.spec import Config, SpecError, divide
+from layerzoo.spec import SpecError, divide
+
+from .rotary import RotaryConfig
 
 
-class HeadsConfig(Config):
+class HeadsConfig(RotaryConfig):
     """Fields that every attention layer has.
 
     heads: query heads H. kv_heads: key/value heads, a divisor of heads; null means heads.
     head_dim: K of q, k and v; null means dim / heads.
-    rotary: base of the rotary embedding (needs an even head_dim); null is no positions at all.
+    rotary, rotary_scaling: see RotaryConfig.
     qk_norm: RMS norm of q and k per head. out_gate: sigmoid gate of the output (2505.06708).
     """
 
     heads: int = 4
     kv_heads: int | None = None
     head_dim: int | None = None
-    rotary: float | None = 10000.0
     qk_norm: bool = False
     out_gate: bool = False
 
@@ -35,8 +37,7 @@ class HeadsConfig(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f"{name}: must be at least 1, got {value}")
-        if self.rotary is not None and self.rotary <= 0:
-            raise SpecError(f"rotary: must be positive or null, got {self.rotary}")
+        RotaryConfig.check(self)
         if self.kv_heads:
             divide(self.heads, self.kv_heads, "kv_heads")
 
@@ -50,76 +51,85 @@ class Attention(Layer):
 
     Config: ClassVar[Any] = HeadsConfig
     kind = "attention"
+    maps = 1
+    """Queries and keys of a head; its values are as wide as all of them."""
 
     def __init__(self, dim: int, config: HeadsConfig) -> None:
         super().__init__(dim, config)
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
-        self.head_dim = config.head_dim or divide(dim, self.heads, "heads (or give head_dim)")
-        if config.rotary and self.head_dim % 2:
-            raise SpecError(
-                f"rotary: needs an even head_dim, got {self.head_dim}; or rotary: null"
-            )
-        self.q = nn.Linear(dim, self.heads * self.head_dim, bias=False)
-        self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
-        self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=False)
+        self.head_dim = config.head_dim or divide(
+            dim, self.maps * self.heads, "heads (or give head_dim)"
+        )
+        config.check_channels(self.head_dim, "head_dim")
+        inner, cached = (self.maps * n * self.head_dim for n in (self.heads, self.kv_heads))
+        self.q = nn.Linear(dim, inner, bias=False)
+        self.k = nn.Linear(dim, cached, bias=False)
+        self.v = nn.Linear(dim, cached, bias=False)
+        self.out = nn.Linear(inner, dim, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, eps=1e-6)
             self.k_norm = RMSNorm(self.head_dim, eps=1e-6)
         if config.out_gate:
-            self.gate = nn.Linear(dim, self.heads * self.head_dim, bias=False)
+            self.gate = nn.Linear(dim, inner, bias=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
-        """The layer's op."""
+    def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+        """The layer's op, on what `project` returns."""
         raise NotImplementedError
 
     def qkv(self, x: Tensor) -> QKV:
         """The projections of x."""
         return self.q(x), self.k(x), self.v(x)
 
-    def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> QKV:
+    def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> dict[str, Tensor]:
         """x `[B, T, D]`, after the tokens of `state` -> q `[B, T, H, K]` and k, v
-        `[B, T, kv_heads, K]`. qkv: of another layer."""
-        q, k, v = (p.unflatten(-1, (-1, self.head_dim)) for p in qkv or self.qkv(x))
+        `[B, T, kv_heads, K]`, by name. qkv: of another layer."""
+        q, k, v = qkv or self.qkv(x)
+        q, k = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k))
+        v = v.unflatten(-1, (self.kv_heads, -1))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rotary:
+        if self.config.rotary:  # else the position is not read, nor a graph broken
             start = int(state["position"])
-            q, k = (rotary(t, start, self.config.rotary) for t in (q, k))
-        return q, k, v
+            q, k = (self.config.rotate(t, start) for t in (q, k))
+        return {"q": q, "k": k, "v": v}
+
+    def normalise(self, o: Tensor) -> Tensor:
+        """What happens to the heads' outputs `[B, T, H, V]`: nothing."""
+        return o
 
     def inner(self, x: Tensor, state: State = None) -> Inner:
         def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
-            q, k, v = (tensors[name] for name in "qkv")
-            return self.attend(q, k, v, self.init_state(len(q)) if state is None else state)
+            state = self.init_state(len(tensors["q"])) if state is None else state
+            return self.attend(tensors, state)
 
         state = self.init_state(len(x)) if state is None else state
-        return Inner(fn, dict(zip("qkv", self.project(x, state), strict=True)))
+        return Inner(fn, self.project(x, state))
 
     def forward(
         self, x: Tensor, state: State = None, qkv: QKV | None = None
     ) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
-        q, k, v = self.project(x, state, qkv)
-        o, state = self.attend(q, k, v, state)
-        o = o.flatten(-2)
+        o, state = self.attend(self.project(x, state, qkv), state)
+        o = self.normalise(o).flatten(-2)
         if self.config.out_gate:
             o = o * self.gate(x).sigmoid()
         return self.out(o), state
 
     def init_state(self, batch_size: int) -> State:
         weight: Any = self.k.weight
-        return empty_cache(weight.new_empty(batch_size, 0, self.kv_heads, self.head_dim))
+        k = weight.new_empty(batch_size, 0, self.maps * self.kv_heads, self.head_dim)
+        return empty_cache(k, k.view(batch_size, 0, self.kv_heads, self.maps * self.head_dim))
 
     def cache_bytes(self, tokens: int) -> StateBytes:
-        return StateBytes(4 * 2 * tokens * self.kv_heads * self.head_dim, buffers=8)
+        channels = self.maps * self.kv_heads * self.head_dim
+        return StateBytes(4 * 2 * tokens * channels, buffers=8)
 
 
-def empty_cache(kv: Tensor) -> State:
-    """A cache without tokens, like k or v in all but length."""
-    none = kv[:, :0].detach()
-    return {"k": none, "v": none, "position": torch.zeros((), dtype=torch.int64, device="cpu")}
+def empty_cache(k: Tensor, v: Tensor) -> State:
+    """A cache without tokens, like k and v in all but length."""
+    k, v = k[:, :0].detach(), v[:, :0].detach()
+    return {"k": k, "v": v, "position": torch.zeros((), dtype=torch.int64, device="cpu")}
 
 
 def append(past: Tensor, new: Tensor) -> Tensor:
@@ -132,15 +142,46 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise SpecError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key heads")
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """o = softmax(scale q k^T) v for one query `[B, H, K]` over k, v `[B, n, G, K | V]`, where
-    query head h reads key head h // (H / G)."""
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """o = softmax(scale q k^T + bias) v for one query `[B, H, K]` over k, v `[B, n, G, K | V]`,
+    where query head h reads key head h // (H / G), and bias is `[B, H, n]`."""
     grouped = q.unflatten(1, (k.shape[2], -1))  # [B, G, H / G, K]
-    weights = (scale * grouped @ k.permute(0, 2, 3, 1)).softmax(-1)
-    return (weights @ v.transpose(1, 2)).flatten(1, 2)
+    logits = scale * grouped @ k.permute(0, 2, 3, 1)
+    if bias is not None:
+        logits = logits + bias.view_as(logits)
+    return (logits.softmax(-1) @ v.transpose(1, 2)).flatten(1, 2)
 
 
 def repeat_heads(kv: Tensor, heads: int) -> Tensor:
     """`[B, n, G, K]` -> `[B, n, heads, K]`: key head g serves heads / G neighbouring queries."""
     groups = kv.shape[2]
     return kv if groups == heads else kv.repeat_interleave(heads // groups, dim=2)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of the last T of n tokens to all before them: q `[B, T, H, K]`, k, v
+    `[B, n, G, K | V]` -> `[B, T, H, V]`, in q's dtype and through PyTorch's attention."""
+    new, total, wide = q.shape[1], k.shape[1], v.shape[3]
+    if new == 0:
+        return q.new_zeros(*q.shape[:3], wide)
+    mask = None
+    if 1 < new < total:
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    query, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
+    # The kernels that keep no T x n matrix want values as wide as keys.
+    parts = v.split(q.shape[3], 3) if wide % q.shape[3] == 0 else (v,)
+    outputs = [
+        F.scaled_dot_product_attention(
+            query,
+            k,
+            part,
+            attn_mask=mask,
+            is_causal=new == total,
+            scale=scale,
+            enable_gqa=query.shape[1] != k.shape[1],
+        )
+        for part in parts
+    ]
+    return torch.cat(outputs, 3).transpose(1, 2) if parts[1:] else outputs[0].transpose(1, 2)

@@ -57,7 +57,7 @@ def sliding_attention(
     """
     check_window(window, sinks)
     check_heads(q, k)
-    state = empty_cache(k) if state is None else state
+    state = empty_cache(k, v) if state is None else state
     start = int(state["position"])
     end = start + q.shape[1]
     k, v = append(state["k"], k), append(state["v"], v)
@@ -70,7 +70,7 @@ def sliding_attention(
     return o, {"k": k, "v": v, "position": state["position"] + q.shape[1]}
 
 
-def check_window(window: int, sinks: int) -> None:
+def check_window(window: int, sinks: int = 0) -> None:
     if window < 1:
         raise SpecError(f"window: must be at least 1 (it counts the current token), got {window}")
     if sinks < 0:
@@ -175,8 +175,8 @@ class Sliding(Attention, name="sliding"):
         {"heads": 3, "head_dim": 5, "window": 1, "rotary": None, "qk_norm": True},
     )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
-        c = self.config
+    def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+        c, (q, k, v) = self.config, tensors.values()
         return sliding_attention(
             q, k, v, window=c.window, sinks=c.sinks, state=state, impl=self.impl
         )

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from layerzoo.layer import State, StateBytes
 from layerzoo.ops import Op
@@ -15,10 +14,10 @@ from .heads import (
     Attention,
     HeadsConfig,
     append,
+    attend_causal,
     attend_one,
     check_heads,
     empty_cache,
-    repeat_heads,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def softmax_attention(
     Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query 2305.13245.
     """
     check_heads(q, k)
-    state = empty_cache(k) if state is None else state
+    state = empty_cache(k, v) if state is None else state
     k, v = append(state["k"], k), append(state["v"], v)
     o = OP(impl, q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale)
     return o, {"k": k, "v": v, "position": state["position"] + q.shape[1]}
@@ -66,19 +65,7 @@ def _recurrent(q, k, v, *, scale):
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-@OP.register("chunked", upcast=False)
-def _chunked(q, k, v, *, scale):
-    new, total = q.shape[1], k.shape[1]
-    if new == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
-    k, v = (repeat_heads(t.to(q.dtype), q.shape[2]).transpose(1, 2) for t in (k, v))
-    mask = None
-    if 1 < new < total:
-        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=new == total, scale=scale
-    )
-    return o.transpose(1, 2)
+OP.register("chunked", upcast=False)(attend_causal)
 
 
 class Softmax(Attention, name="softmax"):
@@ -95,12 +82,13 @@ class Softmax(Attention, name="softmax"):
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     op = OP
     cases = (
-        {"heads": 2},
+        {"heads": 2, "rotary_scaling": {"name": "yarn", "factor": 4.0, "original_length": 32}},
         {"heads": 6, "kv_heads": 2, "head_dim": 4, "qk_norm": True, "out_gate": True},
         {"heads": 3, "head_dim": 5, "rotary": None},
     )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+    def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+        q, k, v = tensors.values()
         return softmax_attention(q, k, v, state=state, impl=self.impl)
 
     def state_bytes(self, T: int) -> StateBytes:

@@ -263,7 +263,7 @@ REFUSED: Any = [
         "reset has no projection 'q'",
     ),
     ("gated", {"children": [WINDOW]}, "children: needs 2, got 1"),
-    ("sequential", {"children": []}, "children: needs at least 1"),
+    ("sequential", {"children": []}, "children: needs at least one layer"),
     ("reset", {"children": ["linear"], "every": 0}, "every: must be at least 1 or null"),
     ("heads", {"children": [{"name": "linear", "key_dim": 3}]}, "key_dim: leave it out"),
     ("heads", {"children": [{"name": "linear", "heads": 5}]}, "heads of all: 5 does not divide"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerzoo.attention.forgetting import forgetting_attention
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
 from layerzoo.memories.delta import delta_rule
@@ -23,8 +24,9 @@ LINEAR = {"linear": None, "retention": "log_decay", "simple_gla": "g", "gla": "g
 DELTA = {"delta": None, "gated_delta": "g", "kda": "g"}
 MATRIX = [f"{rule}_{case}" for rule in (*LINEAR, *DELTA) for case in ("plain", "init")]
 SLIDING = ["swa_nosink", "swa_sink"]
+FORGETTING = ["fox_full", "fox_window"]
 MESA = ["mesa_plain", "mesa_init"]
-ALL = MATRIX + SLIDING + MESA
+ALL = MATRIX + SLIDING + FORGETTING + MESA
 
 
 def load(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -54,11 +56,19 @@ def run(name: str, data: dict[str, Any], impl: str) -> dict[str, Tensor]:
         window, sinks = data["window"], data["sinks"]
         o, _ = sliding_attention(q, k, v, window=window, sinks=sinks, scale=scale, impl=impl)
         return {"o": o}
+    if rule == "fox":
+        o, _ = forgetting(data, q, k, v, data["g"], impl=impl)
+        return {"o": o}
     decay = data.get({**LINEAR, **DELTA}[rule] or "")
     op: Callable[..., Any] = linear_attention if rule in LINEAR else delta_rule
     args = (q, k, v, decay) if rule in LINEAR else (q, k, v, data["beta"], decay)
     o, state = op(*args, scale=scale, state=data.get("initial_state"), impl=impl)
     return {"o": o, "final_state": state}
+
+
+def forgetting(data: dict[str, Any], *tensors: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    window = data["window"] if data["window"] > 0 else None
+    return forgetting_attention(*tensors, window=window, scale=data["scale"], **kwargs)
 
 
 def run_mesa(data: dict[str, Any], impl: str, steps: int | None) -> dict[str, Tensor]:
@@ -94,7 +104,7 @@ def test_vectors(name: str, dtype: torch.dtype, impl: str) -> None:
     weights = [key for key in data if key.startswith("w_")]
     assert {key[2:] for key in weights} <= outputs.keys()
     if not weights:
-        assert name.endswith(("_plain", "_nosink"))
+        assert name.endswith(("_plain", "_nosink", "_full"))
         return
     loss = sum((outputs[key[2:]] * data[key].to(dtype)).sum() for key in weights)
     assert isinstance(loss, Tensor)
@@ -127,3 +137,26 @@ def test_a_window_of_the_whole_sequence_is_softmax(name: str, impl: str) -> None
         close(got, want, 1e-12)
     short, _ = sliding_attention(q, k, v, window=q.shape[1] - 1, impl=impl)
     assert (short - want)[:, -1].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", FORGETTING)
+def test_forgetting_in_pieces(name: str, dtype: torch.dtype, impl: str) -> None:
+    """The outputs, and gradients through the caches, of a sequence cut where windows straddle."""
+    data, double = load(name, dtype), dtype == torch.float64
+    tensors = [data[key] for key in ("q", "k", "v", "g")]
+    outputs, state = [], None
+    for piece in zip(*(t.split([17, 1, 0, t.shape[1] - 18], 1) for t in tensors), strict=True):
+        o, state = forgetting(data, *piece, state=state, impl=impl)
+        outputs.append(o)
+    close(torch.cat(outputs, 1), data["o"], 1e-11 if double else 2e-5)
+    whole = forgetting(data, *tensors, impl=impl)[1]
+    assert state is not None and state.keys() == whole.keys()
+    for key, got in state.items():
+        assert torch.equal(got, whole[key])
+    if "w_o" in data:
+        loss = (torch.cat(outputs, 1) * data["w_o"].to(dtype)).sum()
+        for key, grad in zip("qkvg", torch.autograd.grad(loss, tensors), strict=True):
+            want = data[f"d_{key}"]
+            close(grad, want, (1e-9 if double else 1e-3) * float(want.abs().max()))

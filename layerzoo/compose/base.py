@@ -19,9 +19,10 @@ class ChildrenConfig(Config):
     """How many children there must be; None is any number from 1."""
 
     def check(self) -> None:
-        if not self.children or self.count not in (None, len(self.children)):
-            want = self.count or "at least 1"
-            raise SpecError(f"children: needs {want}, got {len(self.children)}")
+        if not self.children:
+            raise SpecError("children: needs at least one layer")
+        if self.count not in (None, len(self.children)):
+            raise SpecError(f"children: needs {self.count}, got {len(self.children)}")
         for n, child in enumerate(self.children):
             with at(f"children[{n}]"):
                 check_spec(child)

@@ -1,0 +1,272 @@
+"""Forgetting attention (FoX): its op, softmax attention whose logits decay, and its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from layerzoo.layer import Reach, Reduction, State, StateBytes
+from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.shell import QKV
+from layerzoo.spec import SpecError
+
+from .heads import Attention, HeadsConfig, append, attend_one, check_heads, empty_cache
+from .sliding import check_window
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+OP = Op("forgetting_attention")
+BLOCK = 128
+"""Queries that are worked off at once: what is as long as their keys stays in the cache."""
+
+
+def forgetting_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    log_forget: Float[Tensor, "B T H"],
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    state: State = None,
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "B T H V"], State]:
+    """o_i = sum_j softmax_j(scale <q_i, k_j> + F_i - F_j) v_j over j <= i, F = cumsum log_forget.
+
+    Args:
+        q, k, v: query head h reads key/value head h // (H / G).
+        log_forget: logarithm of the forget gate of every token and query head, <= 0.
+        window: tokens that a query sees, itself counted; None is all of them.
+        scale: default K^-1/2.
+        state: cache {k, v, log_forget, position}, default empty. It grows with T, or holds the
+            last window - 1 tokens. It keeps the gates, not their sums, which would grow without
+            bound; a call adds up, in float64, those of the tokens that it can see.
+        impl: auto, recurrent, chunked or triton.
+
+    Raises:
+        SpecError: window < 1, G does not divide H, or log_forget is not `[B, T, H]`. ImplError: an
+            impl that cannot run here.
+
+    The backward pass of `chunked` has none of its own; `recurrent` has.
+
+    Source: Lin et al. 2025, arXiv 2503.02130, eq. 6.
+    """
+    check_heads(q, k)
+    if window is not None:
+        check_window(window)
+    if log_forget.shape != q.shape[:3]:
+        want = list(q.shape[:3])
+        raise SpecError(f"log_forget: expected [B, T, H] = {want}, got {list(log_forget.shape)}")
+    if state is None:
+        state = empty(empty_cache(k, v), q.shape[2])
+    new = {"k": k, "v": v, "log_forget": log_forget.to(state["log_forget"].dtype)}
+    cache = {name: append(state[name], t) for name, t in new.items()}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o = OP(impl, q, *cache.values(), window=window, scale=scale)
+    surplus = 0 if window is None else max(0, cache["k"].shape[1] - (window - 1))
+    if surplus:  # a view would keep all of the tensor
+        cache = {name: t[:, surplus:].clone() for name, t in cache.items()}
+    return o, {**cache, "position": state["position"] + q.shape[1]}
+
+
+def empty(cache: State, heads: int) -> State:
+    """An empty cache with place for the gates."""
+    k, v, position = cache.values()
+    gates = torch.empty(len(k), 0, heads, dtype=accumulator_dtype(k), device=k.device)
+    return {"k": k, "v": v, "log_forget": gates, "position": position}
+
+
+@OP.register("recurrent")
+def _recurrent(q, k, v, log_forget, *, window, scale):
+    sums = log_forget.double().cumsum(1)
+    past = k.shape[1] - q.shape[1]
+    outputs = []
+    for t in range(q.shape[1]):
+        i = past + t
+        seen = slice(0 if window is None else max(0, i + 1 - window), i + 1)
+        bias = (sums[:, i, None] - sums[:, seen]).to(q.dtype).mT
+        outputs.append(attend_one(q[:, t], k[:, seen], v[:, seen], scale, bias))
+    return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
+
+
+@OP.register("chunked")
+def _chunked(q, k, v, log_forget, *, window, scale):
+    if q.shape[1] == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    sums = log_forget.double().cumsum(1)
+    # Contiguous, for a batched product of strided matrices is several times as slow on a CPU.
+    heads_first = (t.transpose(1, 2).contiguous() for t in (q, k, v, sums))
+    return Blocks.apply(*heads_first, window or k.shape[1], scale).transpose(1, 2)
+
+
+class Blocks(torch.autograd.Function):
+    """q `[B, H, T, K]`, k, v `[B, G, n, K | V]` and sums `[B, H, n]` in float64 -> `[B, H, T, V]`.
+
+    Blocks of queries after one another, each over the keys that one of them sees: a bias of a
+    block and its keys is all that is ever there, and the backward pass makes it again. The query
+    heads of a key head stand among the rows: `[B, G, H / G size, K]`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        q, k, v, sums, window, scale = args
+        ctx.window, ctx.scale = window, scale
+        ctx.save_for_backward(q, k, v, sums)
+        o = q.new_empty(*q.shape[:3], v.shape[3])
+        for rows, keys, bias in blocks(q, k, sums, window):
+            found = F.scaled_dot_product_attention(
+                group(q[:, :, rows], k), k[:, :, keys], v[:, :, keys], attn_mask=bias, scale=scale
+            )
+            o[:, :, rows] = found.view(*q.shape[:2], -1, v.shape[3])
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (do,) = grad_outputs
+        q, k, v, sums = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        dk, dv, dsums = (torch.zeros_like(t) for t in (k, v, sums))
+        past = k.shape[2] - q.shape[2]
+        for rows, keys, bias in blocks(q, k, sums, ctx.window):
+            q_, do_ = (group(t[:, :, rows], k) for t in (q, do))
+            k_, v_ = k[:, :, keys], v[:, :, keys]
+            weights = bias.add_(q_ @ k_.mT, alpha=ctx.scale).softmax(-1)
+            dv[:, :, keys] += weights.mT @ do_
+            ds = (do_ @ v_.mT).mul_(weights)
+            ds.addcmul_(weights, ds.sum(-1, keepdim=True), value=-1)
+            dq[:, :, rows] = (ds @ k_).mul_(ctx.scale).view_as(q[:, :, rows])
+            dk[:, :, keys] += (ds.mT @ q_).mul_(ctx.scale)
+            ds = ds.view(*q.shape[:2], -1, ds.shape[-1])
+            # A row of ds is zero in sum but for rounding, which would add up over the rows later
+            # than a gate if it were not taken from F_i just as it is from F_j, in float64.
+            dsums[:, :, past + rows.start : past + rows.stop] += ds.sum(-1, dtype=sums.dtype)
+            dsums[:, :, keys] -= ds.sum(2, dtype=sums.dtype)
+        return dq, dk, dv, dsums, None, None
+
+
+def group(t: Tensor, k: Tensor) -> Tensor:
+    """`[B, H, n, K]` -> `[B, G, H / G n, K]`, for the G heads of k."""
+    return t.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+
+
+def blocks(
+    q: Tensor, k: Tensor, sums: Tensor, window: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Of every block its queries, the keys that they see, and the bias F_i - F_j, in q's dtype, or
+    -inf, `[B, G, H / G size, keys]`, in memory that the next block uses again.
+
+    Sums of thousands of gates in float32 would lose the small differences of neighbours. These are
+    taken in float64, inside the block, and to keys before it in two parts, to the block's first
+    query and on to the key: both have the same sign, so that nothing cancels.
+    """
+    (B, H, T), total = q.shape[:3], k.shape[2]
+    size = min(T, BLOCK)
+    room = q.new_empty(B * H * size * min(total, window - 1 + size))
+    future = sums.new_full((size, size), -torch.inf).triu(1)
+    for start in range(0, T, size):
+        i = slice(total - T + start, total - T + min(T, start + size))
+        j = slice(max(0, i.start + 1 - window), i.stop)
+        rows, before = i.stop - i.start, i.start - j.start
+        bias = room[: B * H * rows * (before + rows)].view(B, H, rows, -1)
+        near, far = sums[:, :, i], sums[:, :, j.start : i.start]
+        first, mask = near[:, :, :1], future[:rows, :rows]
+        far = (first - far).to(q.dtype)[:, :, None]
+        torch.add((near - first).to(q.dtype)[..., None], far, out=bias[..., :before])
+        bias[..., before:] = near[..., None] - near[..., None, :] + mask
+        if (edge := before + rows - window) > 0:  # keys that have left the window of some query
+            gone = torch.ones(rows, edge, dtype=torch.bool, device=q.device).tril(before - window)
+            bias[..., :edge].masked_fill_(gone, -torch.inf)
+        yield slice(start, start + rows), j, group(bias, k)
+
+
+def never_forget(layer: Any) -> None:
+    """The gate's neutral value: log f = -exp(-1e4), which is zero."""
+    nn.init.zeros_(layer.forget.weight)
+    nn.init.constant_(layer.forget.bias, 1e4)
+
+
+class Forgetting(Attention, name="forgetting"):
+    """Forgetting attention (FoX): softmax attention that fades by gates of the data.
+
+    o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K) + F_i - F_j) v_j,
+    F_i = sum_{l <= i} log f_l,   f = sigmoid(x w + b) per head
+
+    Its state is the cache of keys, values and gates: it grows with T, or with a window holds the
+    last window - 1 tokens. Positions are what the gates make of them, so that `rotary` is null.
+    Deviations from the paper: b starts at a half-life, not at zero; no shift of tokens in k and v,
+    and no output norm (`qk_norm` and `out_gate` are the paper's).
+
+    window: tokens that a query sees, itself counted; null is all of them. half_life: tokens after
+    which a weight has halved, at the start of training.
+    """
+
+    class Config(HeadsConfig):
+        rotary: float | None = None
+        window: int | None = None
+        half_life: float = 2048.0
+
+        def check(self) -> None:
+            HeadsConfig.check(self)
+            if self.window is not None:
+                check_window(self.window)
+            if self.half_life <= 0:
+                raise SpecError(f"half_life: must be positive, got {self.half_life}")
+
+    source = "Lin et al. 2025, arXiv 2503.02130"
+    op = OP
+    cases = (
+        {"heads": 2, "half_life": 3.0},
+        {"heads": 4, "kv_heads": 2, "window": 5, "half_life": 2.0, "out_gate": True},
+        {"heads": 3, "head_dim": 4, "window": 1, "rotary": 100.0, "qk_norm": True},
+    )
+
+    reductions = (
+        Reduction({"heads": 2}, {"name": "softmax", "heads": 2, "rotary": None}, never_forget),
+        Reduction(
+            {"heads": 2, "window": 5},
+            {"name": "sliding", "heads": 2, "window": 5, "rotary": None},
+            never_forget,
+        ),
+    )
+
+    def __init__(self, dim: int, config: Config) -> None:
+        super().__init__(dim, config)
+        self.forget = nn.Linear(dim, self.heads)
+        keep = torch.tensor(0.5, dtype=torch.float64) ** (1 / config.half_life)
+        nn.init.constant_(self.forget.bias, float(keep.logit()))
+
+    def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> dict[str, Tensor]:
+        gate = self.forget(x)
+        log_forget = F.logsigmoid(gate.to(accumulator_dtype(gate)))
+        return {**super().project(x, state, qkv), "log_forget": log_forget}
+
+    def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+        q, k, v, gate = tensors.values()
+        return forgetting_attention(
+            q, k, v, gate, window=self.config.window, state=state, impl=self.impl
+        )
+
+    def init_state(self, batch_size: int) -> State:
+        return empty(super().init_state(batch_size), self.heads)
+
+    def cached(self, T: int) -> int:
+        return T if self.config.window is None else min(T, self.config.window - 1)
+
+    def state_bytes(self, T: int) -> StateBytes:
+        n = self.cached(T)
+        memory, buffers = self.cache_bytes(n)
+        return StateBytes(memory + 4 * n * self.heads, buffers)
+
+    def rule_flops(self, T: int) -> float:
+        seen = sum(self.cached(i) + 1 for i in range(T))
+        return self.heads * 4 * self.head_dim * seen / max(1, T)
+
+    def reach(self) -> Reach | None:
+        return None if self.config.window is None else Reach(self.config.window - 1)

@@ -1,0 +1,158 @@
+"""Rotary positions and their scalings, by which a model reads longer sequences than it learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerzoo.nn import rotary
+from layerzoo.spec import Config, SpecError, at, suggest
+
+
+class Scaling(Config):
+    """What a scaling does to the frequencies theta_n = base^(-2n / K), n < K / 2, by `factor`."""
+
+    factor: float
+
+    def check(self) -> None:
+        for field in self.fields():
+            value = getattr(self, field.name)
+            if value is not None and value <= 0:
+                raise SpecError(f"{field.name}: must be positive, got {value}")
+        if self.factor < 1:
+            raise SpecError(f"factor: must be at least 1, got {self.factor}")
+
+    def __call__(self, theta: Tensor, base: float) -> Tensor:
+        raise NotImplementedError
+
+    def magnitude(self) -> float:
+        """What rotated queries and keys are multiplied by."""
+        return 1.0
+
+
+class Linear(Scaling):
+    """theta / factor: positions interpolated (Chen et al. 2023, arXiv 2306.15595)."""
+
+    def __call__(self, theta: Tensor, base: float) -> Tensor:
+        return theta / self.factor
+
+
+class Ntk(Scaling):
+    """base factor^(K / (K - 2)) in place of base: the highest frequency stays, the lowest is
+    divided by factor (bloc97 2023, in Peng et al. 2023, arXiv 2309.00071, def. 1)."""
+
+    def __call__(self, theta: Tensor, base: float) -> Tensor:
+        if len(theta) == 1:
+            raise SpecError("ntk needs at least 4 rotated channels, got 2; take linear")
+        n = torch.arange(len(theta), device=theta.device, dtype=theta.dtype)
+        return theta * self.factor ** (-n / (len(theta) - 1))
+
+
+class Yarn(Scaling):
+    """theta as it is where it turns more than `fast` times in `original_length` tokens, theta /
+    factor where less than `slow` times, linear in n between. Queries and keys are multiplied by
+    `attention`, by default 0.1 ln factor + 1 (Peng et al. 2023, arXiv 2309.00071, sec. 3).
+
+    The two limits are rounded outwards to whole n, as in the published code.
+    """
+
+    original_length: int
+    fast: float = 32.0
+    slow: float = 1.0
+    attention: float | None = None
+
+    def check(self) -> None:
+        Scaling.check(self)
+        if self.fast <= self.slow:
+            raise SpecError(f"fast: must be more than slow, {self.slow}, got {self.fast}")
+
+    def __call__(self, theta: Tensor, base: float) -> Tensor:
+        half = len(theta)
+
+        def turning(times: float) -> float:
+            """The n whose theta turns as many times in the original length."""
+            return half * math.log(self.original_length / (times * 2 * math.pi)) / math.log(base)
+
+        low = max(math.floor(turning(self.fast)), 0)
+        high = min(math.ceil(turning(self.slow)), 2 * half - 1)
+        n = torch.arange(half, device=theta.device, dtype=theta.dtype)
+        scaled = ((n - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return theta * (1 - scaled + scaled / self.factor)
+
+    def magnitude(self) -> float:
+        return 0.1 * math.log(self.factor) + 1 if self.attention is None else self.attention
+
+
+class Llama3(Scaling):
+    """theta as it is where it turns more than `high` times in `original_length` tokens, theta /
+    factor where less than `low` times, linear in the turns between (Llama 3.1 2024)."""
+
+    original_length: int
+    low: float = 1.0
+    high: float = 4.0
+
+    def check(self) -> None:
+        Scaling.check(self)
+        if self.high <= self.low:
+            raise SpecError(f"high: must be more than low, {self.low}, got {self.high}")
+
+    def __call__(self, theta: Tensor, base: float) -> Tensor:
+        turns = self.original_length * theta / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return theta * (kept + (1 - kept) / self.factor)
+
+
+SCALINGS: dict[str, type[Scaling]] = {
+    "linear": Linear,
+    "ntk": Ntk,
+    "yarn": Yarn,
+    "llama3": Llama3,
+}
+
+
+class RotaryConfig(Config):
+    """rotary: base of the rotary embedding (an even number of channels); null is no positions.
+    rotary_scaling: null, or {name: linear | ntk | yarn | llama3, factor: ...} and what it takes:
+    yarn original_length, fast, slow and attention; llama3 original_length, low and high. The
+    function is one for all lengths: none of them depends on how long a sequence is.
+    """
+
+    rotary: float | None = 10000.0
+    rotary_scaling: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        if self.rotary is not None and self.rotary <= 0:
+            raise SpecError(f"rotary: must be positive or null, got {self.rotary}")
+        self.scaling()
+
+    def scaling(self) -> Scaling | None:
+        """The scaling that the fields name.
+
+        Raises:
+            SpecError: an unknown name or field, an impossible value, or a scaling of no positions.
+        """
+        if self.rotary_scaling is None:
+            return None
+        with at("rotary_scaling"):
+            fields = dict(self.rotary_scaling)
+            name = fields.pop("name", None)
+            if name not in SCALINGS:
+                raise SpecError(f"unknown name '{name}'; {suggest(name, SCALINGS)}")
+            if self.rotary is None or self.rotary <= 1:
+                raise SpecError(f"needs a rotary base above 1 to scale, got {self.rotary}")
+            return SCALINGS[name].from_fields(fields)
+
+    def check_channels(self, channels: int, what: str) -> None:
+        if self.rotary and channels % 2:
+            raise SpecError(f"rotary: needs an even {what}, got {channels}; or rotary: null")
+        if (scaling := self.scaling()) and self.rotary:
+            with at("rotary_scaling"):
+                scaling(torch.ones(channels // 2), self.rotary)
+
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """x `[B, T, H, K]` from position `start` on, rotated."""
+        return rotary(x, start, self.rotary, self.scaling()) if self.rotary else x
