@@ -146,12 +146,6 @@ def attend_one(
     return (logits.softmax(-1) @ v.transpose(1, 2)).flatten(1, 2)
 
 
-def repeat_heads(kv: Tensor, heads: int) -> Tensor:
-    """`[B, n, G, K]` -> `[B, n, heads, K]`: key head g serves heads / G neighbouring queries."""
-    groups = kv.shape[2]
-    return kv if groups == heads else kv.repeat_interleave(heads // groups, dim=2)
-
-
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of the last T of n tokens to all before them: q `[B, T, H, K]`, k, v
     `[B, n, G, K | V]` -> `[B, T, H, V]`, in q's dtype and through PyTorch's attention."""
