@@ -154,12 +154,6 @@ def attend_one(
     return (logits.softmax(-1) @ v.transpose(1, 2)).flatten(1, 2)
 
 
-def repeat_heads(kv: Tensor, heads: int) -> Tensor:
-    """`[B, n, G, K]` -> `[B, n, heads, K]`: key head g serves heads / G neighbouring queries."""
-    groups = kv.shape[2]
-    return kv if groups == heads else kv.repeat_interleave(heads // groups, dim=2)
-
-
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of the last T of n tokens to all before them: q `[B, T, H, K]`, k, v
     `[B, n, G, K | V]` -> `[B, T, H, V]`, in q's dtype and through PyTorch's attention."""
@@ -171,7 +165,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
     query, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
     # The kernels that keep no T x n matrix want values as wide as keys.
-    parts = v.split(q.shape[3], 3) if wide % q.shape[3] == 0 else (v,)
+    parts = (v,) if new == 1 else F.pad(v, (0, -wide % q.shape[3])).split(q.shape[3], 3)
     outputs = [
         F.scaled_dot_product_attention(
             query,
@@ -184,4 +178,5 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         )
         for part in parts
     ]
-    return torch.cat(outputs, 3).transpose(1, 2) if parts[1:] else outputs[0].transpose(1, 2)
+    o = torch.cat(outputs, 3) if outputs[1:] else outputs[0]
+    return o[..., :wide].transpose(1, 2)

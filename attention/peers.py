@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerzoo.bench.peers import Arm, Tensors, peer
+from layerzoo.bench.peers import Arm, Tensors, Unfit, load, peer
 from layerzoo.layer import Layer, State
 
 
@@ -30,3 +32,33 @@ def sdpa(layer: Layer, tensors: Tensors) -> Arm:
         return o.transpose(1, 2), (k, v)
 
     return Arm(run, {name: tensors[name] for name in "qkv"}, step=run, carries=True)
+
+
+@peer(
+    "local-attention",
+    "ops",
+    layers=("sliding",),
+    module="local_attention",
+    library="local-attention",
+)
+def local_attention(layer: Any, tensors: Tensors) -> Arm:
+    """LocalAttention without positions of its own. Its exact window is the tokens before the
+    current one, so that ours of w is its w - 1; it has no sinks, grouped heads or cache."""
+    (LocalAttention,) = load("local_attention", "LocalAttention")
+    c = layer.config
+    if c.sinks or c.window < 2 or tensors["q"].shape != tensors["k"].shape:
+        raise Unfit("it has no sinks, no window of 1 and no grouped heads")
+    attention = LocalAttention(
+        window_size=c.window - 1,
+        causal=True,
+        look_backward=1,
+        exact_windowsize=True,
+        autopad=True,
+        use_rotary_pos_emb=False,
+    )
+
+    def run(tensors: Tensors, state: State) -> tuple[Tensor, State]:
+        o = attention(*(tensors[name].transpose(1, 2) for name in "qkv"))
+        return o.transpose(1, 2), None
+
+    return Arm(run, {name: tensors[name] for name in "qkv"})

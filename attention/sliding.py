@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,19 @@ from .heads import (
     Attention,
     HeadsConfig,
     append,
+    attend_causal,
     attend_one,
     check_heads,
     empty_cache,
-    repeat_heads,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 OP = Op("sliding_attention")
+Pair = tuple[Tensor, Tensor]
+BLOCK = 128
+"""Queries of a block: more would compute more that is masked, fewer would copy more keys."""
 
 
 def sliding_attention(
@@ -98,47 +101,77 @@ def _recurrent(q, k, v, *, window, sinks, start, scale):
 
 @OP.register("chunked", upcast=False)
 def _chunked(q, k, v, *, window, sinks, start, scale):
-    """Blocks of `size` queries are folded into the batch; each sees the size + reach keys that
-    end at its last query, and the sinks."""
-    T, H, V = q.shape[1], q.shape[2], v.shape[3]
-    if T == 0:
-        return q.new_zeros(*q.shape[:3], V)
-    apart = cached_sinks(start, window, sinks)
-    past = k.shape[1] - T - apart
-    reach = min(window - 1, past + T - 1)  # how far back any query of this call looks
-    size = min(T, max(reach + 1, 16))
-    blocks = -(-T // size)
-    k, v = (repeat_heads(t.to(q.dtype), H).transpose(1, 2) for t in (k, v))
+    """Until the sinks have left the window a query sees all before it: plain causal attention.
+    The others go in blocks of queries, and those that are left over in one more block."""
+    T, reach = q.shape[1], window - 1
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    head = min(T, max(0, reach + sinks - start))
+    outputs = []
+    if head or T == 0:
+        end = k.shape[1] - (T - head)
+        outputs.append(attend_causal(q[:, :head], k[:, :end], v[:, :end], scale))
+    size = max(16, min(window, BLOCK))
+    left = (T - head) % size
+    for first, last in ((head, T - left), (T - left, T)):
+        if first < last:
+            end = k.shape[1] - (T - last)
+            keys = slice(end - (last - first) - reach, end)
+            always, recent = ((t[:, :sinks] for t in (k, v)), (t[:, keys] for t in (k, v)))
+            ks, vs = zip(always, recent, strict=True)
+            outputs.append(band(q[:, first:last], ks, vs, min(size, last - first), scale))
+    return torch.cat(outputs, 1) if outputs[1:] else outputs[0]
 
-    def fold(t: Tensor) -> Tensor:
-        """Keys or values `[B, H, n, K]` -> `[B, N, H, size + reach, K]`, one row a block."""
-        recent = F.pad(t[:, :, apart:], (0, 0, reach - past, blocks * size - T))
-        return recent.unfold(2, size + reach, size).permute(0, 2, 1, 4, 3)
 
-    i = torch.arange(size, device=q.device)
-    j = torch.arange(size + reach, device=q.device) - reach  # relative to the block's first query
-    block = start + size * torch.arange(blocks, device=q.device)[:, None, None]
-    distance = i[:, None] - j
-    mask = (distance >= 0) & (distance <= reach) & (block + j >= start - past)
-    # No row is masked out whole: a padded query at the end sees at least its own padded key.
-    keys, values = fold(k), fold(v)
+def band(q: Tensor, k: Pair, v: Pair, size: int, scale: float) -> Tensor:
+    """Attention of N blocks of `size` queries `[B, N size, H, K]`, folded into the batch:
+    each to the sinks, and to the window that ends with it. k, v are pairs of the sinks and of the
+    N size + window - 1 recent tokens.
+
+    All blocks have the same mask. Their keys overlap, and are a view where there are no sinks and
+    the batch is one row.
+    """
+    sinks, reach = k[0].shape[1], k[1].shape[1] - q.shape[1]
+    blocks = q.shape[1] // size
+    step = size if blocks > 1 else size + reach
+    keys, values = (Overlapping.apply(t[1], step, size + reach) for t in (k, v))
     if sinks:
-        n = min(sinks, k.shape[2])  # the sequence's first tokens are always the first in k
-        first = torch.arange(n, device=q.device)
-        mask = torch.cat(((block + i[:, None]) - first >= window, mask), -1)
         keys, values = (
-            torch.cat((t[:, None, :, :n].expand(-1, blocks, -1, -1, -1), f), 3)
+            torch.cat((t[0].transpose(1, 2)[:, None].expand(-1, blocks, -1, -1, -1), f), 3)
             for t, f in ((k, keys), (v, values))
         )
-    rows = F.pad(q, (0, 0, 0, 0, 0, blocks * size - T)).unflatten(1, (blocks, size))
+    mask = None
+    if size > 1:
+        mask = torch.ones(size, size + reach, dtype=torch.bool, device=q.device)
+        mask = F.pad(mask.tril(reach).triu(), (sinks, 0), value=True)
     o = F.scaled_dot_product_attention(
-        rows.transpose(2, 3).flatten(0, 1),
+        q.unflatten(1, (blocks, size)).transpose(2, 3).flatten(0, 1),
         keys.flatten(0, 1),
         values.flatten(0, 1),
-        attn_mask=mask.repeat(q.shape[0], 1, 1).unsqueeze(1),
+        attn_mask=mask,
         scale=scale,
+        enable_gqa=q.shape[2] != k[1].shape[2],
     )
-    return o.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)[:, :T]
+    return o.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)
+
+
+class Overlapping(torch.autograd.Function):
+    """`[B, n, H, K]` -> `[B, N, H, width, K]`, a view: block b begins at token b step. Backward,
+    the blocks' gradients are added piece by piece: that of `unfold` works token by token."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        t, ctx.step, width = args
+        ctx.tokens = t.shape[1]
+        return t.unfold(1, width, ctx.step).permute(0, 1, 2, 4, 3)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pieces = grad_outputs[0].transpose(2, 3).split(ctx.step, 2)
+        B, N, _, H, K = pieces[0].shape
+        total = pieces[0].new_zeros(B, N + len(pieces) - 1, ctx.step, H, K)
+        for n, piece in enumerate(pieces):
+            total[:, n : n + N, : piece.shape[2]] += piece
+        return total.flatten(1, 2)[:, : ctx.tokens], None, None
 
 
 def _ramp(n: int, top: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerzoo.attention.differential import differential_attention
 from layerzoo.attention.forgetting import forgetting_attention
+from layerzoo.attention.latent import latent_attention
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
 from layerzoo.layer import build
@@ -223,3 +224,33 @@ def test_differential_refuses_what_it_cannot_run() -> None:
         build("differential", dim=8, lambda_init=1.0)
     with pytest.raises(SpecError, match=r"differential: heads .or give head_dim.: 8 does"):
         build("differential", dim=12, heads=4)
+
+
+@IMPL
+@pytest.mark.parametrize("R", [3, 40])
+def test_latent_is_its_expanded_form(R: int, impl: str) -> None:
+    """Whole, and token by token at the end, where small latents are read themselves."""
+    T, H, K, V, P = 60, 3, 5, 4, 2
+    shapes = ((T, H, K + P), (T, R), (T, P))
+    tensors = [randn(2, *shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
+    up = randn(H, K + V, R).requires_grad_()
+    q, c, r = tensors
+    k = torch.einsum("btr,hkr->bthk", c, up[:, :K])
+    k = torch.cat((k, r[:, :, None].expand(-1, -1, H, -1)), -1)
+    want = dense(q, k, torch.einsum("btr,hvr->bthv", c, up[:, K:]), window_mask(T, T))
+
+    def op(*tensors: Tensor, **options: Any) -> Any:
+        return latent_attention(*tensors, up, impl=impl, **options)
+
+    for sizes in ([T], [T - 8, *[1] * 4, 3, 0, 1]):
+        agree(in_pieces(op, tensors, sizes)[0], want, [*tensors, up], 1e-11)
+
+
+def test_latent_refuses_what_it_cannot_run() -> None:
+    q, c, r = torch.randn(1, 3, 2, 6), torch.randn(1, 3, 4), torch.randn(1, 3, 2)
+    with pytest.raises(SpecError, match=r"up: expected \[H, K \+ V, R\] with H 2, K 4, R 4, got"):
+        latent_attention(q, c, r, torch.randn(2, 4, 4))
+    with pytest.raises(SpecError, match="latent: rotary: needs an even rotary_dim, got 3"):
+        build("latent", dim=8, rotary_dim=3)
+    with pytest.raises(SpecError, match="latent: kv_rank: must be at least 1, got 0"):
+        build("latent", dim=8, kv_rank=0)

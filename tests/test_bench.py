@@ -368,7 +368,15 @@ def test_files_are_checked_before_and_left_alone(
 
 
 def test_discovery_imports_no_peer() -> None:
-    heavy = ("matplotlib", "transformers", "fla", "titans_pytorch", "einops", "lightning")
+    heavy = (
+        "matplotlib",
+        "transformers",
+        "fla",
+        "titans_pytorch",
+        "local_attention",
+        "einops",
+        "lightning",
+    )
     code = (
         "import sys, layerzoo; layerzoo.list_layers(); import layerzoo.bench.peers as p;"
         f"assert p.PEERS; print([m for m in {heavy} if m in sys.modules])"

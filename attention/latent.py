@@ -1,0 +1,193 @@
+"""Multi-head latent attention: its op, over a cache of latents, and its layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from layerzoo.layer import Inner, Layer, State, StateBytes
+from layerzoo.nn import RMSNorm
+from layerzoo.ops import Op
+from layerzoo.spec import SpecError, divide
+
+from .heads import append, attend_causal, attend_one, empty_cache
+from .rotary import RotaryConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+OP = Op("latent_attention")
+
+
+def latent_attention(
+    q: Float[Tensor, "B T H K+P"],
+    latent: Float[Tensor, "B T R"],
+    position_key: Float[Tensor, "B T P"],
+    up: Float[Tensor, "H K+V R"],
+    *,
+    scale: float | None = None,
+    state: State = None,
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "B T H V"], State]:
+    """o_i = sum_{j <= i} softmax_j(scale <q_i, (U_k c_j, r_j)>) U_v c_j per head, with the latent
+    c, the rotated position key r that all heads share, and (U_k, U_v) = up.
+
+    Args:
+        q: K channels against the keys of the head, then P against the position key.
+        latent, position_key: what is cached of a token, whatever the number of heads.
+        up: of each head, K rows that make its keys of a latent, then V that make its values.
+        scale: default (K + P)^-1/2.
+        state: cache {k, v, position}, of the position keys and the latents; it grows with T.
+        impl: auto, recurrent, chunked or triton.
+
+    Raises:
+        SpecError: shapes that do not fit. ImplError: an impl that cannot run here.
+
+    Source: DeepSeek-AI 2024, arXiv 2405.04434, sec. 2.1.2 and 2.1.3.
+    """
+    K = q.shape[3] - position_key.shape[2]
+    if up.shape[0] != q.shape[2] or up.shape[2] != latent.shape[2] or not 0 < K < up.shape[1]:
+        raise SpecError(
+            f"up: expected [H, K + V, R] with H {q.shape[2]}, K {K}, R {latent.shape[2]}, "
+            f"got {list(up.shape)}"
+        )
+    state = empty_cache(position_key, latent) if state is None else state
+    k, v = append(state["k"], position_key), append(state["v"], latent)
+    o = OP(impl, q, v, k, up, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    return o, {"k": k, "v": v, "position": state["position"] + q.shape[1]}
+
+
+def expand(c: Tensor, r: Tensor, up: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """The keys `[B, n, H, K + P]` and values `[B, n, H, V]` of all heads."""
+    H, channels, _ = up.shape
+    made = (c @ up.flatten(0, 1).mT).unflatten(-1, (H, channels))
+    k, v = made.split((K, channels - K), -1)
+    return torch.cat((k, r[:, :, None].expand(-1, -1, H, -1)), -1), v
+
+
+@OP.register("recurrent")
+def _recurrent(q, c, r, up, *, scale):
+    k, v = expand(c, r, up, q.shape[3] - r.shape[2])
+    past = k.shape[1] - q.shape[1]
+    outputs = []
+    for t in range(q.shape[1]):
+        end = past + t + 1
+        outputs.append(attend_one(q[:, t], k[:, :end], v[:, :end], scale))
+    return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
+
+
+@OP.register("chunked")
+def _chunked(q, c, r, up, *, scale):
+    """Few queries after many tokens go to the latents (absorbed): q U_k meets c itself, one key
+    head for all, and U_v is applied to what was read. Many make their keys and values first."""
+    K = q.shape[3] - r.shape[2]
+    new, total, (_, channels, R) = q.shape[1], c.shape[1], up.shape
+    expanded = total * R * channels + new * total * (channels + r.shape[2])
+    absorbed = new * R * channels + new * total * (2 * R + r.shape[2])
+    if expanded <= absorbed or new == 0:
+        k, v = expand(c, r, up, K)
+        return attend_causal(q, k, v, scale)
+    content, position = q.split((K, r.shape[2]), -1)
+    content = torch.einsum("bthk,hkr->bthr", content, up[:, :K])
+    keys = torch.cat((c, r), -1)[:, :, None]
+    o = attend_causal(torch.cat((content, position), -1), keys, c[:, :, None], scale)
+    return torch.einsum("bthr,hvr->bthv", o, up[:, K:])
+
+
+class Latent(Layer, name="latent"):
+    """Multi-head latent attention (DeepSeek-V2): keys and values are made of a small latent.
+
+    c_j = norm(x_j W_c),  r_j = rotary(x_j W_r),  k_j = (U_k c_j, r_j),  v_j = U_v c_j per head,
+    q_i = (a_i, rotary(b_i)),  (a_i, b_i) = norm(x_i W_a) W_b or x_i W_b,
+    o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K + P)) v_j
+
+    The state is the cache of c and r alone: kv_rank + rotary_dim numbers a token, whatever the
+    number of heads. A decoded token reads the latents themselves.
+
+    head_dim: K of keys, without the position, and V of values; null means dim / heads. kv_rank: R
+    of the latent. q_rank: that of the queries; null makes them of x at once. rotary_dim: P.
+    """
+
+    class Config(RotaryConfig):
+        heads: int = 4
+        head_dim: int | None = None
+        kv_rank: int = 64
+        q_rank: int | None = None
+        rotary_dim: int = 32
+
+        def check(self) -> None:
+            RotaryConfig.check(self)
+            for name in ("heads", "head_dim", "kv_rank", "q_rank", "rotary_dim"):
+                value = getattr(self, name)
+                if value is not None and value < 1:
+                    raise SpecError(f"{name}: must be at least 1, got {value}")
+
+    kind = "attention"
+    source = "DeepSeek-AI 2024, arXiv 2405.04434"
+    op = OP
+    cases = (
+        {"heads": 2, "kv_rank": 7, "rotary_dim": 4},
+        {"heads": 3, "head_dim": 5, "kv_rank": 6, "q_rank": 9, "rotary_dim": 2},
+        {"heads": 4, "kv_rank": 8, "rotary_dim": 3, "rotary": None},
+    )
+
+    def __init__(self, dim: int, config: Config) -> None:
+        super().__init__(dim, config)
+        self.heads, R = config.heads, config.kv_rank
+        self.head_dim = config.head_dim or divide(dim, self.heads, "heads (or give head_dim)")
+        config.check_channels(config.rotary_dim, "rotary_dim")
+        if config.q_rank:
+            self.q_down = nn.Linear(dim, config.q_rank, bias=False)
+            self.q_norm = RMSNorm(config.q_rank, eps=1e-6)
+        width = self.heads * (self.head_dim + config.rotary_dim)
+        self.q = nn.Linear(config.q_rank or dim, width, bias=False)
+        self.down = nn.Linear(dim, R + config.rotary_dim, bias=False)
+        self.norm = RMSNorm(R, eps=1e-6)
+        self.up = nn.Linear(R, self.heads * 2 * self.head_dim, bias=False)
+        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=False)
+
+    def project(self, x: Tensor, state: State) -> dict[str, Tensor]:
+        """x `[B, T, D]`, after the tokens of `state` -> q, the latent and the position key."""
+        c = self.config
+        q = self.q(self.q_norm(self.q_down(x)) if c.q_rank else x)
+        content, turned = q.unflatten(-1, (self.heads, -1)).split(
+            (self.head_dim, c.rotary_dim), -1
+        )
+        latent, key = self.down(x).split((c.kv_rank, c.rotary_dim), -1)
+        key = key[:, :, None]
+        if c.rotary:
+            start = int(state["position"])
+            turned, key = c.rotate(turned, start), c.rotate(key, start)
+        q = torch.cat((content, turned), -1)
+        # Contiguous: a view would keep, and save, all of the tensor that it was cut from.
+        return {"q": q, "latent": self.norm(latent), "position_key": key[:, :, 0].contiguous()}
+
+    def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+        up = self.up.weight.unflatten(0, (self.heads, -1))
+        q, latent, key = tensors.values()
+        return latent_attention(q, latent, key, up, state=state, impl=self.impl)
+
+    def inner(self, x: Tensor, state: State = None) -> Inner:
+        def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+            state = self.init_state(len(tensors["q"])) if state is None else state
+            return self.attend(tensors, state)
+
+        state = self.init_state(len(x)) if state is None else state
+        return Inner(fn, self.project(x, state))
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        state = self.init_state(len(x)) if state is None else state
+        o, state = self.attend(self.project(x, state), state)
+        return self.out(o.flatten(-2)), state
+
+    def init_state(self, batch_size: int) -> State:
+        empty = self.down.weight.new_empty(batch_size, 0, self.down.out_features)
+        return empty_cache(empty[..., self.config.kv_rank :], empty[..., : self.config.kv_rank])
+
+    def state_bytes(self, T: int) -> StateBytes:
+        return StateBytes(4 * T * (self.config.kv_rank + self.config.rotary_dim), buffers=8)
+
+    def rule_flops(self, T: int) -> float:
+        return self.heads * 2 * (2 * self.head_dim + self.config.rotary_dim) * (T + 1) / 2
