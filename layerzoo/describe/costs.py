@@ -70,6 +70,8 @@ def full_spec(spec: Any) -> dict[str, Any]:
     if attention:
         names = {field.name for field in get_layer(FULL).Config.fields()}
         fields = {k: v for k, v in attention[0].to_fields().items() if k in names}
+        if (fields["head_dim"] or 0) % 2:  # of heads that turn other channels than their own
+            fields |= {"rotary": None, "rotary_scaling": None}
         return {"name": FULL, **fields}
     for _, config in found:
         if hasattr(config, "heads"):
