@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -239,8 +240,8 @@ class Forgetting(Attention, name="forgetting"):
     def __init__(self, dim: int, config: Config) -> None:
         super().__init__(dim, config)
         self.forget = nn.Linear(dim, self.heads)
-        keep = torch.tensor(0.5, dtype=torch.float64) ** (1 / config.half_life)
-        nn.init.constant_(self.forget.bias, float(keep.logit()))
+        log_keep = -math.log(2) / config.half_life
+        nn.init.constant_(self.forget.bias, log_keep - math.log(-math.expm1(log_keep)))  # logit
 
     def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> dict[str, Tensor]:
         gate = self.forget(x)

@@ -136,6 +136,7 @@ def test_full_attention_is_as_wide_as_the_layer() -> None:
     assert full_spec(nested) == {
         "name": "softmax",
         **{k: wide[k] for k in wide if k not in ("name", "window", "sinks")},
+        "rotary_scaling": None,
     }
     assert title(nested) == "parallel(linear, parallel(sliding))"
     config = config_of(
