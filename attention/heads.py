@@ -157,7 +157,9 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
     query, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
     # The kernels that keep no T x n matrix want values as wide as keys.
-    parts = (v,) if new == 1 else F.pad(v, (0, -wide % q.shape[3])).split(q.shape[3], 3)
+    parts: tuple[Tensor, ...] = (v,)
+    if new > 1 and wide != q.shape[3]:
+        parts = F.pad(v, (0, -wide % q.shape[3])).split(q.shape[3], 3)
     outputs = [
         F.scaled_dot_product_attention(
             query,
