@@ -88,10 +88,6 @@ class Attention(Layer):
             q, k = (self.config.rotate(t, start) for t in (q, k))
         return {"q": q, "k": k, "v": v}
 
-    def normalise(self, o: Tensor) -> Tensor:
-        """What happens to the heads' outputs `[B, T, H, V]`: nothing."""
-        return o
-
     def inner(self, x: Tensor, state: State = None) -> Inner:
         def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
             state = self.init_state(len(tensors["q"])) if state is None else state
@@ -103,7 +99,7 @@ class Attention(Layer):
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
         o, state = self.attend(self.project(x, state), state)
-        o = self.normalise(o).flatten(-2)
+        o = o.flatten(-2)
         if self.config.out_gate:
             o = o * self.gate(x).sigmoid()
         return self.out(o), state
