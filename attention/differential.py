@@ -131,7 +131,7 @@ class Differential(Attention, name="differential"):
         return self.normalise(o), state
 
     def normalise(self, o: Tensor) -> Tensor:
-        """The heads' outputs `[B, T, H, V]`, as large at the start as those of one map."""
+        """(1 - lambda_init) norm(o) of the heads' outputs `[B, T, H, V]`."""
         return (1 - self.config.lambda_init) * self.norm(o)
 
     def state_bytes(self, T: int) -> StateBytes:
