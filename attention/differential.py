@@ -127,9 +127,11 @@ class Differential(Attention, name="differential"):
 
     def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
         q, k, v = tensors.values()
-        return differential_attention(q, k, v, self.mix(), state=state, impl=self.impl)
+        o, state = differential_attention(q, k, v, self.mix(), state=state, impl=self.impl)
+        return self.normalise(o), state
 
     def normalise(self, o: Tensor) -> Tensor:
+        """(1 - lambda_init) norm(o) of the heads' outputs `[B, T, H, V]`."""
         return (1 - self.config.lambda_init) * self.norm(o)
 
     def state_bytes(self, T: int) -> StateBytes:

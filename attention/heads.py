@@ -94,10 +94,6 @@ class Attention(Layer):
             q, k = (self.config.rotate(t, start) for t in (q, k))
         return {"q": q, "k": k, "v": v}
 
-    def normalise(self, o: Tensor) -> Tensor:
-        """What happens to the heads' outputs `[B, T, H, V]`: nothing."""
-        return o
-
     def inner(self, x: Tensor, state: State = None) -> Inner:
         def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
             state = self.init_state(len(tensors["q"])) if state is None else state
@@ -111,7 +107,7 @@ class Attention(Layer):
     ) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
         o, state = self.attend(self.project(x, state, qkv), state)
-        o = self.normalise(o).flatten(-2)
+        o = o.flatten(-2)
         if self.config.out_gate:
             o = o * self.gate(x).sigmoid()
         return self.out(o), state
@@ -165,7 +161,9 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
     query, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, k, v))
     # The kernels that keep no T x n matrix want values as wide as keys.
-    parts = (v,) if new == 1 else F.pad(v, (0, -wide % q.shape[3])).split(q.shape[3], 3)
+    parts: tuple[Tensor, ...] = (v,)
+    if new > 1 and wide != q.shape[3]:
+        parts = F.pad(v, (0, -wide % q.shape[3])).split(q.shape[3], 3)
     outputs = [
         F.scaled_dot_product_attention(
             query,

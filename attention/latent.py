@@ -92,8 +92,9 @@ def _chunked(q, c, r, up, *, scale):
     content, position = q.split((K, r.shape[2]), -1)
     content = torch.einsum("bthk,hkr->bthr", content, up[:, :K])
     keys = torch.cat((c, r), -1)[:, :, None]
-    o = attend_causal(torch.cat((content, position), -1), keys, c[:, :, None], scale)
-    return torch.einsum("bthr,hvr->bthv", o, up[:, K:])
+    # The keys are their values, too: kernels want both of one width.
+    o = attend_causal(torch.cat((content, position), -1), keys, keys, scale)
+    return torch.einsum("bthr,hvr->bthv", o[..., :R], up[:, K:])
 
 
 class Latent(Layer, name="latent"):
