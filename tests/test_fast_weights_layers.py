@@ -21,7 +21,8 @@ from layerzoo.callbacks import Diagnostics
 from layerzoo.data import MQAR
 from layerzoo.layer import build, get_layer, list_layers
 from layerzoo.lit import LitModel
-from layerzoo.memories.fast_weights import FastWeights, engine
+from layerzoo.memories.fast_weights import FastWeights
+from layerzoo.memories.fast_weights.compiled import compiled_piece
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.nn import UnitLength
 from layerzoo.ops import ImplError
@@ -199,9 +200,9 @@ quiet = pytest.mark.filterwarnings(  # of torch about torch
 def test_compiled_is_the_same(name: str, monkeypatch: Any) -> None:
     """As captured; what a backend makes of the capture is torch's own (and of titans, below)."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    engine.compiled_piece.cache_clear()
+    compiled_piece.cache_clear()
     same_compiled(build(name, dim=8, heads=2, mini_batch=4))
-    engine.compiled_piece.cache_clear()
+    compiled_piece.cache_clear()
 
 
 @quiet
@@ -232,7 +233,7 @@ def test_compiled_without_a_compiler(monkeypatch: Any) -> None:
         raise RuntimeError("No working C++ compiler found")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    engine.compiled_piece.cache_clear()
+    compiled_piece.cache_clear()
     with pytest.raises(ImplError, match=r"set compiled to false: .*No working C"):
         layer(torch.randn(1, 8, 8))
-    engine.compiled_piece.cache_clear()
+    compiled_piece.cache_clear()

@@ -15,23 +15,20 @@ A mini-batch is worked off in pieces: all of it, or what a call holds of it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from layerzoo.ops import ImplError
-
 from ..chunks import SEGMENT, fold, tiles
+from .compiled import compiled_piece
 from .gates import Gates, token_gates
 from .networks import with_bias
 from .primitives import Dual, Write, scaled
 from .rule import Rule
-from .state import State, position
+from .state import PENDING, State, from_rows, position, to_rows
 
 Weights = tuple[Tensor, ...]
 Watch = Callable[..., None]
@@ -202,27 +199,6 @@ class Engine:
         return outputs, at
 
 
-@functools.cache
-def compiled_piece(piece: Any, rule: Rule) -> Callable[..., Any]:
-    """`token_piece` or `chunk_piece` as one compiled function, of a rule alone: torch compiles a
-    function a limited number of times."""
-    from torch._dynamo.exc import BackendCompilerFailed  # seconds, of those who compile
-
-    alone = FunctionType(piece.__code__.replace(), piece.__globals__, piece.__name__)
-    fast = torch.compile(alone, dynamic=False)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return fast(*args, **kwargs)
-        except BackendCompilerFailed as error:
-            why = " ".join(str(error).split("\n\n")[0].split())
-            raise ImplError(
-                f"fast_weights: cannot be compiled here, set compiled to false: {why}"
-            ) from error
-
-    return run
-
-
 def plan(T: int, start: int, C: int, rows: int) -> Iterator[tuple[int, int, int]]:
     """(position in the mini-batch, tokens a piece, pieces) of every group; a piece stays in one
     mini-batch, and a group is short enough for the cache."""
@@ -258,7 +234,7 @@ def run(
     if T == 0:
         return torch.zeros_like(v), state
     engine = Engine(rule, initial, row, layer_norm, watch, compiled and watch is None)
-    flat = {name: _rows(x) for name, x in state.items() if name != "position"}
+    flat = {name: to_rows(x) for name, x in state.items() if name != "position"}
     past, C = position(state), rule.mini_batch
     start = past % C
     at = engine.begin(flat["weights"], flat.get("momentum"), first=past < C)
@@ -279,7 +255,7 @@ def run(
             o, at = engine.group(at, begin, n, *seq)
         outputs += o
     o = torch.cat(outputs, 1).unflatten(0, (B, H)).transpose(1, 2)
-    return o, _unrows(at, state, past + T, (B, H))
+    return o, from_rows(at, state, past + T, (B, H))
 
 
 def read_only(
@@ -294,46 +270,16 @@ def read_only(
     """What q `[B, T, H, K]` reads from a state, which does not change."""
     B, _, H, _ = q.shape
     engine = Engine(rule, initial, row, layer_norm)
-    W, past = _rows(state["weights"]), position(state)
+    W, past = to_rows(state["weights"]), position(state)
     if rule.update == "chunk":
         at = engine.begin(W, None, first=past < rule.mini_batch)
         weights = at.mapped if rule.place == "view" else W
     elif (start := past % rule.mini_batch) == 0:
         weights = W
     else:
-        A = None if "retention" not in state else _rows(state["retention"])[:, None, None]
+        A = None if "retention" not in state else to_rows(state["retention"])[:, None, None]
         factor = None if row is None else row[start - 1]
-        U = _rows(state["updates"])
+        U = to_rows(state["updates"])
         weights = tuple(scaled(A, w) + scaled(factor, u) for w, u in zip(W, U, strict=True))
     o = engine.read(weights, q.transpose(1, 2).flatten(0, 1))
     return o.unflatten(0, (B, H)).transpose(1, 2)
-
-
-PENDING = ("retention", "momentum_sum")
-
-
-def _rows(x: Any) -> Any:
-    return tuple(w.flatten(0, 1) for w in x) if isinstance(x, tuple) else x.flatten(0, 1)
-
-
-def _unrows(at: Running, like: State, past: int, rows: tuple[int, int]) -> State:
-    """The state of the shape `like`."""
-
-    def back(weights: Weights | None, like: Weights) -> Weights:
-        if weights is None:
-            return tuple(torch.zeros_like(w) for w in like)
-        return tuple(w.unflatten(0, rows) for w in weights)
-
-    def gate(x: Tensor | None, empty: float) -> Tensor:
-        return like["weights"][0].new_full(rows, empty) if x is None else x.reshape(rows)
-
-    like_W = like["weights"]
-    new: State = {
-        "weights": lambda: back(at.W, like_W),
-        "updates": lambda: back(at.U, like_W),
-        "momentum": lambda: back(at.S, like_W),
-        "retention": lambda: gate(at.A, 1.0),
-        "momentum_sum": lambda: gate(at.m, 0.0),
-        "position": lambda: torch.full_like(like["position"], past),
-    }
-    return {name: new[name]() for name in like}

@@ -28,7 +28,7 @@ def init_state(rule: Rule, weights: tuple[Tensor, ...], batch_size: int) -> Stat
     if rule.has_momentum:
         state["momentum"] = tuple(torch.zeros_like(w) for w in state["weights"])
     if rule.mini_batch > 1 or rule.spares_initial:
-        state["position"] = torch.zeros((), dtype=torch.int64)
+        state["position"] = torch.zeros((), dtype=torch.int64, device="cpu")
     if rule.mini_batch == 1:
         return state
     state["updates"] = tuple(torch.zeros_like(w) for w in state["weights"])
@@ -41,3 +41,35 @@ def init_state(rule: Rule, weights: tuple[Tensor, ...], batch_size: int) -> Stat
 
 def position(state: State) -> int:
     return int(state["position"]) if "position" in state else 0
+
+
+PENDING = ("retention", "momentum_sum")
+
+
+def to_rows(x: Any) -> Any:
+    """A part of a state, `[B, H, ..]`, as the engine works on it, `[B H, ..]`."""
+    return tuple(w.flatten(0, 1) for w in x) if isinstance(x, tuple) else x.flatten(0, 1)
+
+
+def from_rows(at: Any, like: State, past: int, rows: tuple[int, int]) -> State:
+    """The state after `past` tokens, with the parts that `like` has, from the engine's `Running`;
+    rows: (B, H)."""
+
+    def back(weights: Any, like: Any) -> Any:
+        if weights is None:
+            return tuple(torch.zeros_like(w) for w in like)
+        return tuple(w.unflatten(0, rows) for w in weights)
+
+    def gate(x: Tensor | None, empty: float) -> Tensor:
+        return like["weights"][0].new_full(rows, empty) if x is None else x.reshape(rows)
+
+    like_W = like["weights"]
+    new: State = {
+        "weights": lambda: back(at.W, like_W),
+        "updates": lambda: back(at.U, like_W),
+        "momentum": lambda: back(at.S, like_W),
+        "retention": lambda: gate(at.A, 1.0),
+        "momentum_sum": lambda: gate(at.m, 0.0),
+        "position": lambda: torch.full_like(like["position"], past),
+    }
+    return {name: new[name]() for name in like}
