@@ -46,7 +46,7 @@ class Heads(Composition, name="heads"):
         {
             "children": [
                 {"name": "sliding", "heads": 2, "window": 4},
-                {"name": "gated_delta", "heads": 1},
+                {"name": "gated_delta", "heads": 2},
             ]
         },
         {
