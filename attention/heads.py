@@ -95,12 +95,7 @@ class Attention(Layer):
         return {"q": q, "k": k, "v": v}
 
     def inner(self, x: Tensor, state: State = None) -> Inner:
-        def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
-            state = self.init_state(len(tensors["q"])) if state is None else state
-            return self.attend(tensors, state)
-
-        state = self.init_state(len(x)) if state is None else state
-        return Inner(fn, self.project(x, state))
+        return attention_alone(self, x, state)
 
     def forward(
         self, x: Tensor, state: State = None, qkv: QKV | None = None
@@ -120,6 +115,17 @@ class Attention(Layer):
     def cache_bytes(self, tokens: int) -> StateBytes:
         channels = self.maps * self.kv_heads * self.head_dim
         return StateBytes(4 * 2 * tokens * channels, buffers=8)
+
+
+def attention_alone(layer: Any, x: Tensor, state: State) -> Inner:
+    """What a layer runs between `project` and its output: `attend`."""
+
+    def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
+        state = layer.init_state(len(tensors["q"])) if state is None else state
+        return layer.attend(tensors, state)
+
+    state = layer.init_state(len(x)) if state is None else state
+    return Inner(fn, layer.project(x, state))
 
 
 def empty_cache(k: Tensor, v: Tensor) -> State:

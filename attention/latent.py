@@ -12,7 +12,7 @@ from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op
 from layerzoo.spec import SpecError, divide
 
-from .heads import append, attend_causal, attend_one, empty_cache
+from .heads import append, attend_causal, attend_one, attention_alone, empty_cache
 from .rotary import RotaryConfig
 
 if TYPE_CHECKING:
@@ -171,12 +171,7 @@ class Latent(Layer, name="latent"):
         return latent_attention(q, latent, key, up, state=state, impl=self.impl)
 
     def inner(self, x: Tensor, state: State = None) -> Inner:
-        def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
-            state = self.init_state(len(tensors["q"])) if state is None else state
-            return self.attend(tensors, state)
-
-        state = self.init_state(len(x)) if state is None else state
-        return Inner(fn, self.project(x, state))
+        return attention_alone(self, x, state)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         state = self.init_state(len(x)) if state is None else state

@@ -34,7 +34,9 @@ def test_parallel_scales_channels() -> None:
     with torch.no_grad():
         layer.scales.copy_(torch.arange(24.0))
     window, memory = (child(X)[0] for child in layer.layers)
-    assert torch.allclose(layer(X)[0], window + torch.arange(24.0).double() * memory, atol=1e-12)
+    assert torch.allclose(
+        layer(X)[0], window + torch.arange(24.0).double() * memory, rtol=0, atol=1e-12
+    )
 
 
 def test_children_may_be_built_and_shared_specs_are_not_shared_weights() -> None:
@@ -65,7 +67,7 @@ def test_a_window_longer_than_the_sequence_is_full_attention(window: int, sinks:
     full = build("softmax", dim=24, heads=2).double()
     sliding = build("sliding", dim=24, heads=2, window=window, sinks=sinks).double()
     sliding.load_state_dict(full.state_dict())
-    assert torch.allclose(sliding(X)[0], full(X)[0], atol=1e-12)
+    assert torch.allclose(sliding(X)[0], full(X)[0], rtol=0, atol=1e-12)
 
 
 def parallel(*children: Any, **fields: Any) -> Any:
@@ -86,7 +88,7 @@ def test_evicted_writes_what_has_left_the_window(sinks: int) -> None:
         S = torch.einsum("bthk,bthv->bhkv", k, v)
         o = torch.einsum("bhk,bhkv->bhv", q[:, i], S) * memory.scale
         want[:, i] += memory.merge(o.unsqueeze(1), X[:, i : i + 1])[:, 0]
-    assert torch.allclose(y, want, atol=1e-12)
+    assert torch.allclose(y, want, rtol=0, atol=1e-12)
     assert state[-1]["writes"][0]["k"].shape[1] == 5 and state[-1]["position"] == 30
     assert torch.equal(state[-1]["writes"][0]["v"], write["v"][:, -5:])
 
@@ -129,16 +131,16 @@ def test_window_dropout_leaves_rows_without_the_window() -> None:
     dropped = [bool(torch.allclose(row, m)) for row, m in zip(y, memory, strict=True)]
     assert 16 < sum(dropped) < 48
     kept = torch.tensor(dropped).logical_not()
-    assert torch.allclose(y[kept], (window + memory)[kept], atol=1e-12)
+    assert torch.allclose(y[kept], (window + memory)[kept], rtol=0, atol=1e-12)
     layer.eval()
-    assert torch.allclose(layer(x)[0], window + memory, atol=1e-12)
+    assert torch.allclose(layer(x)[0], window + memory, rtol=0, atol=1e-12)
 
 
 def test_children_can_be_switched_off() -> None:
     layer = parallel(WINDOW, "linear").eval()
     window, memory = (child(X)[0] for child in layer.layers)
     layer.off = (0,)
-    assert torch.allclose(layer(X)[0], memory, atol=1e-12)
+    assert torch.allclose(layer(X)[0], memory, rtol=0, atol=1e-12)
     layer.off = (1,)
     assert torch.equal(layer(X)[0], window)
 
@@ -152,7 +154,7 @@ def test_sequential(residual: bool) -> None:
     two = build("sequential", dim=24, children=["linear", WINDOW], residual=residual).double()
     a = two.layers[0](X)[0]
     b = two.layers[1](X + a if residual else a)[0]
-    assert torch.allclose(two(X)[0], a + b if residual else b, atol=1e-12)
+    assert torch.allclose(two(X)[0], a + b if residual else b, rtol=0, atol=1e-12)
     assert build("sequential", dim=24, children=[WINDOW, WINDOW]).reach() == Reach(8, 0)
 
 
@@ -160,14 +162,14 @@ def test_gated() -> None:
     layer = build("gated", dim=24, children=[WINDOW, "linear"]).double()
     a, b = (child(X)[0] for child in layer.layers)
     g = (X @ layer.gate.weight.mT + layer.gate.bias).sigmoid()
-    assert torch.allclose(layer(X)[0], g * a + (1 - g) * b, atol=1e-12)
+    assert torch.allclose(layer(X)[0], g * a + (1 - g) * b, rtol=0, atol=1e-12)
     layer = build("gated", dim=24, children=[WINDOW, "linear"], gate="tanh").double()
     assert torch.equal(layer(X)[0], layer.layers[0](X)[0])
     with torch.no_grad():
         layer.gate.weight.normal_()
     a, b = (child(X)[0] for child in layer.layers)
     want = a + (X @ layer.gate.weight.mT).tanh() * b
-    assert torch.allclose(layer(X)[0], want, atol=1e-12)
+    assert torch.allclose(layer(X)[0], want, rtol=0, atol=1e-12)
 
 
 def test_heads_share_one_output_projection() -> None:
@@ -180,7 +182,7 @@ def test_heads_share_one_output_projection() -> None:
         child.out.register_forward_pre_hook(lambda _, args: outs.append(args[0]))
     y, _ = layer(X)
     W = torch.cat([child.out.weight for child in layer.layers], 1)
-    assert torch.allclose(y, torch.cat(outs, -1) @ W.mT, atol=1e-12)
+    assert torch.allclose(y, torch.cat(outs, -1) @ W.mT, rtol=0, atol=1e-12)
     assert W.shape == (24, 24)
 
 
@@ -192,7 +194,7 @@ def test_reset_forgets(pieces: list[int]) -> None:
     for x in X.split(pieces, 1):
         y, state = layer(x, state)
         outs.append(y)
-    assert torch.allclose(torch.cat(outs, 1), want, atol=1e-12)
+    assert torch.allclose(torch.cat(outs, 1), want, rtol=0, atol=1e-12)
     assert layer.reach() == Reach(6)
     layer.every = None
     assert torch.equal(layer(X)[0], layer.layers[0](X)[0]) and layer.reach() is None
@@ -241,7 +243,7 @@ def test_prefix_is_attention_over_memory_and_segment() -> None:
         y = layer.out(o.reshape(2, 1, 24))
         o, now = memory.mix(*memory.project(y), now)
         outs.append(y * memory.merge(o, y).sigmoid())
-    assert torch.allclose(layer(X)[0], torch.cat(outs, 1), atol=1e-12)
+    assert torch.allclose(layer(X)[0], torch.cat(outs, 1), rtol=0, atol=1e-12)
 
 
 REFUSED: Any = [
