@@ -7,29 +7,18 @@ import codecs
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from layerzoo.arguments import Parser
 from layerzoo.generate import PIECE, stream
 from layerzoo.lit import load_model
 from layerzoo.model import LanguageModel
-from layerzoo.spec import SpecError, at, suggest
+from layerzoo.spec import SpecError, at
 from layerzoo.states import check_state, load_state, save_state
 
 BYTES = 256
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad options are a `SpecError`, as all bad input is."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.partition("unrecognized arguments: ")[2].split()
-        if unknown and unknown[0].startswith("--"):
-            word = unknown[0].partition("=")[0]
-            known = (o for action in self._actions for o in action.option_strings)
-            message = f"{word}: no such option; {suggest(word, known)}"
-        raise SpecError(f"generate: {message.removeprefix('argument ')}")
 
 
 def ids(text: str) -> list[int]:

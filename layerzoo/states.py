@@ -135,7 +135,7 @@ def load_state(path: str | Path, model: LanguageModel | None = None) -> State:
     try:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})[STRUCTURE])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         state = _unflatten(structure, tensors)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]

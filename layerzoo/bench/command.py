@@ -8,11 +8,12 @@ import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
 
+from layerzoo.arguments import Parser
 from layerzoo.layer import build, check_spec, get_layer, list_layers
 from layerzoo.spec import SpecError, required, suggest
 
@@ -25,21 +26,6 @@ from .run import OURS, Row, Settings, bench
 MODES = ("ops", "layers")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PICTURES = (".png", ".svg", ".pdf")
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad options are a `SpecError`, as all bad input is."""
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
-        if "arguments are required" in message:
-            message = f"expected {' or '.join(MODES)}, then names of layers or none for all"
-        unknown = message.partition("unrecognized arguments: ")[2].split()
-        if unknown and unknown[0].startswith("--"):
-            word = unknown[0].partition("=")[0]
-            known = (o for action in self._actions for o in action.option_strings)
-            message = f"{word}: no such option; {suggest(word, known)}"
-        raise SpecError(f"bench: {message}")
 
 
 def positive(text: str) -> int:
@@ -87,6 +73,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "(`layerzoo bench generate --help`: memory and time of one long generation.)",
         allow_abbrev=False,
     )
+    parser.missing = f"expected {' or '.join(MODES)}, then names of layers or none for all"
     add = parser.add_argument
     add("mode", metavar="ops|layers", type=one_of("benchmark", *MODES))
     add("names", metavar="NAME", nargs="*", help="layers, or specs as '{name: linear, heads: 2}'")

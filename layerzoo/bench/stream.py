@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from layerzoo.arguments import Parser
 from layerzoo.generate import stream
 from layerzoo.layer import Spec
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
 
-from .command import PICTURES, Parser, check_writable, positive, spec_of
+from .command import PICTURES, check_writable, positive, spec_of
 from .measure import hardware
 
 STATM = Path("/proc/self/statm")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from layerzoo.arguments import Parser
 from layerzoo.model import ModelConfig
 from layerzoo.spec import SpecError, at, plain, suggest
 
@@ -21,13 +22,6 @@ DTYPES = {"float32": 4, "bfloat16": 2}
 LENGTH = 4096
 LENGTHS = tuple(2**n for n in range(10, 21))
 NETWORK = "model.network"
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad options are a `SpecError`, as all bad input is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SpecError(f"describe: {message.removeprefix('argument ')}")
 
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
