@@ -81,18 +81,34 @@ class LitModel(LightningModule):
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup, self.schedule = warmup, schedule
         self.metrics = nn.ModuleDict()
+        self.readout: nn.Module | None = None  # of a task that has one
 
     def setup(self, stage: str) -> None:
         task = getattr(self.trainer, "datamodule", None)
         if isinstance(task, Task):
             task.attach(self.model)
+            if self.readout is None:
+                self.readout = task.readout(self.model)
         if stage == "fit" and (length := getattr(task, "length", None)):
             for line in self.model.cautions(length):
                 rank_zero_warn(line, stacklevel=1)
         for split in ("val", "test"):
             if split not in self.metrics:
-                metrics = task.metrics() if isinstance(task, Task) else [TokenLoss()]
-                self.metrics[split] = nn.ModuleList(metrics)
+                self.metrics[split] = self._metrics(task, split)
+
+    def _metrics(self, task: Any, split: str) -> nn.ModuleList:
+        """A split's metrics, a list for each part."""
+        if not isinstance(task, Task):
+            return nn.ModuleList([nn.ModuleList([TokenLoss()])])
+        for part in task.parts(split).values():
+            part.attach(self.model)
+        return nn.ModuleList(
+            [nn.ModuleList(part.metrics()) for part in task.parts(split).values()]
+        )
+
+    def _each_metric(self, split: str, part: int) -> list[Metric]:
+        parts: Any = self.metrics[split]
+        return [metric for metric in parts[part] if isinstance(metric, Metric)]
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)[0]
@@ -103,8 +119,12 @@ class LitModel(LightningModule):
         h, _ = self.model.hidden(batch.pop("tokens"), documents=batch.pop("documents", None))
         labels = batch.pop("labels")
         where = labels != IGNORE
-        annotations = {name: value[where] for name, value in batch.items()}
-        return self.model.head(h[where]), labels[where], annotations
+        annotations = {
+            name: value.expand(*where.shape, *value.shape[2:])[where]
+            for name, value in batch.items()
+        }
+        logits = self.model.head(h[where]) if self.readout is None else self.readout(h, where)
+        return logits, labels[where], annotations
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, labels, _ = self.labelled(batch)
@@ -113,11 +133,13 @@ class LitModel(LightningModule):
         self.log("loss/train", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._measure("val", batch)
+    def validation_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._measure("val", batch, dataloader_idx)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._measure("test", batch)
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._measure("test", batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val", prefix="")
@@ -129,21 +151,23 @@ class LitModel(LightningModule):
         logits, labels, annotations = self.labelled(batch)
         return {"prediction": logits.argmax(-1), "label": labels, **annotations}
 
-    def _each_metric(self, split: str) -> list[Metric]:
-        metrics = self.metrics[split]
-        assert isinstance(metrics, nn.ModuleList)
-        return [metric for metric in metrics if isinstance(metric, Metric)]
-
-    def _measure(self, split: str, batch: dict[str, Tensor]) -> None:
+    def _measure(self, split: str, batch: dict[str, Tensor], part: int) -> None:
         logits, labels, annotations = self.labelled(batch)
-        for metric in self._each_metric(split):
+        for metric in self._each_metric(split, part):
             metric.update(logits, labels, **annotations)
 
     def _report(self, split: str, prefix: str) -> None:
-        for metric in self._each_metric(split):
-            for name, value in metric.compute().items():
-                self.log(prefix + name, value, prog_bar=name in SHOWN, sync_dist=True)
-            metric.reset()
+        """Log what the task makes of each part's figures."""
+        task = getattr(self.trainer, "datamodule", None)
+        results: dict[str, dict[str, Tensor]] = {}
+        for n, part in enumerate(task.parts(split) if isinstance(task, Task) else [""]):
+            results[part] = {}
+            for metric in self._each_metric(split, n):
+                results[part] |= metric.compute()
+                metric.reset()
+        figures = task.summary(split, results) if isinstance(task, Task) else results[""]
+        for name, value in figures.items():
+            self.log(prefix + name, value, prog_bar=name in SHOWN, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         embedding = self.model.embedding.weight

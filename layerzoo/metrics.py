@@ -80,7 +80,7 @@ class LossByPosition(Binned):
 class RecallByLag(Binned):
     """Accuracy of the queries whose lag is in [2^n, 2^(n+1)), as `recall_lag/2^n`."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, chance: float | None = None) -> None:
         super().__init__("recall_lag", "lag", length)
 
     def value(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -116,3 +116,18 @@ class Recall(Metric):
         if beyond > 0:
             out["recall/beyond_window"] = self.counts[0, 1] / beyond
         return {name: value.float() for name, value in out.items()}
+
+
+def extrapolation(results: dict[str, dict[str, Tensor]], trained: int) -> dict[str, Tensor]:
+    """`extrapolation/k` = accuracy at k times the training length / accuracy at that length, for
+    results by length that hold both."""
+    out = {}
+    for name in ("recall/accuracy", "accuracy/all"):
+        at = {int(n): figures[name] for n, figures in results.items() if name in figures}
+        if at.get(trained, 0) > 0:
+            out |= {
+                f"extrapolation/{n // trained}": at[n] / at[trained]
+                for n in at
+                if n > trained and n % trained == 0
+            }
+    return out

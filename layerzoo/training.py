@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
-from layerzoo.data import Task
+from layerzoo.data import Task, list_tasks
 from layerzoo.layer import EXECUTION
 from layerzoo.lit import LitModel, read_checkpoint
 from layerzoo.model import ModelConfig
@@ -36,6 +36,8 @@ def quiet() -> None:
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip:" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Predictions are saved with their labels; nothing needs their indices.
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
     # A resumed run logs into a folder of its own.
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     # Lightning 2.6 calls jsonargparse by names that it has since renamed.
@@ -107,7 +109,7 @@ class Parser(LightningArgumentParser):
             known = _options(self)
             raise SpecError(f"{place}{word}: no such option; {suggest(word, known)}") from None
         if task:
-            known = [cls.__name__ for cls in Task.__subclasses__()]
+            known = [cls.__name__ for cls in list_tasks()]
             raise SpecError(f"{place}no task '{task[1]}'; {suggest(task[1], known)}") from None
         if "Union subtypes" in message:  # a list of every type's own message
             wanted = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))

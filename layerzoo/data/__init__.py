@@ -1,7 +1,8 @@
 """Tasks: one file per family; each is a LightningDataModule (see `layerzoo.data.task.Task`)."""
 
 from layerzoo.data.mqar import MQAR
-from layerzoo.data.task import Task
+from layerzoo.data.recall import RecallTask
+from layerzoo.data.task import Task, list_tasks
 from layerzoo.data.text import Text
 
-__all__ = ["MQAR", "Task", "Text"]
+__all__ = ["MQAR", "RecallTask", "Task", "Text", "list_tasks"]

@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torchmetrics import Metric
 
 from layerzoo.data.random import bits, choose, choose_weighted
-from layerzoo.data.task import IGNORE, SPLITS, Task
-from layerzoo.layer import Reach
-from layerzoo.metrics import Recall, RecallByLag, TokenLoss
+from layerzoo.data.recall import RecallTask
+from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 
-if TYPE_CHECKING:
-    from layerzoo.model import LanguageModel
+TRAINED = {(64, 4): 100_000, (128, 8): 20_000} | {(256, d): 20_000 for d in (16, 32, 64)}
+TESTED = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+"""The (length, pairs) of the mix `recall-memory`, and how many samples it is trained on."""
 
 
-class MQAR(Task):
+class MQAR(RecallTask):
     """Multi-query associative recall: k1 v1 .. kD vD, then each key again, once, to be answered.
 
     Keys are 1..V/2-1 and values V/2..V-1, all distinct within a sample. The other (T - 2D) / 2
     two-token slots hold the D queries: the j-th key takes the j-th slot drawn without
     replacement, slot i with probability ~ i^(alpha - 1). The label, the key's value, is on the
-    query's position. Source: Arora et al. 2023, arXiv 2312.04927, and its code (zoology).
+    query's position; its annotation `lag` = query position - value position. Chance is a guess
+    among the V/2 values. Source: Arora et al. 2023, arXiv 2312.04927, and its code (zoology).
 
-    Annotations at the queries: `lag` = query position - value position; `reachable`, whether a
-    model of limited reach can answer it at all, because the key is at most `reach` positions
-    back, or key and value are among the first `sinks` tokens.
+    Settings: `figure2/64x4`, `128x8`, `256x16`, `512x64` of that paper; `recall-memory`, the mix
+    of lengths and pairs of Arora et al. 2024, arXiv 2402.18668, figure 2: trained on five sets
+    (a batch is of one of them), tested on seven, with figures for each and their mean; there
+    train_samples and test_samples are of all sets together, 180,000 and 7,000 in the paper.
 
     Args:
         vocab_size: V. length: T, even. pairs: D, at most T / 4.
         alpha: the smaller, the nearer to the pairs the queries stand.
         filler: what stands between the queries: zero, or random tokens of the vocabulary.
-        reach, sinks: of the model that defines `recall/ceiling`; null takes the trained model's
-            own, which for a memory is unbounded.
-        See `Task` for the others.
+        keys: the first and the last key in use, for tasks with keys of their own; null is all.
+        setting: a published setting, in place of length and pairs.
+        See `RecallTask` and `Task` for the others.
     """
+
+    SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {
+        **{
+            f"figure2/{length}x{pairs}": {"length": length, "pairs": pairs}
+            for length, pairs in ((64, 4), (128, 8), (256, 16), (512, 64))
+        },
+        "recall-memory": {"length": TESTED[-1][0], "pairs": TESTED[-1][1]},
+    }
 
     def __init__(
         self,
@@ -45,27 +54,22 @@ class MQAR(Task):
         pairs: int = 4,
         alpha: float = 0.01,
         filler: Literal["zero", "random"] = "zero",
-        reach: int | None = None,
-        sinks: int = 0,
-        batch_size: int = 64,
-        seed: int = 0,
-        train_samples: int = 100_000,
-        val_samples: int = 1000,
-        test_samples: int = 3000,
-        num_workers: int = 0,
+        keys: tuple[int, int] | None = None,
+        setting: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            seed=seed,
-            train_samples=train_samples,
-            val_samples=val_samples,
-            test_samples=test_samples,
-            num_workers=num_workers,
-        )
+        chosen = self.preset(setting, length=length, pairs=pairs)
+        length, pairs = chosen["length"], chosen["pairs"]
+        super().__init__(**options)
         self.require(vocab_size % 2 == 0, f"vocab_size: must be even, got {vocab_size}")
+        first, last = keys or (1, vocab_size // 2 - 1)
         self.require(
-            1 <= pairs <= vocab_size // 2 - 1,
-            f"pairs: {pairs}, but a vocabulary of {vocab_size} has {vocab_size // 2 - 1} keys",
+            1 <= first <= last < vocab_size // 2,
+            f"keys: must be in 1..{vocab_size // 2 - 1}, got {keys}",
+        )
+        self.require(
+            1 <= pairs <= last - first + 1,
+            f"pairs: {pairs}, but a vocabulary of {vocab_size} has {last - first + 1} keys",
         )
         self.require(length % 2 == 0, f"length: must be even, got {length}")
         self.require(
@@ -73,12 +77,8 @@ class MQAR(Task):
             f"length: {pairs} pairs and as many queries need at least {4 * pairs}, got {length}",
         )
         self.vocab_size, self.length, self.pairs, self.alpha = vocab_size, length, pairs, alpha
-        self.filler = filler
+        self.filler, self.keys, self.setting = filler, (first, last), setting
         self.require(0 < alpha <= 2, f"alpha: must be in (0, 2], got {alpha}")
-        self.require(sinks >= 0, f"sinks: must not be negative, got {sinks}")
-        self.require(reach is None or reach >= 0, f"reach: must not be negative, got {reach}")
-        self.own_reach = None if reach is None else Reach(reach, sinks)  # not of any model
-        self.reach = self.own_reach
         slots = np.arange(1, (length - 2 * pairs) // 2 + 1, dtype=np.float64)
         # Integers, so that a rounding of the power cannot change a draw elsewhere.
         self.weights = np.rint(2.0**32 * slots ** (alpha - 1)).astype(np.int64)
@@ -88,17 +88,25 @@ class MQAR(Task):
         """The accuracy of guessing a value."""
         return 2 / self.vocab_size
 
-    def attach(self, model: LanguageModel) -> None:
-        super().attach(model)
-        self.reach = model.reach() if self.own_reach is None else self.own_reach
+    def divide(self, split: str) -> dict[str, Task]:
+        if self.setting != "recall-memory" or self.lengths:
+            return super().divide(split)
+        sizes = {size: self.samples[split] // len(TESTED) for size in TESTED}
+        if split == "train":
+            share = self.samples[split] / sum(TRAINED.values())
+            sizes = {size: round(share * count) for size, count in TRAINED.items()}
+        return {
+            f"{length}x{pairs}": self.varied(
+                length=length, pairs=pairs, **{f"{split}_samples": max(1, count)}
+            )
+            for (length, pairs), count in sizes.items()
+        }
 
-    def metrics(self) -> list[Metric]:
-        return [TokenLoss(), Recall(), RecallByLag(self.length)]
-
-    def sample(self, split: str, index: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
         B, T, D, half = len(index), self.length, self.pairs, self.vocab_size // 2
+        first, last = self.keys
         key = (self.seed, SPLITS.index(split), index[:, None])
-        keys = 1 + choose(half - 1, D, bits(*key, 0, np.arange(D)))
+        keys = first + choose(last - first + 1, D, bits(*key, 0, np.arange(D)))
         values = half + choose(half, D, bits(*key, 1, np.arange(D)))
         slots = choose_weighted(self.weights, D, bits(*key, 2, np.arange(D)))
         if self.filler == "zero":
@@ -114,18 +122,12 @@ class MQAR(Task):
         labels[rows, queries] = values
         lag[rows, queries] = queries - value_at
         reachable = np.zeros((B, T), bool)
-        reachable[rows, queries] = self._reachable(queries, value_at)
+        reachable[rows, queries] = self.reachable(queries, value_at - 1, value_at)
         return {"tokens": tokens, "labels": labels, "lag": lag, "reachable": reachable}
 
-    def _reachable(self, queries: NDArray[Any], value_at: NDArray[Any]) -> NDArray[np.bool_]:
-        if self.reach is None:
-            return np.ones(queries.shape, bool)
-        key_at = value_at - 1
-        return (queries - key_at <= self.reach.back) | (value_at < self.reach.sinks)
-
-    def ceiling(self, split: str = "test") -> float:
-        """The share of a split's queries that a model of this reach can answer."""
-        total = self.samples[split]
-        parts = np.array_split(np.arange(total), -(-total // 1024))
-        reachable = sum(int(self.sample(split, part)["reachable"].sum()) for part in parts)
-        return reachable / (total * self.pairs)
+    def solve(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The value after the first place of a key; of an unknown key any value."""
+        value = dict(
+            zip(tokens[0 : 2 * self.pairs : 2], tokens[1 : 2 * self.pairs : 2], strict=True)
+        )
+        return np.array([value.get(token, self.vocab_size // 2) for token in tokens])

@@ -2,58 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from layerzoo.spec import SpecError
+from layerzoo.data.loading import IGNORE, Batches, loader
+from layerzoo.data.random import bits
+from layerzoo.metrics import extrapolation
+from layerzoo.spec import SpecError, suggest
 
 if TYPE_CHECKING:
     from layerzoo.model import LanguageModel
 
 SPLITS = ("train", "val", "test")
-IGNORE = -100
-"""The label of a position that is not scored."""
+Arrays = dict[str, NDArray[Any]]
 
 
 class Task(LightningDataModule):
-    """Yields batches `{tokens, labels, documents?, annotations...}`, each `[B, T]`.
+    """Yields batches `{tokens, labels, documents?, annotations...}`.
 
-    Labels are aligned with the tokens that must predict them; `IGNORE` elsewhere.
+    Tokens and labels are `[B, T]`; labels are aligned with the tokens that must predict them,
+    `IGNORE` elsewhere. An annotation says something of each position, `[B, T, ...]`, or of the
+    whole row, `[B, 1, ...]`; the metrics get them at the labelled positions.
+
+    A subclass takes its own options and `**options` for these, and defines `vocab_size`,
+    `length`, `sample`, `metrics`, `chance` and `solve`.
 
     Args:
-        batch_size: samples a batch.
+        batch_size: samples a batch, in each process.
         seed: of the data, apart from the seed of the initialisation (`seed_everything`).
         train_samples, val_samples, test_samples: size of the splits; training passes over its
             split in order and then again.
+        lengths: test at each of these lengths, `64,128` or a list, instead of the task's own.
+        shuffled: a control: the context is another sample's, question and answer are this one's,
+            so that what is still answered above chance leaks from somewhere.
         num_workers: processes that make batches; 0 makes them in the training process.
     """
 
+    SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Published settings: options by name."""
+
     vocab_size: int
+    length: int
 
     def __init__(
         self,
         *,
-        batch_size: int,
-        seed: int,
-        train_samples: int,
-        val_samples: int,
-        test_samples: int,
-        num_workers: int,
+        batch_size: int = 64,
+        seed: int = 0,
+        train_samples: int = 100_000,
+        val_samples: int = 1000,
+        test_samples: int = 3000,
+        lengths: list[int] | str | None = None,
+        shuffled: bool = False,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)  # every option, also the subclass's
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self.shuffled = shuffled
         self.samples: dict[str, int] = dict(
             zip(SPLITS, (train_samples, val_samples, test_samples), strict=True)
         )
+        self.lengths = self._lengths(lengths)
+        self._parts: dict[str, dict[str, Task]] = {}
         self.require(batch_size >= 1, f"batch_size: must be at least 1, got {batch_size}")
         self.require(num_workers >= 0, f"num_workers: must not be negative, got {num_workers}")
         self.require(seed >= 0, f"seed: must not be negative, got {seed}")
@@ -64,17 +84,108 @@ class Task(LightningDataModule):
         for split, count in self.samples.items():
             self.require(count >= 1, f"{split}_samples: must be at least 1, got {count}")
 
-    def require(self, condition: bool, message: str) -> None:
+    @classmethod
+    def require(cls, condition: bool, message: str) -> None:
         if not condition:
-            raise SpecError(f"data: {type(self).__name__}: {message}")
+            raise SpecError(f"data: {cls.__name__}: {message}")
 
-    def sample(self, split: str, index: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def _lengths(self, lengths: list[int] | str | None) -> list[int]:
+        if isinstance(lengths, str):
+            words = lengths.split(",")
+            self.require(
+                all(word.strip().isdecimal() for word in words),
+                f"lengths: expected numbers, as in 64,128, got '{lengths}'",
+            )
+            return [int(word) for word in words]
+        return list(lengths or ())
+
+    @classmethod
+    def preset(cls, setting: str | None, **given: Any) -> dict[str, Any]:
+        """The given options with a published setting's values in place of the defaults.
+
+        Raises:
+            SpecError: no such setting, or an option is given that it sets otherwise.
+        """
+        if setting is None:
+            return given
+        known = cls.SETTINGS
+        cls.require(setting in known, f"setting: no '{setting}'; {suggest(setting, known)}")
+        parameters = inspect.signature(cls.__init__).parameters
+        for name, value in known[setting].items():
+            cls.require(
+                given[name] in (value, parameters[name].default),
+                f"{name}: {given[name]}, but setting {setting} has {value}; leave one of them out",
+            )
+        return {**given, **known[setting]}
+
+    def varied(self, **changes: Any) -> Self:
+        """A task with the same options but for these; it is of no published setting any more."""
+        options = {name: None if name == "setting" else v for name, v in self.hparams.items()}
+        return type(self)(**{**options, **changes})
+
+    # What a task is made of
+
+    def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
         """The samples of these indices, stacked: `[len(index), T]` each."""
         raise NotImplementedError
 
     def metrics(self) -> list[Metric]:
         """What to measure on held-out data (see `layerzoo.metrics`)."""
         raise NotImplementedError
+
+    @property
+    def chance(self) -> float | None:
+        """The accuracy of guessing without the context; None if there is no such number."""
+        return None
+
+    def solve(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The answers to one sample, `[T]`, from its tokens alone; what stands where there is no
+        label does not matter. It proves that the task can be solved."""
+        raise NotImplementedError
+
+    def question(self, sample: Arrays) -> NDArray[np.bool_]:
+        """Where the tokens are the question and not its context, `[B, T]`: the shuffled control
+        keeps these."""
+        return sample["labels"] != IGNORE
+
+    def divide(self, split: str) -> dict[str, Task]:
+        """The parts of a split, by name. A batch is of one part; held-out figures are of each."""
+        if split == "test" and self.lengths:
+            return {f"{n}": self.varied(length=n, lengths=None) for n in self.lengths}
+        return {"": self}
+
+    def order(self) -> NDArray[np.int64]:
+        """The part of each training batch, by number: in shuffled order, each as often as it has
+        batches."""
+        counts = [part.batches("train") for part in self.parts("train").values()]
+        order = np.repeat(np.arange(len(counts)), counts)
+        return order[np.argsort(bits(self.seed, len(SPLITS), np.arange(len(order))))]
+
+    def summary(
+        self, split: str, results: dict[str, dict[str, Tensor]]
+    ) -> dict[str, Tensor | float]:
+        """The figures to log of a split, from those of its parts: each, as `figure/part`, and
+        the means over the parts; for `lengths` also how far accuracy extrapolates."""
+        if len(results) == 1:
+            (figures,) = results.values()
+            return {**figures}
+        out: dict[str, Tensor | float] = {
+            f"{name}/{part}": value
+            for part, figures in results.items()
+            for name, value in figures.items()
+        }
+        common = set.intersection(*({*figures} for figures in results.values()))
+        for name in next(iter(results.values())):
+            if name in common:
+                out[name] = sum(figures[name] for figures in results.values()) / len(results)
+        if split == "test" and self.lengths:
+            out |= extrapolation(results, self.length)
+        return out
+
+    def readout(self, model: LanguageModel) -> nn.Module | None:
+        """A head of the task's own, trained with the model: called with the final hidden states
+        `[B, T, D]` and where labels are, it returns the logits there, `[N, vocab]`."""
+        return None
 
     def attach(self, model: LanguageModel) -> None:
         """Check the model against the task; a task may read what it needs of the model."""
@@ -84,70 +195,57 @@ class Task(LightningDataModule):
             f"{model.config.vocab_size}; set model.network.vocab_size to {self.vocab_size}",
         )
 
+    # What is made of it
+
+    def parts(self, split: str) -> dict[str, Task]:
+        """`divide`, once."""
+        if split not in self._parts:
+            self._parts[split] = self.divide(split)
+        return self._parts[split]
+
+    def batches(self, split: str) -> int:
+        """How many batches a split has; training leaves the last incomplete one out."""
+        whole, rest = divmod(self.samples[split], self.batch_size)
+        return whole + (rest > 0 and split != "train")
+
     def batch(self, split: str, index: Sequence[int]) -> dict[str, Tensor]:
-        arrays = self.sample(split, np.asarray(index, np.int64))
+        at = np.asarray(index, np.int64)
+        arrays = self.sample(split, at)
+        if self.shuffled:
+            other = self.sample(split, at + 2**32)["tokens"]  # none of any split
+            arrays["tokens"] = np.where(self.question(arrays), arrays["tokens"], other)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def loader(self, split: str) -> DataLoader[Any]:
-        samples = _Samples(self, split)
-        batches = _Batches(SequentialSampler(samples), self.batch_size, split == "train")
-        workers = self.num_workers if split == "train" else 0
-        return ResumableLoader(
-            samples, batch_sampler=batches, collate_fn=_identity, num_workers=workers
-        )
+    def _loader(self, parts: list[Task], split: str, order: NDArray[np.int64]) -> DataLoader[Any]:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return loader(Batches(parts, split, order), rank, world, self.num_workers)
+
+    def _held_out(self, split: str) -> list[DataLoader[Any]]:
+        return [
+            self._loader([part], split, np.zeros(part.batches(split), np.int64))
+            for part in self.parts(split).values()
+        ]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self.loader("train")
+        return self._loader([*self.parts("train").values()], "train", self.order())
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.loader("val")
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return self._held_out("val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self.loader("test")
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return self._held_out("test")
 
-    predict_dataloader = test_dataloader
-
-
-def _identity(batch: Any) -> Any:
-    return batch
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test split at the task's own length."""
+        return self._loader([self], "test", np.zeros(self.batches("test"), np.int64))
 
 
-class _Samples(Dataset[Any]):
-    def __init__(self, task: Task, split: str) -> None:
-        self.task, self.split = task, split
+def list_tasks() -> list[type[Task]]:
+    """Every task that is imported, by name."""
 
-    def __len__(self) -> int:
-        return self.task.samples[self.split]
+    def below(cls: type[Task]) -> list[type[Task]]:
+        return [task for sub in cls.__subclasses__() for task in (sub, *below(sub))]
 
-    def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
-        return self.task.batch(self.split, index)
-
-
-class _Batches(BatchSampler):
-    """A batch sampler that can start later, once."""
-
-    start = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start, self.start = self.start, 0
-        return islice(super().__iter__(), start, None)
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that Lightning saves in a checkpoint: a resumed run sees the next batch."""
-
-    done = 0
-
-    def __iter__(self) -> Any:
-        self.done = getattr(self.batch_sampler, "start", 0)
-        for batch in super().__iter__():
-            self.done += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done % len(self)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        batches = self.batch_sampler
-        assert isinstance(batches, _Batches)
-        batches.start = state["done"]
+    whole = [task for task in below(Task) if task.sample is not Task.sample]
+    return sorted({*whole}, key=lambda task: task.__name__)

@@ -45,21 +45,9 @@ class Text(Task):
         length: int = 256,
         held_out: float = 0.05,
         documents: bool = False,
-        batch_size: int = 32,
-        seed: int = 0,
-        train_samples: int = 100_000,
-        val_samples: int = 256,
-        test_samples: int = 1024,
-        num_workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            seed=seed,
-            train_samples=train_samples,
-            val_samples=val_samples,
-            test_samples=test_samples,
-            num_workers=num_workers,
-        )
+        super().__init__(**options)
         self.require(length >= 1, f"length: must be at least 1, got {length}")
         self.require(0 < held_out < 0.5, f"held_out: must be in (0, 0.5), got {held_out}")
         self.files, self.length, self.held_out, self.documents = files, length, held_out, documents
