@@ -39,6 +39,10 @@ class MQAR(RecallTask):
         See `RecallTask` and `Task` for the others.
     """
 
+    cases = (
+        {"vocab_size": 32, "length": 64, "pairs": 8},
+        {"vocab_size": 32, "length": 40, "pairs": 6, "filler": "random", "keys": (4, 11)},
+    )
     SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {
         **{
             f"figure2/{length}x{pairs}": {"length": length, "pairs": pairs}

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from layerzoo.data.loading import IGNORE, Batches, loader
 from layerzoo.data.random import bits
-from layerzoo.metrics import extrapolation
+from layerzoo.metrics.accuracy import extrapolation
 from layerzoo.spec import SpecError, suggest
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Task(LightningDataModule):
         num_workers: processes that make batches; 0 makes them in the training process.
     """
 
+    cases: ClassVar[tuple[dict[str, Any], ...]] = ()
+    """Small options for the tests, one for each thing that the task can do."""
     SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {}
     """Published settings: options by name."""
 

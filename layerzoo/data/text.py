@@ -54,7 +54,7 @@ class Text(Task):
         self._corpus: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
 
     def metrics(self) -> list[Metric]:
-        return [TokenLoss(bytes=True), LossByPosition(self.length)]
+        return [TokenLoss(1), LossByPosition(self.length, 1)]
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, once."""
