@@ -49,6 +49,8 @@ class Task(LightningDataModule):
 
     cases: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Small options for the tests, one for each thing that the task can do."""
+    in_context: ClassVar[bool] = True
+    """Whether the answers stand in the context; if not, shuffling it is no control."""
     SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {}
     """Published settings: options by name."""
 

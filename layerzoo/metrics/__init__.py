@@ -10,6 +10,7 @@ A scalar `family/number` is a point of the curve `family`; see `layerzoo.tables`
 from layerzoo.metrics.accuracy import Accuracy, AccuracyBy, Capacity, SuccessRate
 from layerzoo.metrics.binned import Binned
 from layerzoo.metrics.loss import LossByPosition, TokenLoss
+from layerzoo.metrics.overwrite import Collateral, ErrorKinds
 from layerzoo.metrics.recall import Recall, RecallByLag
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "AccuracyBy",
     "Binned",
     "Capacity",
+    "Collateral",
+    "ErrorKinds",
     "LossByPosition",
     "Recall",
     "RecallByLag",
