@@ -100,5 +100,11 @@ def _curves(axes: Any, family: Family) -> None:
         axes.set_ylim(-0.04, 1.04)
     axes.set_xlabel(family.sides[0])
     if len(lines) > 1:
-        axes.legend(title=family.sides[1], frameon=False, fontsize=8)
+        axes.legend(
+            title=family.sides[1],
+            frameon=False,
+            fontsize=8,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )
     tidy(axes)
