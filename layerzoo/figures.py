@@ -35,18 +35,20 @@ class Family(NamedTuple):
 
 
 def families(figures: Mapping[str, float]) -> list[Family]:
-    """The families of at least two figures a side that are not all the same, the curves first."""
-    found: dict[tuple[str, tuple[str, ...]], Points] = {}
+    """The families of at least two figures a side, the curves first. A figure that is the same in
+    all parts makes no curve."""
+    found: dict[tuple[str, tuple[str, ...], bool], Points] = {}
     for tag, value in figures.items():
         if match := re.fullmatch(r"(.+?)((?:/(?:\w+=)?\d+){1,2})", tag):
             labels, numbers = zip(*re.findall(r"/(?:(\w+)=)?(\d+)", match[2]), strict=True)
             sides = tuple(label or _side(match[1], n) for n, label in enumerate(labels))
-            found.setdefault((match[1], sides), {})[tuple(map(int, numbers))] = float(value)
+            points = found.setdefault((match[1], sides, any(labels)), {})
+            points[tuple(map(int, numbers))] = float(value)
     some = [
         Family(name, sides, dict(sorted(points.items())))
-        for (name, sides), points in found.items()
+        for (name, sides, labelled), points in found.items()
         if all(len({at[n] for at in points}) > 1 for n in range(len(sides)))
-        and len({*points.values()}) > 1
+        and not (labelled and len({*points.values()}) == 1)
     ]
     return sorted(some, key=lambda family: len(family.sides))
 
