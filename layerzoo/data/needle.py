@@ -132,8 +132,8 @@ class Needle(RecallTask):
         )
         self.require(
             keys >= needles // values,
-            f"keys: {needles // values} different ones are hidden, but there are {keys}; set keys and "
-            "vocab_size higher",
+            f"keys: {needles // values} different ones are hidden, but there are {keys}; "
+            "set keys and vocab_size higher",
         )
         words = vocab_size - 1 - BASE - keys
         self.require(words >= 1, f"vocab_size: must be over {1 + BASE + keys} with {keys} keys")
