@@ -6,5 +6,18 @@ from layerzoo.data.overwrite import Overwrite
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import Task, list_tasks
 from layerzoo.data.text import Text
+from layerzoo.data.tracking import VariableTracking
+from layerzoo.data.words import CommonWords, FrequentWords
 
-__all__ = ["MQAR", "Needle", "Overwrite", "RecallTask", "Task", "Text", "list_tasks"]
+__all__ = [
+    "MQAR",
+    "CommonWords",
+    "FrequentWords",
+    "Needle",
+    "Overwrite",
+    "RecallTask",
+    "Task",
+    "Text",
+    "VariableTracking",
+    "list_tasks",
+]
