@@ -64,8 +64,8 @@ class Needle(RecallTask):
         {"setting": "passkey", "length": 64, "depth": [0, 25, 50, 75, 100]},
         {"setting": "number", "length": 64},
         {"setting": "key-value", "length": 64, "digits": 3},
-        {"setting": "niah_multikey", "length": 80, "depth": 50},
-        {"setting": "niah_multivalue", "length": 96},
+        {"setting": "niah_multikey", "length": 80, "depth": [20, 95]},
+        {"setting": "niah_multivalue", "length": 160},
         {"setting": "niah_multiquery", "length": 96},
         {"length": 48, "needles": 6, "queries": 2, "values": 2, "digits": 1},
     )
