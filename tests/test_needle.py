@@ -127,6 +127,9 @@ def test_reachable_is_a_digit_with_the_token_before_it() -> None:
     reachable = batch["reachable"][where].view(3, 3)
     assert reachable.tolist() == [[True] * 3, [True] * 3, [False] * 3]  # sinks, window, neither
     assert task.varied(sinks=3).batch("test", [0])["reachable"][0].sum() == 2
+    for reach in (4, 5):  # the last needle's digits are at lag 4, and what is before them at 5
+        last = task.varied(reach=reach, sinks=0, depth=100).batch("test", [0])
+        assert last["lag"].max() == 4 and last["reachable"].sum() == (3 if reach == 5 else 0)
 
 
 def test_an_answer_is_right_if_all_its_tokens_are() -> None:

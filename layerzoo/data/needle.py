@@ -52,8 +52,8 @@ class Needle(RecallTask):
         digits: tokens of a value. repeats: how many of them repeat the one before.
         filler: random words, or the phrase of all words again and again (repeat).
         depth: where the asked needle stands, in percent; of a list each sample takes the next, so
-            that each depth has as many; null is anywhere. Other needles give way to it, by up
-            to half a needle's length.
+            that each depth has as many; null is anywhere. It keeps clear of other needles, by
+            up to half its length.
         keys: how many keys there are to draw from.
         setting: a published setting, in place of needles, queries, values, digits, repeats and
             filler (key-value leaves digits open).
