@@ -1,9 +1,23 @@
 """Tasks: one file per family; each is a LightningDataModule (see `layerzoo.data.task.Task`)."""
 
 from layerzoo.data.mqar import MQAR
+from layerzoo.data.needle import Needle
 from layerzoo.data.overwrite import Overwrite
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import Task, list_tasks
 from layerzoo.data.text import Text
+from layerzoo.data.tracking import VariableTracking
+from layerzoo.data.words import CommonWords, FrequentWords
 
-__all__ = ["MQAR", "Overwrite", "RecallTask", "Task", "Text", "list_tasks"]
+__all__ = [
+    "MQAR",
+    "CommonWords",
+    "FrequentWords",
+    "Needle",
+    "Overwrite",
+    "RecallTask",
+    "Task",
+    "Text",
+    "VariableTracking",
+    "list_tasks",
+]
