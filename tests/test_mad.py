@@ -255,6 +255,7 @@ def test_facts_are_the_same_in_all_splits_and_others_with_another_seed() -> None
         (lambda: NoisyRecall(noise_tokens=0), "noise_tokens: must be at least 1"),
         (lambda: FuzzyRecall(length=11), "length: must be at least 12"),
         (lambda: FuzzyRecall(motif=0), "motif: must be at least 1"),
+        (lambda: FuzzyRecall(vocab_size=8193, motif=6), "motif: 6 tokens of 4096 make too many"),
         (lambda: FuzzyRecall(vocab_size=4), "vocab_size: must be at least 5"),
         (lambda: SelectiveCopying(length=32), "16 copies need at least 33, got 32"),
         (lambda: SelectiveCopying(copies=0), "copies: must be at least 1"),

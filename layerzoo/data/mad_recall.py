@@ -225,6 +225,10 @@ class FuzzyRecall(InContextRecall):
         self.motif = motif
         super().__init__(vocab_size, length, **options)
         self._divide_tokens(vocab_size - 1)
+        self.require(
+            (self.keys + 1) ** motif < 2**63,  # the keys' names are integers
+            f"motif: {motif} tokens of {self.keys} make too many keys; take a smaller motif",
+        )
 
     def _check_length(self) -> None:
         self.require(self.motif >= 1, f"motif: must be at least 1, got {self.motif}")
