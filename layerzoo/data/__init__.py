@@ -1,5 +1,8 @@
 """Tasks: one file per family; each is a LightningDataModule (see `layerzoo.data.task.Task`)."""
 
+from layerzoo.data.mad import Memorization, SelectiveCopying
+from layerzoo.data.mad_compression import Compression
+from layerzoo.data.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from layerzoo.data.mqar import MQAR
 from layerzoo.data.needle import Needle
 from layerzoo.data.overwrite import Overwrite
@@ -12,10 +15,16 @@ from layerzoo.data.words import CommonWords, FrequentWords
 __all__ = [
     "MQAR",
     "CommonWords",
+    "Compression",
     "FrequentWords",
+    "FuzzyRecall",
+    "InContextRecall",
+    "Memorization",
     "Needle",
+    "NoisyRecall",
     "Overwrite",
     "RecallTask",
+    "SelectiveCopying",
     "Task",
     "Text",
     "VariableTracking",
