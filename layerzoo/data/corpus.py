@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerzoo.data.task import SPLITS
-from layerzoo.data.tokenizer import extra, reason
+from layerzoo.data.tokenizer import NOWHERE, extra, reason
 from layerzoo.spec import SpecError, at, suggest
 
 Documents = dict[str, list[bytes]]
@@ -92,9 +92,11 @@ def read_dataset(name: str, subset: str | None, column: str, max_bytes: int) -> 
     is not downloaded."""
     with at("dataset"):
         datasets = extra("datasets")
-    path = Path(name).expanduser()
-    here = (str(path.parent), path.name) if path.is_file() else (str(path), None)
-    where, file = here if path.exists() else (name, None)
+    path, where, file = Path(name).expanduser().absolute(), name, None
+    if path.is_file():
+        where, file = str(path.parent), path.name
+    elif path.is_dir():
+        where = str(path)
     try:
         found = datasets.load_dataset(where, subset, data_files=file, streaming=True)
         if "train" not in found:
@@ -106,11 +108,10 @@ def read_dataset(name: str, subset: str | None, column: str, max_bytes: int) -> 
             for split in SPLITS
             if NAMES[split] in found
         }
-    except SpecError:
-        raise
     except (OSError, ValueError, RuntimeError) as error:
         # What the library raises of a wrong name, subset or file, or without a network.
-        raise SpecError(f"dataset: cannot read '{name}': {reason(error)}") from None
+        fault = "cannot be read" if path.exists() else NOWHERE
+        raise SpecError(f"dataset: '{name}' {fault}: {reason(error)}") from None
 
 
 def _documents(rows: Any, column: str, max_bytes: int) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,7 @@ PIECE = 2**18
 """Bytes of a document that are encoded at a time: encoding takes a hundred times its memory."""
 BATCH = 2**24
 """Bytes that are encoded in one call, by all cores."""
+NOWHERE = "is no file or folder here, nor to be had from Hugging Face"
 QUIET = {
     "DATASETS_VERBOSITY": "critical",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -43,7 +45,8 @@ def extra(module: str) -> Any:
 
 def reason(error: Exception) -> str:
     """What an error says, in one line."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return textwrap.shorten(line, 200, placeholder=" ..")
 
 
 class Tokenizer:
@@ -111,10 +114,7 @@ def _read(where: str) -> str:
         try:
             path = Path(hub.hf_hub_download(where, "tokenizer.json"))
         except (OSError, hub.errors.HFValidationError) as error:
-            raise SpecError(
-                f"'{where}' is no file or folder here, nor to be had from Hugging Face: "
-                f"{reason(error)}"
-            ) from None
+            raise SpecError(f"'{where}' {NOWHERE}: {reason(error)}") from None
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
