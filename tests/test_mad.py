@@ -264,7 +264,7 @@ def test_facts_are_the_same_in_all_splits_and_others_with_another_seed() -> None
         (lambda: Compression(vocab_size=2), "vocab_size: must be at least 3"),
         (lambda: Memorization(length=3), "length: must be even"),
         (lambda: Memorization(vocab_size=4), "vocab_size: must be at least 5"),
-        (lambda: Memorization(shuffled=True), "shuffled: no answer is in the context"),
+        (lambda: Memorization(shuffled=True), "shuffled: its answers do not stand"),
     ],
 )
 def test_bad_options_are_one_clear_line(make, message: str) -> None:

@@ -85,6 +85,10 @@ class Task(LightningDataModule):
             train_samples >= batch_size,
             f"train_samples: {train_samples} do not fill one batch of {batch_size}",
         )
+        self.require(
+            self.in_context or not shuffled,
+            "shuffled: its answers do not stand in the context, so there is nothing to shuffle",
+        )
         for split, count in self.samples.items():
             self.require(count >= 1, f"{split}_samples: must be at least 1, got {count}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,7 @@ class Text(Task):
     """
 
     # No `cases`: the standard library is another text in every version of Python.
+    in_context: ClassVar[bool] = False
 
     def __init__(
         self,
