@@ -19,7 +19,7 @@ def describe(cls: type[Task]) -> dict[str, Any]:
         "vocabulary": task and task.vocab_size,
         "length": task and task.length,
         "chance": task and task.chance,
-        "summary": (inspect.getdoc(cls) or "").split(": ")[0].split(".")[0],
+        "summary": (inspect.getdoc(cls) or "").split(": ")[0],
         "settings": [*cls.SETTINGS],
     }
 

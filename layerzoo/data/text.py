@@ -25,8 +25,8 @@ class Corpus(NamedTuple):
 
 
 class Text(Task):
-    """Next-token prediction; a token is a byte unless a tokenizer is given. Files are read as
-    bytes, so any encoding will do; a tokenizer reads them as UTF-8.
+    """Next-token prediction of text: a token is a byte unless a tokenizer is given. Files are
+    read as bytes, so any encoding will do; a tokenizer reads them as UTF-8.
 
     The files, in an order hashed from their names, are dealt to test, val and train; with fewer
     than three files each file is cut: its head to train, its tail to val and test. Of a dataset
