@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from layerzoo.data import list_tasks
@@ -19,23 +20,31 @@ def describe(cls: type[Task]) -> dict[str, Any]:
         "vocabulary": task and task.vocab_size,
         "length": task and task.length,
         "chance": task and task.chance,
-        "summary": (inspect.getdoc(cls) or "").split(": ")[0],
+        "annotations": [] if task is None else _annotations(task),
+        "source": source[0]
+        if (source := re.findall(r"arXiv\s(\d+\.\d+)", cls.__doc__ or ""))
+        else None,
         "settings": [*cls.SETTINGS],
     }
+
+
+def _annotations(task: Task) -> list[str]:
+    return [name for name in task.batch("train", range(1)) if name not in ("tokens", "labels")]
 
 
 def table() -> list[tuple[str, ...]]:
     """The tasks, a row each, after a row of heads."""
     rows = [describe(cls) for cls in list_tasks()]
     return [
-        ("name", "vocabulary", "T", "chance", "what it is"),
+        ("name", "vocabulary", "T", "chance", "annotations", "arXiv"),
         *(
             (
                 row["name"],
                 str(row["vocabulary"] or "-"),
                 str(row["length"] or "-"),
                 "-" if row["chance"] is None else f"{row['chance']:.3g}",
-                row["summary"],
+                " ".join(row["annotations"]),
+                row["source"] or "",
             )
             for row in rows
         ),
