@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities.parsing import collect_init_args
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -53,6 +54,8 @@ class Task(LightningDataModule):
     """Whether the answers stand in the context; if not, shuffling it is no control."""
     SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {}
     """Published settings: options by name."""
+    UNSAVED: ClassVar[tuple[str, ...]] = ()
+    """Options that are not of plain values, which checkpoints leave out."""
 
     vocab_size: int
     length: int
@@ -70,7 +73,7 @@ class Task(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # every option, also the subclass's
+        self.save_hyperparameters(self._options(), logger=False)
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.shuffled = shuffled
         self.samples: dict[str, int] = dict(
@@ -87,6 +90,15 @@ class Task(LightningDataModule):
         )
         for split, count in self.samples.items():
             self.require(count >= 1, f"{split}_samples: must be at least 1, got {count}")
+
+    def _options(self) -> dict[str, Any]:
+        """Every option, also the subclass's. (Lightning's own way takes the whole `data` section
+        of a config for the options of any task that is made under its CLI.)"""
+        frame = inspect.currentframe()
+        assert frame is not None and frame.f_back is not None
+        levels = collect_init_args(frame.f_back, [], classes=(Task,))
+        options = {name: value for level in levels for name, value in level.items()}
+        return {name: value for name, value in options.items() if name not in self.UNSAVED}
 
     @classmethod
     def require(cls, condition: bool, message: str) -> None:
