@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 ACCURACY = ("recall/accuracy", "accuracy/all")
 """What R is made of: the first of these that a task has."""
-SHARED = {
-    option.name: option.default
+SHARED = [
+    option.name
     for option in inspect.signature(Task.__init__).parameters.values()
     if option.kind is inspect.Parameter.KEYWORD_ONLY
-}
-"""The options that all tasks have, and their defaults."""
+]
+"""The options that all tasks have."""
 
 
 class Continual(Task):
@@ -96,10 +96,10 @@ class Continual(Task):
             type(task).readout is Task.readout,
             f"{place}: {name} trains a head of its own, which the phases cannot share",
         )
-        for option, default in SHARED.items():
+        for option in SHARED:
             given = task.hparams[option]
             self.require(
-                given in (default, self.hparams[option]),
+                given in (_default(type(task), option), self.hparams[option]),
                 f"{place}: {option}: {given}; set it for all tasks, beside tasks",
             )
 
@@ -215,3 +215,9 @@ class Continual(Task):
         parts = [*self.parts("test").values()]
         counts = [part.batches("test") for part in parts]
         return self._loader(parts, "test", np.repeat(np.arange(len(parts)), counts))
+
+
+def _default(cls: type[Task], option: str) -> Any:
+    """Of the subclass, if it has one of its own."""
+    signatures = (inspect.signature(base.__init__).parameters for base in cls.__mro__)
+    return next(known[option].default for known in signatures if option in known)
