@@ -183,14 +183,50 @@ def test_bad_input_is_one_clear_line(options: dict[str, Any], message: str) -> N
     assert "\n" not in str(error.value)
 
 
+def at(fn: str, step: int, checked: int | None = None) -> Any:
+    """A trainer in a validation, or in a sanity check of so many batches of three a task."""
+    return SimpleNamespace(
+        state=SimpleNamespace(fn=fn),
+        global_step=step,
+        sanity_checking=checked is not None,
+        num_sanity_val_batches=[checked] * 3,
+        num_val_batches=[3] * 3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "split", "row"),
+    [
+        (at("fit", 4), "val", 1),
+        (at("fit", 12), "val", 3),
+        (at("fit", 6), "val", None),  # in the middle of a phase
+        (at("fit", 0, checked=3), "val", 0),
+        (at("fit", 0, checked=2), "val", None),
+        (at("fit", 0), "val", None),
+        (at("validate", 4), "val", None),  # of a model that may be any
+        (at("test", 4), "test", None),
+    ],
+)
+def test_an_evaluation_is_a_row_or_none(trainer: Any, split: str, row: int | None) -> None:
+    task = continual()
+    task.trainer = trainer
+    figures = task.summary(split, {f"{j}": {"recall/accuracy": torch.ones(())} for j in (1, 2, 3)})
+    rows = {int(name.split("/")[1]) for name in figures if name.startswith("continual_matrix")}
+    assert rows == ({row} - {None})
+    assert figures["recall/accuracy"] == 1
+
+
 def test_a_task_without_accuracy_is_refused_when_it_is_evaluated() -> None:
     task = continual(tasks=[MQAR(**SMALL), Text()])
-    task.trainer = SimpleNamespace(  # type: ignore[assignment]
-        state=SimpleNamespace(fn="fit"), sanity_checking=False, global_step=4
-    )
+    task.trainer = at("fit", 4)
     results = {"1": {"recall/accuracy": torch.tensor(0.5)}, "2": {"loss": torch.tensor(1.0)}}
     with pytest.raises(SpecError, match="tasks: 2: has no accuracy, only loss"):
         task.summary("val", results)
+
+
+def test_a_checkpoint_of_other_phases_is_refused() -> None:
+    with pytest.raises(SpecError, match="tasks: 3, but the checkpoint is of 2"):
+        continual().load_state_dict({"matrix": [[0.0, 0.0]] * 3})
 
 
 # End to end
@@ -271,12 +307,6 @@ def test_test_logs_the_matrix_of_training_beside_its_own_figures(
     own = [tested[f"test/recall/accuracy/{j}"][0] for j in (1, 2, 3)]
     assert all(4 * value == round(4 * value) for value in own)  # of one sample's four queries
     assert tested["test/recall/accuracy"] == [pytest.approx(np.mean(own))]
-
-
-def test_a_baseline_is_measured_whole_or_not_at_all(tmp_path: Path) -> None:
-    logged = run(tmp_path, "--trainer.num_sanity_val_steps", "2")
-    assert not [name for name in logged if "/0/" in name or "forward" in name]
-    assert "continual/backward_transfer" in logged
 
 
 def test_controls_fill_the_same_matrix(tmp_path: Path) -> None:
