@@ -18,6 +18,7 @@ from layerzoo.cli import main
 from layerzoo.data import MQAR, Continual, Text
 from layerzoo.metrics import ContinualMatrix
 from layerzoo.model import LanguageModel
+from layerzoo.training import TrainCLI, config_path
 
 R = [
     [0.90, 0.20, 0.30],  # the baseline; task 1 is better here than ever after
@@ -224,6 +225,15 @@ def test_a_task_without_accuracy_is_refused_when_it_is_evaluated() -> None:
         task.summary("val", results)
 
 
+def test_a_second_run_begins_with_an_empty_matrix() -> None:
+    task = continual()
+    task.matrix.update(3, [0.1, 0.2, 0.3])
+    task.setup("test")
+    assert task.matrix.update_called
+    task.setup("fit")
+    assert not task.matrix.update_called and task.matrix.accuracies.max() == -math.inf
+
+
 def test_a_checkpoint_of_other_phases_is_refused() -> None:
     with pytest.raises(SpecError, match="tasks: 3, but the checkpoint is of 2"):
         continual().load_state_dict({"matrix": [[0.0, 0.0]] * 3})
@@ -307,6 +317,16 @@ def test_test_logs_the_matrix_of_training_beside_its_own_figures(
     own = [tested[f"test/recall/accuracy/{j}"][0] for j in (1, 2, 3)]
     assert all(4 * value == round(4 * value) for value in own)  # of one sample's four queries
     assert tested["test/recall/accuracy"] == [pytest.approx(np.mean(own))]
+
+
+def test_options_under_the_cli_are_each_tasks_own() -> None:
+    args = ["--config", config_path("continual"), "--data.init_args.batch_size", "16"]
+    task = TrainCLI(args, run=False).datamodule
+    assert set(task.hparams) == set(continual().hparams)
+    assert [part.hparams["vocab_size"] for part in task.parts("val").values()] == [32, 64, 128]
+    args = ["--config", config_path("mqar"), "--data.init_args.lengths", "32,64"]
+    task = TrainCLI(args, run=False).datamodule
+    assert [part.length for part in task.parts("test").values()] == [32, 64]
 
 
 def test_controls_fill_the_same_matrix(tmp_path: Path) -> None:

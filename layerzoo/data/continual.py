@@ -81,7 +81,7 @@ class Continual(Task):
         self.updates, self.sequence, self.only = updates, order, only
         self.vocab_size = max(task.vocab_size for task in tasks)
         self.length = max(task.length for task in tasks)
-        # Every process updates it with figures that are of all of them.
+        # Each process updates it with figures that are of all already.
         self.matrix = ContinualMatrix(K, sync_on_compute=False)
 
     def _check(self, place: str, task: Task) -> None:
@@ -138,6 +138,8 @@ class Continual(Task):
         for task in self.tasks.values():
             task.setup(stage or "fit")
         trainer: Any = self.trainer
+        if stage == "fit":
+            self.matrix.reset()  # of an earlier run; a resumed one loads its own after this
         if stage == "fit" and trainer is not None and not trainer.fast_dev_run:
             self._check_trainer(trainer)
 
