@@ -28,8 +28,8 @@ R = [
 ]
 FORWARD = ((0.30 - 0.20) + (0.50 - 0.30)) / 2
 SUMMARY = {
-    "continual/forgetting_max_minus_last/1": 0.85 - 0.70,
-    "continual/forgetting_max_minus_last/2": 0.90 - 0.50,
+    "continual/forgetting_max_minus_last/task=1": 0.85 - 0.70,
+    "continual/forgetting_max_minus_last/task=2": 0.90 - 0.50,
     "continual/forgetting_max_minus_last": 0.275,
     "continual/backward_transfer": ((0.70 - 0.80) + (0.50 - 0.90)) / 2,
     "continual/average_accuracy": (0.70 + 0.50 + 0.95) / 3,
@@ -44,7 +44,7 @@ def figures(*phases: int, rows: Any = R) -> dict[str, float]:
 
 
 def entries(*phases: int) -> dict[str, float]:
-    return {f"continual_matrix/{i}/{j + 1}": R[i][j] for i in phases for j in range(3)}
+    return {f"continual_matrix/phase={i}/task={j + 1}": R[i][j] for i in phases for j in range(3)}
 
 
 def test_the_matrix_by_hand() -> None:
@@ -65,9 +65,9 @@ def test_a_figure_is_there_once_all_of_it_is_known() -> None:
     holed = [row.copy() for row in R]
     holed[2][0] = math.nan  # max over i is not known for task 1, nor the mean over tasks
     out = figures(0, 1, 2, 3, rows=holed)
-    assert "continual_matrix/2/1" not in out and "continual/backward_transfer" in out
+    assert "continual_matrix/phase=2/task=1" not in out and "continual/backward_transfer" in out
     names = [name for name in out if "forgetting" in name]
-    assert names == ["continual/forgetting_max_minus_last/2"]
+    assert names == ["continual/forgetting_max_minus_last/task=2"]
 
 
 def test_what_is_not_measured_leaves_what_is_known() -> None:
@@ -75,7 +75,10 @@ def test_what_is_not_measured_leaves_what_is_known() -> None:
     matrix.update(1, torch.tensor([0.5, math.nan]))
     matrix.update(1, torch.tensor([math.nan, 0.25]))
     matrix.update(1, torch.tensor([0.75, math.nan]))
-    assert matrix.compute() == {"continual_matrix/1/1": 0.75, "continual_matrix/1/2": 0.25}
+    assert matrix.compute() == {
+        "continual_matrix/phase=1/task=1": 0.75,
+        "continual_matrix/phase=1/task=2": 0.25,
+    }
 
 
 # The task
@@ -118,7 +121,7 @@ def test_an_update_is_of_one_task_in_all_processes(order: Any) -> None:
 
 def test_runs_of_one_seed_are_paired() -> None:
     def tokens(task: Continual, j: str) -> torch.Tensor:
-        return task.parts("train")[j].batch("train", range(8))["tokens"]
+        return task.parts("train")[f"task={j}"].batch("train", range(8))["tokens"]
 
     first = continual()
     for arm in (continual(), continual(order="joint"), continual(only=2)):
@@ -136,7 +139,7 @@ def test_what_the_tasks_have_in_common() -> None:
     assert task.chance == pytest.approx((2 / 32 + 2 / 32 + 2 / 64) / 3)
     for part in task.parts("val").values():
         assert part.batch_size == 8 and part.samples["val"] == 5 and part.shuffled
-    assert task.parts("val")["3"].length == 24
+    assert task.parts("val")["task=3"].length == 24
     counts = [len(batch["tokens"]) for batch in continual(test_samples=9).predict_dataloader()]
     assert counts == [8, 1] * 3
     preset = continual(tasks=[MQAR(setting="figure2/128x8"), MQAR(setting="figure2/64x4")])
@@ -211,8 +214,14 @@ def at(fn: str, step: int, checked: int | None = None) -> Any:
 def test_an_evaluation_is_a_row_or_none(trainer: Any, split: str, row: int | None) -> None:
     task = continual()
     task.trainer = trainer
-    figures = task.summary(split, {f"{j}": {"recall/accuracy": torch.ones(())} for j in (1, 2, 3)})
-    rows = {int(name.split("/")[1]) for name in figures if name.startswith("continual_matrix")}
+    figures = task.summary(
+        split, {f"task={j}": {"recall/accuracy": torch.ones(())} for j in (1, 2, 3)}
+    )
+    rows = {
+        int(name.split("/")[1].removeprefix("phase="))
+        for name in figures
+        if name.startswith("continual_matrix")
+    }
     assert rows == ({row} - {None})
     assert figures["recall/accuracy"] == 1
 
@@ -220,7 +229,10 @@ def test_an_evaluation_is_a_row_or_none(trainer: Any, split: str, row: int | Non
 def test_a_task_without_accuracy_is_refused_when_it_is_evaluated() -> None:
     task = continual(tasks=[MQAR(**SMALL), Text()])
     task.trainer = at("fit", 4)
-    results = {"1": {"recall/accuracy": torch.tensor(0.5)}, "2": {"loss": torch.tensor(1.0)}}
+    results = {
+        "task=1": {"recall/accuracy": torch.tensor(0.5)},
+        "task=2": {"loss": torch.tensor(1.0)},
+    }
     with pytest.raises(SpecError, match="tasks: 2: has no accuracy, only loss"):
         task.summary("val", results)
 
@@ -275,10 +287,14 @@ def test_rows_are_the_evaluations_at_the_ends_of_the_phases(whole: Any, tmp_path
     rows = matrix(checkpoints / "last.ckpt")
     assert len(rows) == 4 and np.isfinite(rows).all()
     for i in (1, 2, 3):
-        assert rows[i] == pytest.approx([logged[f"recall/accuracy/{j}"][i - 1] for j in (1, 2, 3)])
+        assert rows[i] == pytest.approx(
+            [logged[f"recall/accuracy/task={j}"][i - 1] for j in (1, 2, 3)]
+        )
         for j in (1, 2, 3):  # known from the end of phase i on
-            assert logged[f"continual_matrix/{i}/{j}"] == pytest.approx([rows[i][j - 1]] * (4 - i))
-    assert logged["continual_matrix/0/1"] == pytest.approx([rows[0][0]] * 3)
+            assert logged[f"continual_matrix/phase={i}/task={j}"] == pytest.approx(
+                [rows[i][j - 1]] * (4 - i)
+            )
+    assert logged["continual_matrix/phase=0/task=1"] == pytest.approx([rows[0][0]] * 3)
     by_hand = ContinualMatrix(3)
     for i, row in enumerate(rows):
         by_hand.update(i, row)
@@ -289,11 +305,11 @@ def test_rows_are_the_evaluations_at_the_ends_of_the_phases(whole: Any, tmp_path
     # What a later look at the model says, which itself leaves the matrix alone.
     options = ("--ckpt_path", str(checkpoints / "epoch=0-step=8.ckpt"))
     again = run(tmp_path, *options, command="validate")
-    assert [again[f"recall/accuracy/{j}"] for j in (1, 2, 3)] == [
+    assert [again[f"recall/accuracy/task={j}"] for j in (1, 2, 3)] == [
         pytest.approx([value]) for value in rows[2]
     ]
-    assert again["continual_matrix/2/1"] == pytest.approx([rows[2][0]])
-    assert "continual_matrix/3/1" not in again
+    assert again["continual_matrix/phase=2/task=1"] == pytest.approx([rows[2][0]])
+    assert "continual_matrix/phase=3/task=1" not in again
 
 
 def test_the_matrix_goes_on_in_a_resumed_run(whole: Any, tmp_path: Path) -> None:
@@ -314,7 +330,7 @@ def test_test_logs_the_matrix_of_training_beside_its_own_figures(
     assert len(names) == 12 + 3 + 3
     for name in names:
         assert tested[f"test/{name}"] == [pytest.approx(logged[name][-1])], name
-    own = [tested[f"test/recall/accuracy/{j}"][0] for j in (1, 2, 3)]
+    own = [tested[f"test/recall/accuracy/task={j}"][0] for j in (1, 2, 3)]
     assert all(4 * value == round(4 * value) for value in own)  # of one sample's four queries
     assert tested["test/recall/accuracy"] == [pytest.approx(np.mean(own))]
 
@@ -322,8 +338,8 @@ def test_test_logs_the_matrix_of_training_beside_its_own_figures(
 def test_options_under_the_cli_are_each_tasks_own() -> None:
     args = ["--config", config_path("continual"), "--data.init_args.batch_size", "16"]
     task = TrainCLI(args, run=False).datamodule
-    assert set(task.hparams) == set(continual().hparams)
-    assert [part.hparams["vocab_size"] for part in task.parts("val").values()] == [32, 64, 128]
+    assert set(task.options) == set(continual().options)
+    assert [part.options["vocab_size"] for part in task.parts("val").values()] == [32, 64, 128]
     args = ["--config", config_path("mqar"), "--data.init_args.lengths", "32,64"]
     task = TrainCLI(args, run=False).datamodule
     assert [part.length for part in task.parts("test").values()] == [32, 64]
@@ -340,11 +356,14 @@ def test_controls_fill_the_same_matrix(tmp_path: Path) -> None:
     )
     logged = run(tmp_path / "only", *only)
     names = {name for name in logged if name.startswith("continual")}
-    assert names == {"continual_matrix/0/2", "continual_matrix/2/2"}
-    assert logged["continual_matrix/2/2"] == logged["recall/accuracy/2"]
-    assert logged["recall/accuracy/2"] == logged["recall/accuracy"]
+    assert names == {"continual_matrix/phase=0/task=2", "continual_matrix/phase=2/task=2"}
+    assert logged["continual_matrix/phase=2/task=2"] == logged["recall/accuracy/task=2"]
+    assert logged["recall/accuracy/task=2"] == logged["recall/accuracy"]
     logged = run(tmp_path / "joint", "--data.init_args.order", "joint")
-    assert "continual/forgetting_max_minus_last" in logged and "continual_matrix/3/3" in logged
+    assert (
+        "continual/forgetting_max_minus_last" in logged
+        and "continual_matrix/phase=3/task=3" in logged
+    )
     assert not [name for name in logged if "transfer" in name]
 
 

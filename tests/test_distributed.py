@@ -27,6 +27,7 @@ from layerzoo.lit import LitModel
 from layerzoo.metrics import (
     Accuracy,
     AccuracyBy,
+    Answers,
     Binned,
     Capacity,
     Collateral,
@@ -110,6 +111,7 @@ def train(world: int) -> dict[str, Any]:
 METRICS: dict[str, Callable[[], Metric]] = {
     "Accuracy": lambda: Accuracy(0.2),
     "AccuracyBy": lambda: AccuracyBy("lag", (1, 3, 6)),
+    "Answers": Answers,
     "Capacity": lambda: Capacity((2, 4)),
     "Collateral": Collateral,
     "ContinualMatrix": lambda: ContinualMatrix(2),
@@ -135,6 +137,7 @@ def answers() -> dict[str, Tensor]:
         "pairs": 2 * torch.randint(1, 3, (N,)),
         "writes": torch.randint(1, 3, (N,)),
         "old": torch.randint(-1, V, (N, 2)),
+        "answer": torch.arange(N) // 2 + (torch.arange(N) >= CUT),  # none in both processes
         "bound": torch.randint(V, (N, 4)),
     }
 

@@ -2,9 +2,24 @@
 
 from layerzoo.data.continual import Continual
 from layerzoo.data.mqar import MQAR
+from layerzoo.data.needle import Needle
 from layerzoo.data.overwrite import Overwrite
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import Task, list_tasks
 from layerzoo.data.text import Text
+from layerzoo.data.tracking import VariableTracking
+from layerzoo.data.words import CommonWords, FrequentWords
 
-__all__ = ["MQAR", "Continual", "Overwrite", "RecallTask", "Task", "Text", "list_tasks"]
+__all__ = [
+    "MQAR",
+    "CommonWords",
+    "Continual",
+    "FrequentWords",
+    "Needle",
+    "Overwrite",
+    "RecallTask",
+    "Task",
+    "Text",
+    "VariableTracking",
+    "list_tasks",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ SHARED = [
 class Continual(Task):
     """K tasks, each for as many updates, without replay; after each phase all are evaluated.
 
-    Held-out figures are each task's, `figure/j` for j = 1..K, their means, and those of the
+    Held-out figures are each task's, `figure/task=j` for j = 1..K, their means, and those of the
     matrix R[i, j], the accuracy on task j after i phases (see `ContinualMatrix`). A phase ends
     every `updates` steps; validate there (`trainer.val_check_interval: <updates>`,
     `trainer.max_steps: <K * updates>`). Row 0, the untrained model, is measured by a whole sanity
@@ -54,8 +54,6 @@ class Continual(Task):
         See `Task` for the others; `lengths` is not for phases.
     """
 
-    UNSAVED: ClassVar[tuple[str, ...]] = ("tasks",)
-
     def __init__(
         self,
         tasks: list[Task],
@@ -75,9 +73,9 @@ class Continual(Task):
         self.require(not self.lengths, "lengths: not for phases; give each task its length")
         for j, task in enumerate(tasks, 1):
             self._check(f"tasks: {j}", task)
-        self.tasks = {f"{j}": self._own(j, task) for j, task in enumerate(tasks, 1)}
+        self.tasks = {f"task={j}": self._own(j, task) for j, task in enumerate(tasks, 1)}
         if only is not None:
-            self.tasks = {f"{only}": self.tasks[f"{only}"]}
+            self.tasks = {f"task={only}": self.tasks[f"task={only}"]}
         self.updates, self.sequence, self.only = updates, order, only
         self.vocab_size = max(task.vocab_size for task in tasks)
         self.length = max(task.length for task in tasks)
@@ -97,17 +95,17 @@ class Continual(Task):
             f"{place}: {name} trains a head of its own, which the phases cannot share",
         )
         for option in SHARED:
-            given = task.hparams[option]
+            given = task.options[option]
             self.require(
-                given in (_default(type(task), option), self.hparams[option]),
+                given in (_default(type(task), option), self.options[option]),
                 f"{place}: {option}: {given}; set it for all tasks, beside tasks",
             )
 
     def _own(self, j: int, task: Task) -> Task:
         """The j-th task, with the options of all and a seed of its own."""
-        shared = {option: self.hparams[option] for option in SHARED}
+        shared = {option: self.options[option] for option in SHARED}
         seed = int(bits(self.seed, j)[0] >> np.uint64(32))
-        return type(task)(**{**task.hparams, **shared, "seed": seed})
+        return type(task)(**{**task.options, **shared, "seed": seed})
 
     @property
     def chance(self) -> float | None:
@@ -172,7 +170,7 @@ class Continual(Task):
             self.matrix.update(phase, self._row(results))
         out = super().summary(split, results)
         if len(results) == 1:
-            out |= {f"{name}/{self.only}": value for name, value in out.items()}
+            out |= {f"{name}/task={self.only}": value for name, value in out.items()}
         figures = self.matrix.compute() if self.matrix.update_called else {}
         if self.sequence != "phases":
             figures = {name: x for name, x in figures.items() if not name.endswith("_transfer")}
@@ -193,10 +191,11 @@ class Continual(Task):
 
     def _row(self, results: dict[str, dict[str, Tensor]]) -> list[float]:
         row = [math.nan] * self.matrix.phases
-        for j, figures in results.items():
+        for part, figures in results.items():
+            j = int(part.removeprefix("task="))
             known = [float(figures[name]) for name in ACCURACY if name in figures]
             self.require(bool(known), f"tasks: {j}: has no accuracy, only {', '.join(figures)}")
-            row[int(j) - 1] = known[0]
+            row[j - 1] = known[0]
         return row
 
     def state_dict(self) -> dict[str, Any]:

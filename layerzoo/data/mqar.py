@@ -107,7 +107,7 @@ class MQAR(RecallTask):
             share = self.samples[split] / sum(TRAINED.values())
             sizes = {size: round(share * count) for size, count in TRAINED.items()}
         return {
-            f"{length}x{pairs}": self.varied(
+            f"set={length}x{pairs}": self.varied(
                 length=length, pairs=pairs, **{f"{split}_samples": max(1, count)}
             )
             for (length, pairs), count in sizes.items()

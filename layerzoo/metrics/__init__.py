@@ -11,12 +11,14 @@ from layerzoo.metrics.accuracy import Accuracy, AccuracyBy, Capacity, SuccessRat
 from layerzoo.metrics.binned import Binned
 from layerzoo.metrics.continual import ContinualMatrix
 from layerzoo.metrics.loss import LossByPosition, TokenLoss
+from layerzoo.metrics.needle import Answers
 from layerzoo.metrics.overwrite import Collateral, ErrorKinds
 from layerzoo.metrics.recall import Recall, RecallByLag
 
 __all__ = [
     "Accuracy",
     "AccuracyBy",
+    "Answers",
     "Binned",
     "Capacity",
     "Collateral",

@@ -14,11 +14,11 @@ UNKNOWN = -math.inf
 
 class ContinualMatrix(Metric):
     """Of K tasks, trained one after another: R[i, j] = the accuracy on task j after phase i, for
-    i = 0..K (0 is before training) and j = 1..K; `continual_matrix/i/j`.
+    i = 0..K (0 is before training) and j = 1..K; `continual_matrix/phase=i/task=j`.
 
-    - `continual/forgetting_max_minus_last/j` = max of R[i, j] over i = 1..K-1, minus R[K, j], for
-      j < K; without `/j` their mean. Phases before task j count to the maximum; the baseline
-      does not.
+    - `continual/forgetting_max_minus_last/task=j` = max of R[i, j] over i = 1..K-1, minus R[K, j],
+      for j < K; without `/task=j` their mean. Phases before task j count to the maximum; the
+      baseline does not.
     - `continual/backward_transfer` = mean of R[K, j] - R[j, j] over j < K.
     - `continual/forward_transfer` = mean of R[j-1, j] - R[0, j] over j > 1.
     - `continual/average_accuracy` = mean of R[K, j] over all j.
@@ -52,9 +52,13 @@ class ContinualMatrix(Metric):
         R = self.accuracies.masked_fill(self.accuracies == UNKNOWN, math.nan)  # nan spreads
         last, own = R[K], R[1:].diagonal()
         forgetting = (R[1:K].amax(0) - last)[:-1]
-        out = {f"continual_matrix/{i}/{j + 1}": R[i, j] for i in range(K + 1) for j in range(K)}
+        out = {
+            f"continual_matrix/phase={i}/task={j + 1}": R[i, j]
+            for i in range(K + 1)
+            for j in range(K)
+        }
         name = "continual/forgetting_max_minus_last"
-        out |= {f"{name}/{j + 1}": value for j, value in enumerate(forgetting)}
+        out |= {f"{name}/task={j + 1}": value for j, value in enumerate(forgetting)}
         out |= {
             name: forgetting.mean(),
             "continual/backward_transfer": (last - own)[:-1].mean(),
