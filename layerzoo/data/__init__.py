@@ -1,6 +1,9 @@
 """Tasks: one file per family; each is a LightningDataModule (see `layerzoo.data.task.Task`)."""
 
 from layerzoo.data.continual import Continual
+from layerzoo.data.mad import Memorization, SelectiveCopying
+from layerzoo.data.mad_compression import Compression
+from layerzoo.data.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from layerzoo.data.mqar import MQAR
 from layerzoo.data.needle import Needle
 from layerzoo.data.overwrite import Overwrite
@@ -13,11 +16,17 @@ from layerzoo.data.words import CommonWords, FrequentWords
 __all__ = [
     "MQAR",
     "CommonWords",
+    "Compression",
     "Continual",
     "FrequentWords",
+    "FuzzyRecall",
+    "InContextRecall",
+    "Memorization",
     "Needle",
+    "NoisyRecall",
     "Overwrite",
     "RecallTask",
+    "SelectiveCopying",
     "Task",
     "Text",
     "VariableTracking",
