@@ -1,5 +1,6 @@
 """Tasks: one file per family; each is a LightningDataModule (see `layerzoo.data.task.Task`)."""
 
+from layerzoo.data.continual import Continual
 from layerzoo.data.mad import Memorization, SelectiveCopying
 from layerzoo.data.mad_compression import Compression
 from layerzoo.data.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
@@ -16,6 +17,7 @@ __all__ = [
     "MQAR",
     "CommonWords",
     "Compression",
+    "Continual",
     "FrequentWords",
     "FuzzyRecall",
     "InContextRecall",
