@@ -21,11 +21,15 @@ def describe(cls: type[Task]) -> dict[str, Any]:
         "length": task and task.length,
         "chance": task and task.chance,
         "annotations": [] if task is None else _annotations(task),
-        "source": source[0]
-        if (source := re.findall(r"arXiv\s(\d+\.\d+)", cls.__doc__ or ""))
-        else None,
+        "source": _source(cls),
         "settings": [*cls.SETTINGS],
     }
+
+
+def _source(cls: type[Task]) -> str | None:
+    """The first paper that the docstring names, or that of the class it refines."""
+    found = (re.search(r"arXiv\s(\d+\.\d+)", base.__doc__ or "") for base in cls.__mro__)
+    return next((match[1] for match in found if match), None)
 
 
 def _annotations(task: Task) -> list[str]:
