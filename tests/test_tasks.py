@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import layerzoo.data
 from layerzoo import SpecError
+from layerzoo.cli import main
 from layerzoo.data import MQAR, Overwrite, Task, Text
 from layerzoo.data.random import bits, choose, choose_weighted
 from layerzoo.data.task import IGNORE, SPLITS
@@ -187,3 +191,32 @@ def test_a_model_with_too_few_tokens_is_refused() -> None:
     model = LanguageModel(vocab_size=32, dim=16, depth=1, layers=["linear"])
     with pytest.raises(SpecError, match=r"set model.network.vocab_size to 64"):
         MQAR(vocab_size=64).attach(model)
+
+
+README = Path(__file__).parents[1] / "layerzoo" / "data" / "README.md"
+
+
+def test_the_readme_lists_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--tasks"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        if line.split()[0] in ("name", *layerzoo.data.__all__):
+            assert f"\n{line}\n" in README.read_text()
+
+
+def test_the_readmes_task_works() -> None:
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    task = names["Echo"](**names["Echo"].cases[0])
+    batch = task.batch("test", range(8))
+    assert all(
+        task.solve(row)[-1] == label
+        for row, label in zip(batch["tokens"].numpy(), batch["labels"][:, -1], strict=True)
+    )
+
+
+def test_a_tasks_page_has_its_options_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "Needle"]) == 0
+    page = capsys.readouterr().out
+    assert "niah_multikey: {" in page and "repeats:" in page and "batch_size:" in page
