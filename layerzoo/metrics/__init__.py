@@ -11,6 +11,7 @@ from layerzoo.metrics.accuracy import Accuracy, AccuracyBy, Capacity, SuccessRat
 from layerzoo.metrics.binned import Binned
 from layerzoo.metrics.loss import LossByPosition, TokenLoss
 from layerzoo.metrics.recall import Recall, RecallByLag
+from layerzoo.metrics.rows import WholeRows
 
 __all__ = [
     "Accuracy",
@@ -22,4 +23,5 @@ __all__ = [
     "RecallByLag",
     "SuccessRate",
     "TokenLoss",
+    "WholeRows",
 ]
