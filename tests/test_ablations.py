@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
+from layerzoo.ablations.claims import Claim, judge
 from layerzoo.ablations.command import run
 from layerzoo.ablations.grid import load_grid, shipped_grids
+from layerzoo.ablations.report import Row, bound_of
 from layerzoo.ablations.runner import Pool, prepare
 from layerzoo.ablations.statistics import mean_interval, window_bound
 
@@ -24,6 +27,12 @@ def narrow(window: int) -> dict[str, Any]:
 
 
 AXES = {"x": {"a": {}}}
+
+
+def claim(**changes: Any) -> dict[str, Any]:
+    """One that holds of every cell of the tiny grid: 8 rows of 8 queries."""
+    fields = {"arm": "window", "metric": "recall/queries", "value": 64.0, "tolerance": 0.0}
+    return {**fields, "source": "arithmetic", **changes}
 
 
 def grid_file(folder: Path, **changes: Any) -> Path:
@@ -110,6 +119,11 @@ def test_shipped_grids_build(name: str) -> None:
             "'linear'?",
         ),
         ({"set": {"model.network.dim": "${data.nope}"}}, "not found"),
+        ({"expect": [claim(arm="windo")]}, "expect: arm: no 'windo'; did you mean 'window'?"),
+        ({"expect": [claim(tolerence=1)]}, "expect: unknown field 'tolerence'; did you mean"),
+        ({"expect": [claim(value="bound")]}, "expect: value: expected number or"),
+        ({"expect": [claim(tolerance=-0.1)]}, "expect: tolerance: must not be negative"),
+        ({"expect": claim()}, "expect: expected"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(
@@ -175,6 +189,50 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
         run(str(grid_file(tmp_path, set=other)), tmp_path, jobs=1)
     same = tree["set"] | {"model.impl": "chunked", "model.checkpoint": True}
     assert run(str(grid_file(tmp_path, set=same)), tmp_path, jobs=1) == 0
+
+
+def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: Any) -> None:
+    def judged(*claims: dict[str, Any]) -> tuple[int, list[bool]]:
+        layers = {"window": narrow(8)}
+        path = grid_file(tmp_path, axes={"layer": layers}, seeds=[0], expect=list(claims))
+        status = run(str(path), tmp_path, jobs=1)
+        summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+        return status, [each["holds"] for each in summary["claims"]]
+
+    assert judged(claim()) == (0, [True])
+    out = capsys.readouterr().out
+    assert "1 of 1 cells to run" in out and re.search(r"64.000 ±0 +64.000 +holds", out)
+    wrong = claim(value=65, tolerance=0.5)
+    assert judged(claim(), wrong) == (1, [True, False])  # judged anew, without a cell to run
+    out = capsys.readouterr().out
+    assert "0 of 1 cells to run" in out and re.search(r"65.000 ±0.5 +64.000 +fails", out)
+    assert judged(claim(metric="recall/queriez")) == (1, [False])
+    assert re.search(r"recall/queriez +64.000 ±0 +- +not measured", capsys.readouterr().out)
+    assert judged() == (0, []) and "claims" not in capsys.readouterr().out
+
+
+def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> None:
+    def row(arm: str, *cells: tuple[float, float]) -> Row:
+        metrics = [
+            {"recall/ceiling": c, "recall/accuracy": a, "recall/queries": 99, "chance": 0.1}
+            for c, a in cells
+        ]
+        return Row(arm, {"window": arm}, [*range(len(cells))], metrics)
+
+    rows = [row("8", (0.4, 0.4), (0.6, 0.6)), row("16", (0.8, 0.9), (0.8, 0.9)), row("32")]
+    claims = [
+        Claim.from_fields(claim(arm=arm, metric="recall/accuracy", value=value, tolerance=0.06))
+        for arm, value in (("8", 0.5), ("8", "window_bound"), ("16", "window_bound"), ("32", 0.5))
+    ]
+    verdicts = judge(claims, rows)
+    # A mean ceiling of .5 and a guess among 10 are .55; of .8, .82: too far from .9.
+    expected = [0.5, 0.55, 0.82, 0.5]
+    assert [verdict.expected for verdict in verdicts] == pytest.approx(expected)
+    assert [verdict.holds for verdict in verdicts] == [True, True, False, False]
+    assert verdicts[3].measured is None
+    # The table's line about one bound for all is for arms that share a ceiling.
+    assert bound_of(rows) is None
+    assert bound_of(rows[:1]) == pytest.approx(window_bound(0.5, 0.1, 99))
 
 
 def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:

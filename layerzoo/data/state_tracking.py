@@ -70,8 +70,9 @@ class StateTracking(Task):
     The new token stands on the right. Elements are permutations, and a b is first a, then b, so
     that the tokens are moves in the order in which they are made. Z2 is parity. The groups Z60
     (abelian), S3 (solvable), A5 and S5 (not solvable) differ in how hard a product is to compute
-    in parallel. Tokens are uniform, so each product is, too, whatever all tokens but one are:
-    chance is 1 / |G|. The annotation `position` counts from 1.
+    in parallel. Tokens are uniform, and so is every product, whatever all its tokens but one are:
+    chance is 1 / |G| (the first label is its token, which a look-up answers). The annotation
+    `position` counts from 1.
 
     Source: Merrill et al. 2024, arXiv 2404.08819; the swaps, and lengths of 40 for training and
     256 for testing (of parity), are of Grazzi et al. 2024, arXiv 2411.12537. Deviations: that
