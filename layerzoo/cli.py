@@ -62,9 +62,12 @@ def _size(count: int | None) -> str:
 
 def list_command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("layerzoo list", description=list_command.__doc__)
-    parser.add_argument("name", nargs="?", help="show this layer's equation and fields")
+    parser.add_argument("name", nargs="?", help="show this layer's or task's page")
+    parser.add_argument("--tasks", action="store_true", help="list the tasks")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
+    if options.tasks or (options.name and options.name not in list_layers()):
+        return _list_tasks(options.name, options.json)
     if options.name:
         info = describe_fully(get_layer(options.name))
         print(json.dumps(info, indent=2) if options.json else _page(info))
@@ -74,10 +77,31 @@ def list_command(argv: Sequence[str]) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     head = ("name", "kind", f"state at dim {DIM}, T {LENGTH}", "source")
-    table = [head, *((r["name"], r["kind"], _size(r["state_bytes"]), r["source"]) for r in rows)]
-    widths = [max(len(row[n]) for row in table) for n in range(len(head))]
+    _print([head, *((r["name"], r["kind"], _size(r["state_bytes"]), r["source"]) for r in rows)])
+    return 0
+
+
+def _print(table: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def _list_tasks(name: str | None, as_json: bool) -> int:
+    """All tasks, or the page of one, which is no layer's name."""
+    from layerzoo.data import list_tasks, listing  # lightning takes seconds
+
+    tasks = {cls.__name__: cls for cls in list_tasks()}
+    if name is not None and name not in tasks:
+        hint = suggest(name, [*list_layers(), *tasks])
+        raise SpecError(f"unknown layer or task '{name}'; {hint}")
+    if as_json:
+        found = [listing.describe(cls) for cls in tasks.values()]
+        print(json.dumps(found if name is None else listing.describe(tasks[name]), indent=2))
+    elif name is None:
+        _print(listing.table())
+    else:
+        print(listing.page(tasks[name]))
     return 0
 
 
@@ -122,7 +146,7 @@ COMMANDS = {
     "validate": (train_command, "evaluate a checkpoint on the validation split"),
     "test": (train_command, "evaluate a checkpoint on the test split"),
     "predict": (train_command, "save a checkpoint's predictions on the test split"),
-    "list": (list_command, "list the layers; `list NAME` shows equation and fields"),
+    "list": (list_command, "list the layers, or --tasks; `list NAME` shows all of one"),
     "describe": (describe_command, "count a model's parameters, FLOPs and state at any length"),
     "generate": (generate_command, "continue a prompt, or a state, with a checkpoint"),
     "ablate": (ablate_command, "run a grid of training runs and compare them"),

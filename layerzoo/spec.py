@@ -32,7 +32,8 @@ def at(place: str) -> Iterator[None]:
 def suggest(word: object, known: Iterable[str]) -> str:
     """The way out of a mistyped name: the nearest known one, else all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    near = [name for name in known if name.casefold() == str(word).casefold()]
+    near = near or difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
 
 

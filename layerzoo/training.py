@@ -20,6 +20,7 @@ from yaml import MarkedYAMLError
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.data import Task, list_tasks
+from layerzoo.held_out import Figures
 from layerzoo.layer import EXECUTION
 from layerzoo.lit import LitModel, read_checkpoint
 from layerzoo.model import ModelConfig
@@ -137,7 +138,7 @@ class TrainCLI(LightningCLI):
             "class_path": f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__qualname__}",
             "init_args": {"save_dir": "runs", "name": "layerzoo", "default_hp_metric": False},
         }
-        callbacks = [TokensPerSecond(), Summary(), PredictionWriter()]
+        callbacks = [TokensPerSecond(), Summary(), Figures(), PredictionWriter()]
         super().__init__(
             LitModel,
             Task,
@@ -151,6 +152,15 @@ class TrainCLI(LightningCLI):
             args=list(args),
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Without Lightning's own table of the figures: `Figures` prints one."""
+        known = LightningCLI.subcommands()
+        return {name: skip | {"verbose"} for name, skip in known.items()}
+
+    def test(self, **options: Any) -> None:
+        self.trainer.test(**options, verbose=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)

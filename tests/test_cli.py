@@ -63,7 +63,8 @@ def test_list_name_shows_equation_and_fields(
     ("argv", "message"),
     [
         (["lisst"], "unknown command 'lisst'; did you mean 'list'?"),
-        (["list", "linaer"], "unknown layer 'linaer'; did you mean 'linear'?"),
+        (["list", "linaer"], "unknown layer or task 'linaer'; did you mean 'linear'?"),
+        (["list", "mqar"], "unknown layer or task 'mqar'; did you mean 'MQAR'?"),
         (["fit", "--config", "mqarr"], "did you mean 'mqar'?"),
         (["fit", "--config=mqarr"], "did you mean 'mqar'?"),
         (

@@ -12,7 +12,7 @@ import torch
 from layerzoo import SpecError
 from layerzoo.data import MQAR, Text
 from layerzoo.data.random import bits, choose, choose_weighted
-from layerzoo.data.task import IGNORE, SPLITS, Task
+from layerzoo.data.task import IGNORE, SPLITS
 from layerzoo.model import LanguageModel
 
 
@@ -23,26 +23,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = bytes([n]) * 400 if n else bytes(range(128, 256)) * 4  # file 0 is not UTF-8
         (folder / f"{n:02}.txt").write_bytes(text)
     return folder
-
-
-def tasks(corpus: Path) -> list[Task]:
-    return [
-        MQAR(vocab_size=64, length=40, pairs=6, filler="random", train_samples=64),
-        Text(files=[str(corpus / "*.txt")], length=32, documents=True, train_samples=64),
-    ]
-
-
-@pytest.mark.parametrize("n", [0, 1], ids=["mqar", "text"])
-def test_a_sample_depends_on_seed_split_and_index_alone(corpus: Path, n: int) -> None:
-    task, again = tasks(corpus)[n], tasks(corpus)[n]
-    whole = task.batch("train", range(20))
-    alone = again.batch("train", [13])  # another object, another batch, another order
-    for name, tensor in whole.items():
-        assert torch.equal(tensor[13:14], alone[name])
-        assert tensor.shape == (20, task.length)  # type: ignore[attr-defined]
-    assert not torch.equal(whole["tokens"], task.batch("val", range(20))["tokens"])
-    again.seed = 1
-    assert not torch.equal(whole["tokens"], again.batch("train", range(20))["tokens"])
 
 
 def test_hash_is_the_same_on_every_machine() -> None:

@@ -14,7 +14,6 @@ from layerzoo.cli import main
 from layerzoo.data import MQAR
 from layerzoo.data.task import IGNORE
 from layerzoo.lit import LitModel, load_model
-from layerzoo.metrics import Recall, RecallByLag, TokenLoss
 from layerzoo.model import LanguageModel, ModelConfig
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -130,33 +129,6 @@ def test_recall_is_logged_with_ceiling_and_beyond_window(small_run: Path) -> Non
     # The config's model has a memory: its own reach is unbounded, so the ceiling is 1.
     assert scalars(small_run, "recall/ceiling") == [1.0, 1.0]
     assert len(scalars(small_run, "recall/accuracy")) == 2
-
-
-def test_recall_metrics_on_known_answers() -> None:
-    labels = torch.tensor([3, 1, 2, 0, 1])
-    logits = torch.nn.functional.one_hot(torch.tensor([3, 1, 0, 1, 1]), 4).float()
-    notes = {
-        "reachable": torch.tensor([True, False, False, False, True]),
-        "lag": torch.tensor([1, 4, 7, 9, 1]),
-    }
-    metric = Recall()
-    metric.update(logits, labels, **notes)
-    out = {name: float(value) for name, value in metric.compute().items()}
-    assert out == pytest.approx(
-        {
-            "recall/accuracy": 0.6,
-            "recall/ceiling": 0.4,
-            "recall/queries": 5,
-            "recall/beyond_window": 1 / 3,
-        }
-    )
-    by_lag = RecallByLag(16)
-    by_lag.update(logits, labels, **notes)
-    out = {name: float(value) for name, value in by_lag.compute().items()}
-    assert out == {"recall_lag/1": 1.0, "recall_lag/4": 0.5, "recall_lag/8": 0.0}
-    loss = TokenLoss(1)
-    loss.update(torch.zeros(5, 256), labels)
-    assert loss.compute()["loss/bits_per_byte"].item() == pytest.approx(8)
 
 
 def test_only_matrices_of_linear_maps_decay() -> None:

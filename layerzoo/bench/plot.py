@@ -13,12 +13,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from layerzoo.style import COLOURS, MARKERS, tidy
+
 from .calls import MEASURES
 from .run import OURS, Row
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#444444", "#CC79A7", "#F0E442")
-MARKERS = "osD^vPX*"
 CROWD = 6
 """Lines that a panel can hold; of more, every layer gets a row of panels of its own."""
 LABELS = {measure: "ms a call" for measure in MEASURES.values()} | {
@@ -101,6 +100,4 @@ def decorate(axes: Any, lengths: Sequence[int]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
+    tidy(axes)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from .plot import COLOURS, plt
+from layerzoo.style import COLOURS, tidy
+
+from .plot import plt
 
 if TYPE_CHECKING:
     from .stream import Point
@@ -46,9 +48,7 @@ def plot(title: str, runs: Mapping[str, Sequence[Point]], path: Path) -> None:
         axes.set_xlim(0, tokens)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
+        tidy(axes)
     # The axis of a run that is flat shows what it is flat against: 1 MiB at the least.
     memory.set_ylim(bottom=min(0.0, memory.get_ylim()[0]), top=max(1.0, memory.get_ylim()[1]))
     clock.set_ylim(bottom=0)

@@ -52,3 +52,15 @@ def choose_weighted(weights: NDArray[np.int64], draws: int, random: U64) -> NDAr
         drawn[:, n] = (edges > point[:, None]).argmax(1)
         left[rows, drawn[:, n]] = 0
     return drawn
+
+
+def shuffle(random: U64) -> NDArray[np.int64]:
+    """A permutation of each row: `[B, n]` bits -> `[B, n]`."""
+    return np.argsort(random, axis=1, kind="stable")
+
+
+def slot_weights(slots: int, alpha: float) -> NDArray[np.int64]:
+    """Weights for `choose_weighted`: slot i = 1, 2, .. with probability ~ i^(alpha - 1). Integers,
+    so that a rounding of the power cannot change a draw elsewhere."""
+    at = np.arange(1, slots + 1, dtype=np.float64)
+    return np.rint(2.0**32 * at ** (alpha - 1)).astype(np.int64)

@@ -49,6 +49,8 @@ class Task(LightningDataModule):
 
     cases: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Small options for the tests, one for each thing that the task can do."""
+    in_context: ClassVar[bool] = True
+    """Whether the answers stand in the context; if not, shuffling it is no control."""
     SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {}
     """Published settings: options by name."""
 
@@ -68,7 +70,7 @@ class Task(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # every option, also the subclass's
+        self.options = self._options()
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.shuffled = shuffled
         self.samples: dict[str, int] = dict(
@@ -90,6 +92,19 @@ class Task(LightningDataModule):
     def require(cls, condition: bool, message: str) -> None:
         if not condition:
             raise SpecError(f"data: {cls.__name__}: {message}")
+
+    def _options(self) -> dict[str, Any]:
+        """The arguments of all constructors of this object, the subclass's too: they are on the
+        stack. (A recording `__new__` would hide them from the command line.)"""
+        options: dict[str, Any] = {}
+        frame = inspect.currentframe()
+        while frame := frame and frame.f_back:
+            if frame.f_code.co_name != "__init__" or frame.f_locals.get("self") is not self:
+                break
+            names, _, more, values = inspect.getargvalues(frame)
+            options |= {name: values[name] for name in names[1:]}
+            options |= values[more] if more else {}
+        return options
 
     def _lengths(self, lengths: list[int] | str | None) -> list[int]:
         if isinstance(lengths, str):
@@ -121,8 +136,10 @@ class Task(LightningDataModule):
         return {**given, **known[setting]}
 
     def varied(self, **changes: Any) -> Self:
-        """A task with the same options but for these; it is of no published setting any more."""
-        options = {name: None if name == "setting" else v for name, v in self.hparams.items()}
+        """A task with the same options but for these."""
+        options = dict(self.options)
+        if setting := options.pop("setting", None):  # what it set stays, but can be changed
+            options |= self.SETTINGS[setting]
         return type(self)(**{**options, **changes})
 
     # What a task is made of
@@ -151,9 +168,10 @@ class Task(LightningDataModule):
         return sample["labels"] != IGNORE
 
     def divide(self, split: str) -> dict[str, Task]:
-        """The parts of a split, by name. A batch is of one part; held-out figures are of each."""
+        """The parts of a split by name, `what=which`. A batch is of one part; held-out figures
+        are told apart by part."""
         if split == "test" and self.lengths:
-            return {f"{n}": self.varied(length=n, lengths=None) for n in self.lengths}
+            return {f"length={n}": self.varied(length=n, lengths=None) for n in self.lengths}
         return {"": self}
 
     def order(self) -> NDArray[np.int64]:
@@ -166,20 +184,19 @@ class Task(LightningDataModule):
     def summary(
         self, split: str, results: dict[str, dict[str, Tensor]]
     ) -> dict[str, Tensor | float]:
-        """The figures to log of a split, from those of its parts: each, as `figure/part`, and
-        the means over the parts; for `lengths` also how far accuracy extrapolates."""
+        """The figures to log of a split, from those of its parts: the means over the parts, and
+        each as `figure/part`; for `lengths` also how far accuracy extrapolates."""
         if len(results) == 1:
             (figures,) = results.values()
             return {**figures}
+        lists = [*results.values()]
         out: dict[str, Tensor | float] = {
-            f"{name}/{part}": value
-            for part, figures in results.items()
-            for name, value in figures.items()
+            name: sum(figures[name] for figures in lists) / len(lists)
+            for name in lists[0]
+            if all(name in figures for figures in lists)
         }
-        common = set.intersection(*({*figures} for figures in results.values()))
-        for name in next(iter(results.values())):
-            if name in common:
-                out[name] = sum(figures[name] for figures in results.values()) / len(results)
+        for part, figures in results.items():
+            out |= {f"{name}/{part}": value for name, value in figures.items()}
         if split == "test" and self.lengths:
             out |= extrapolation(results, self.length)
         return out

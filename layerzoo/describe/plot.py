@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from layerzoo.bench.plot import COLOURS, MARKERS
+from layerzoo.style import COLOURS, MARKERS, tidy
 
 from .report import binary, si
 
@@ -33,9 +33,7 @@ def plot(name: str, found: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: tokens(value))
         axes.yaxis.set_major_formatter(lambda value, _, unit=unit: unit(value))
         axes.set_xlabel("T, tokens")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
+        tidy(axes)
     figure.legend(
         lines.values(), lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9
     )

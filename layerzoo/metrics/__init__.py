@@ -10,14 +10,19 @@ A scalar `family/number` is a point of the curve `family`; see `layerzoo.tables`
 from layerzoo.metrics.accuracy import Accuracy, AccuracyBy, Capacity, SuccessRate
 from layerzoo.metrics.binned import Binned
 from layerzoo.metrics.loss import LossByPosition, TokenLoss
+from layerzoo.metrics.needle import Answers
+from layerzoo.metrics.overwrite import Collateral, ErrorKinds
 from layerzoo.metrics.recall import Recall, RecallByLag
 from layerzoo.metrics.rows import WholeRows
 
 __all__ = [
     "Accuracy",
     "AccuracyBy",
+    "Answers",
     "Binned",
     "Capacity",
+    "Collateral",
+    "ErrorKinds",
     "LossByPosition",
     "Recall",
     "RecallByLag",

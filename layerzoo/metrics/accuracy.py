@@ -87,10 +87,10 @@ class SuccessRate(Metric):
 
 def extrapolation(results: dict[str, dict[str, Any]], trained: int) -> dict[str, Any]:
     """`extrapolation/k` = accuracy at k times the training length / accuracy at that length, for
-    figures by length that hold both."""
+    figures by part, `length=T`, that hold both."""
     out = {}
     for name in ("recall/accuracy", "accuracy/all"):
-        at = {int(n): figures[name] for n, figures in results.items() if name in figures}
+        at = {int(n[7:]): found[name] for n, found in results.items() if name in found}
         if at.get(trained, 0) > 0:
             longer = [n for n in at if n > trained and n % trained == 0]
             out |= {f"extrapolation/{n // trained}": at[n] / at[trained] for n in longer}

@@ -45,10 +45,9 @@ class Binned(Metric):
 
     def means(self) -> dict[int, tuple[float, float]]:
         """By the edges of the bins that hold anything: the mean annotation and the mean value."""
-        seen = self.count.nonzero().flatten()
-        count = self.count[seen]
-        rows = zip(self.edges[seen], self.at[seen] / count, self.total[seen] / count, strict=True)
-        return {int(edge): (float(at), float(mean)) for edge, at, mean in rows}
+        lists = (self.edges, self.at, self.total, self.count)
+        rows = zip(*(values.tolist() for values in lists), strict=True)
+        return {edge: (at / count, total / count) for edge, at, total, count in rows if count}
 
     def compute(self) -> dict[str, float]:
         return {f"{self.prefix}/{edge}": mean for edge, (_, mean) in self.means().items()}

@@ -1,0 +1,53 @@
+"""What `layerzoo list --tasks` and `layerzoo list TASK` say."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from layerzoo.data import list_tasks
+from layerzoo.data.task import Task
+
+
+def describe(cls: type[Task]) -> dict[str, Any]:
+    """A task at its defaults; None where it has none."""
+    parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
+    ready = all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters)
+    task = cls() if ready else None
+    return {
+        "name": cls.__name__,
+        "vocabulary": task and task.vocab_size,
+        "length": task and task.length,
+        "chance": task and task.chance,
+        "summary": (inspect.getdoc(cls) or "").split(": ")[0].split(".")[0],
+        "settings": [*cls.SETTINGS],
+    }
+
+
+def table() -> list[tuple[str, ...]]:
+    """The tasks, a row each, after a row of heads."""
+    rows = [describe(cls) for cls in list_tasks()]
+    return [
+        ("name", "vocabulary", "T", "chance", "what it is"),
+        *(
+            (
+                row["name"],
+                str(row["vocabulary"] or "-"),
+                str(row["length"] or "-"),
+                "-" if row["chance"] is None else f"{row['chance']:.3g}",
+                row["summary"],
+            )
+            for row in rows
+        ),
+    ]
+
+
+def page(cls: type[Task]) -> str:
+    """A task's docstring, its settings, and the options of all tasks."""
+    settings = "\n".join(f"  {name}: {options}" for name, options in cls.SETTINGS.items())
+    parts = [f"{cls.__name__} (task)", inspect.getdoc(cls) or ""]
+    parts += [f"Settings:\n{settings}"] if settings else []
+    for base in cls.__mro__[1:]:
+        if issubclass(base, Task):
+            parts.append(f"Of every {base.__name__}: {inspect.getdoc(base)}")
+    return "\n\n".join(parts)

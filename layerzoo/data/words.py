@@ -1,0 +1,209 @@
+"""Words to count: the most common ones, the most frequent ones."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torchmetrics import Metric
+
+from layerzoo.data.random import bits, choose
+from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
+from layerzoo.metrics import Accuracy, AccuracyBy, Answers, TokenLoss
+
+ASK, ANSWER, NOISE = 0, 1, 2
+"""The question, after which nothing is said of the context any more, and where its answer begins
+(so that the last word before the question does not give it away); what stands between words."""
+FIRST = 3
+"""The first word."""
+
+
+def guess_distinct(population: int, count: int) -> float:
+    """The accuracy of guessing `count` distinct ones in turn, knowing those before."""
+    return sum(1 / (population - n) for n in range(count)) / count
+
+
+class _Words(Task):
+    """Words in random order, `ASK ANSWER`, and some of the words. A subclass sets `counts`, how
+    often each word is there, and says in which order the first `answers` of them are told."""
+
+    counts: NDArray[np.int64]
+
+    def _set(self, vocab_size: int, length: int, answers: int) -> None:
+        self.vocab_size, self.length, self.answers = vocab_size, length, answers
+        self.words, self.context = vocab_size - FIRST, length - answers - 1
+        self.require(answers >= 1, f"answers: must be at least 1, got {answers}")
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing a word not yet told."""
+        return guess_distinct(self.words, self.answers)
+
+    def metrics(self) -> list[Metric]:
+        by_rank = AccuracyBy("rank", range(self.answers))
+        return [TokenLoss(), Accuracy(self.chance), Answers(), by_rank]
+
+    def question(self, sample: Arrays) -> NDArray[np.bool_]:
+        return np.arange(self.length) >= self.context
+
+    def _draw(
+        self, split: str, index: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of the counted words stands where, `[B, context]`, the last number for noise; and
+        the words' tokens, `[B, len(counts) + 1]`."""
+        key = (self.seed, SPLITS.index(split), index[:, None])
+        R = len(self.counts)
+        words = FIRST + choose(self.words, R, bits(*key, 0, np.arange(R)))
+        words = np.pad(words, ((0, 0), (0, 1)), constant_values=NOISE)
+        noise = self.context - self.counts.sum()
+        which = np.repeat(np.arange(R + 1), [*self.counts, noise])
+        shuffle = bits(*key, 1, np.arange(self.context)).argsort(1, kind="stable")
+        return which[shuffle], words
+
+    def _ask(
+        self, index: NDArray[np.int64], context: NDArray[np.int64], answers: NDArray[np.int64]
+    ) -> Arrays:
+        B, T = len(index), self.length
+        ask = np.broadcast_to([ASK, ANSWER], (B, 2))
+        labels = np.full((B, T), IGNORE)
+        labels[:, self.context + 1 :] = answers
+        rank = np.broadcast_to(np.arange(T) - self.context - 1, (B, T)).clip(0)
+        tokens = np.concatenate([context, ask, answers[:, :-1]], axis=1)
+        return {"tokens": tokens, "labels": labels, "rank": rank, "answer": index[:, None]}
+
+    def _tell(self, tokens: NDArray[np.int64], answers: list[int]) -> NDArray[np.int64]:
+        out = np.zeros_like(tokens)
+        out[self.context + 1 :] = answers
+        return out
+
+
+class FrequentWords(_Words):
+    """Words in random order, `ASK ANSWER`, and then the most frequent ones, in this order.
+
+    The word of rank r = 1, 2, .. stands there in proportion to r^-alpha, rounded down; but the
+    first rank, and what is left, is noise, the same token in all samples. The labels: at
+    `ANSWER` the first, at each answer the next one. Annotations: `rank` of the answer, from 0,
+    and `answer`, see `Answers`. Chance is a guess among the words not yet told. RULER asks for
+    three words, of several tokens each, with alpha = 2 (Hsieh et al. 2024, arXiv 2404.06654).
+
+    Args:
+        vocab_size, length: tokens 3.. are words; each of those asked must stand there more often
+            than the next.
+        answers: how many words are asked.
+        alpha: the larger, the fewer words there are, and the less alike in number.
+        See `Task` for the others.
+    """
+
+    cases = (
+        {"length": 128},
+        {"vocab_size": 32, "length": 100, "answers": 2, "alpha": 1.5},
+    )
+
+    def __init__(
+        self,
+        vocab_size: int = 64,
+        length: int = 128,
+        answers: int = 3,
+        alpha: float = 2.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._set(vocab_size, length, answers)
+        self.require(0 < alpha <= 8, f"alpha: must be in (0, 8], got {alpha}")
+        self.require(
+            self.words > answers,
+            f"vocab_size: {answers} answers need at least {answers + 1 + FIRST}, got {vocab_size}",
+        )
+        ranks = np.arange(1, self.words + 2, dtype=np.float64)
+        # Integers, so that a rounding of the power cannot change a count elsewhere.
+        share = np.rint(2.0**32 * ranks**-alpha).astype(np.int64)
+        counts = (self.context * share // share.sum())[1:]
+        self.require(
+            self.context > 0 and bool((np.diff(counts[: answers + 1]) < 0).all()),
+            f"length: {length} is too short for the {answers} most frequent words to differ",
+        )
+        self.counts = counts[counts > 0]
+
+    def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
+        which, words = self._draw(split, index)
+        context = np.take_along_axis(words, which, 1)
+        return self._ask(index, context, words[:, : self.answers])
+
+    def solve(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The words by how often they stand there."""
+        times = np.bincount(tokens[: self.context], minlength=self.vocab_size)
+        times[NOISE] = 0
+        order = np.argsort(-times, kind="stable")
+        return self._tell(tokens, order[: self.answers].tolist())
+
+
+class CommonWords(_Words):
+    """Words in random order, `ASK ANSWER`, and then those that stand there often, in the order
+    in which they first appeared.
+
+    Each of the common words stands there `times` times, all others `others` times (the last one
+    possibly less). The labels: at `ANSWER` the first, at each answer the next one.
+    Annotations: `rank` of the answer, from 0, and `answer`, see `Answers`. Chance is a guess among
+    the words not yet told.
+
+    Setting `ruler`: 10 common words, 30 times each, the others 3 times (Hsieh et al. 2024, arXiv
+    2404.06654; there they may be told in any order).
+
+    Args:
+        vocab_size, length: tokens 3.. are words; all that fit in must be different.
+        answers: how many common words there are. times, others: how often a word is there.
+        setting: a published setting, in place of answers, times and others.
+        See `Task` for the others.
+    """
+
+    cases = ({"length": 96}, {"vocab_size": 160, "length": 500, "setting": "ruler"})
+    SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {
+        "ruler": {"answers": 10, "times": 30, "others": 3}
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 64,
+        length: int = 128,
+        answers: int = 4,
+        times: int = 8,
+        others: int = 2,
+        setting: str | None = None,
+        **options: Any,
+    ) -> None:
+        chosen = self.preset(setting, answers=answers, times=times, others=others)
+        answers, times, others = chosen["answers"], chosen["times"], chosen["others"]
+        super().__init__(**options)
+        self._set(vocab_size, length, answers)
+        self.require(
+            1 <= others < times, f"others: must be in 1..{times - 1}, below times, got {others}"
+        )
+        rest = self.context - answers * times
+        self.require(
+            rest >= 0,
+            f"length: {answers} words of {times} need at least {answers * (times + 1) + 1}, "
+            f"got {length}",
+        )
+        different = answers + -(-rest // others)
+        self.require(
+            self.words >= different,
+            f"vocab_size: {different} different words need at least {different + FIRST}, "
+            f"got {vocab_size}",
+        )
+        left = [rest % others] if rest % others else []
+        self.counts = np.array([times] * answers + [others] * (rest // others) + left)
+
+    def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
+        which, words = self._draw(split, index)
+        first = np.stack([(which == n).argmax(1) for n in range(self.answers)], axis=1)
+        order = np.take_along_axis(words, first.argsort(1), 1)
+        return self._ask(index, np.take_along_axis(words, which, 1), order)
+
+    def solve(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The most common words, by their first places."""
+        words, first, times = np.unique(
+            tokens[: self.context], return_index=True, return_counts=True
+        )
+        common = np.argsort(-times, kind="stable")[: self.answers]
+        return self._tell(tokens, words[common[first[common].argsort()]].tolist())
