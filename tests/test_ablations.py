@@ -30,7 +30,7 @@ AXES = {"x": {"a": {}}}
 
 
 def claim(**changes: Any) -> dict[str, Any]:
-    """One that holds of every cell of the tiny grid: 8 rows of 8 queries."""
+    """One that holds of the cells below."""
     fields = {"arm": "window", "metric": "recall/queries", "value": 64.0, "tolerance": 0.0}
     return {**fields, "source": "arithmetic", **changes}
 
@@ -121,7 +121,10 @@ def test_shipped_grids_build(name: str) -> None:
         ({"set": {"model.network.dim": "${data.nope}"}}, "not found"),
         ({"expect": [claim(arm="windo")]}, "expect: arm: no 'windo'; did you mean 'window'?"),
         ({"expect": [claim(tolerence=1)]}, "expect: unknown field 'tolerence'; did you mean"),
-        ({"expect": [claim(value="bound")]}, "expect: value: expected number or"),
+        (
+            {"expect": [claim(value="bound")]},
+            "expect: value: expected float or one of 'window_bound'",
+        ),
         ({"expect": [claim(tolerance=-0.1)]}, "expect: tolerance: must not be negative"),
         ({"expect": claim()}, "expect: expected"),
     ],
@@ -193,22 +196,25 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
 
 def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: Any) -> None:
     def judged(*claims: dict[str, Any]) -> tuple[int, list[bool]]:
-        layers = {"window": narrow(8)}
-        path = grid_file(tmp_path, axes={"layer": layers}, seeds=[0], expect=list(claims))
+        path = grid_file(tmp_path, axes={"layer": {"window": narrow(8)}}, expect=list(claims))
+        _, cells = load_grid(str(path))
+        for cell in cells:  # as if it had run
+            if prepare(cell, tmp_path / "tiny"):
+                figures = {"recall/queries": 63 + 2 * cell.seed, "recall/accuracy": 0.5}
+                sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
+                metrics = tmp_path / "tiny" / cell.path / "metrics.json"
+                metrics.write_text(json.dumps(figures | sizes))
         status = run(str(path), tmp_path, jobs=1)
         summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
         return status, [each["holds"] for each in summary["claims"]]
 
     assert judged(claim()) == (0, [True])
+    assert re.search(r"64.000 ±0 +64.000 +holds", capsys.readouterr().out)
+    wrong, mistyped = claim(value=65, tolerance=0.5), claim(metric="recall/queriez")
+    assert judged(claim(), wrong, mistyped) == (1, [True, False, False])
     out = capsys.readouterr().out
-    assert "1 of 1 cells to run" in out and re.search(r"64.000 ±0 +64.000 +holds", out)
-    wrong = claim(value=65, tolerance=0.5)
-    assert judged(claim(), wrong) == (1, [True, False])  # judged anew, without a cell to run
-    out = capsys.readouterr().out
-    assert "0 of 1 cells to run" in out and re.search(r"65.000 ±0.5 +64.000 +fails", out)
-    assert judged(claim(metric="recall/queriez")) == (1, [False])
-    assert re.search(r"recall/queriez +64.000 ±0 +- +not measured", capsys.readouterr().out)
-    assert judged() == (0, []) and "claims" not in capsys.readouterr().out
+    assert re.search(r"65.000 ±0.5 +64.000 +fails", out)
+    assert re.search(r"recall/queriez +64.000 ±0 +- +not measured", out)
 
 
 def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> None:
@@ -237,7 +243,8 @@ def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> 
 
 def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     endless = {"trainer.max_steps": 100_000, "data.init_args.train_samples": 10_000_000}
-    quick = {"trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    quick: dict[str, Any] = {"trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    quick["data.init_args.lengths"] = [32, 64]  # two test loaders
     axes = {"steps": {"endless": endless, "quick": quick}}
     base = yaml.safe_load(grid_file(tmp_path).read_text())["set"]
     path = grid_file(tmp_path, axes=axes, set=base, seeds=[0], window_arm=None)
@@ -254,6 +261,8 @@ def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     pool.run()
     assert seen["endless/seed-0"] == {"failed": "killed by signal 9"}
     assert seen["quick/seed-0"] == {"done": True}
+    metrics = json.loads((tmp_path / "quick/seed-0/metrics.json").read_text())
+    assert {f"recall/ceiling/length={n}" for n in (32, 64)} <= metrics.keys()
     assert not pool.workers
     assert prepare(cells[0], tmp_path) and not prepare(cells[1], tmp_path)
 

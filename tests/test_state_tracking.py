@@ -97,15 +97,6 @@ def test_swaps_move_two_points_or_none() -> None:
     assert sorted(moved) == [0] + 10 * [2]
 
 
-def test_the_shuffled_control_keeps_nothing_but_labels() -> None:
-    task, control = (StateTracking("A5", seed=3, shuffled=shuffled) for shuffled in (False, True))
-    batch, shuffled = (t.batch("test", range(300)) for t in (task, control))
-    assert (batch["labels"] == shuffled["labels"]).all()
-    answers = np.stack([task.solve(tokens) for tokens in shuffled["tokens"].numpy()])
-    right = (answers == batch["labels"].numpy()).mean()
-    assert right == pytest.approx(1 / 60, abs=3 * np.sqrt(1 / 60 / answers.size))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

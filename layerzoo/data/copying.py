@@ -10,8 +10,8 @@ from torchmetrics import Metric
 
 from layerzoo.data.random import bits
 from layerzoo.data.recall import RecallTask
-from layerzoo.data.task import IGNORE, SPLITS, Arrays
-from layerzoo.metrics import AccuracyBy, WholeRows
+from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
+from layerzoo.metrics import Accuracy, AccuracyBy, Answers, TokenLoss
 from layerzoo.metrics.binned import octaves
 
 MARK = 0
@@ -23,7 +23,7 @@ def letters(alphabet: int, random: NDArray[np.uint64]) -> NDArray[np.int64]:
     return 1 + (random % np.uint64(alphabet)).astype(np.int64)
 
 
-class Copying(RecallTask):
+class Copying(Task):
     """A string of n letters, the separator 0, and the string again.
 
     x_1 .. x_n 0 x_1 .. x_{n-1}
@@ -31,7 +31,8 @@ class Copying(RecallTask):
     The label of each of the last n positions is the token that comes next, x_1 at the separator
     and x_n at the last position: the copy is teacher forced. Letters are independent, uniform
     and may repeat. Annotations: `lag`, from a label's position back to the token to copy, always
-    n; `position` of that token in the string, from 1. Chance is a guess among the letters.
+    n, so that a window copies all or nothing; `position` of that token in the string, from 1;
+    `answer`, a number of each row's own. Chance is a guess among the letters.
 
     Source: Jelassi et al. 2024, arXiv 2402.01032. Deviations: strings of one length, no token
     for the end.
@@ -39,7 +40,7 @@ class Copying(RecallTask):
     Args:
         alphabet: number of letters; the vocabulary has the separator besides.
         length: T = 2 n, even.
-        See `RecallTask` and `Task` for the others.
+        See `Task` for the others.
     """
 
     cases: ClassVar = ({"alphabet": 8, "length": 32},)
@@ -59,24 +60,20 @@ class Copying(RecallTask):
         return 1 / self.alphabet
 
     def metrics(self) -> list[Metric]:
-        n = self.length // 2
-        by_position = AccuracyBy("position", octaves(n))
-        return [*super().metrics(), by_position, WholeRows(n)]
+        by_position = AccuracyBy("position", octaves(self.length // 2))
+        return [TokenLoss(), Accuracy(self.chance), by_position, Answers()]
 
     def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
-        B, T, n = len(index), self.length, self.length // 2
+        B, n = len(index), self.length // 2
         key = (self.seed, SPLITS.index(split), index[:, None])
         string = letters(self.alphabet, bits(*key, np.arange(n)))
-        tokens = np.concatenate([string, np.full((B, 1), MARK), string[:, :-1]], 1)
-        labels = np.concatenate([np.full((B, n), IGNORE), string], 1)
-        answering = np.arange(T) >= n
-        position = np.where(answering, np.arange(T) - n + 1, 0)
-        reachable = answering & self.reachable(np.arange(T), np.arange(T) - n)
-        row = {"lag": n * answering, "position": position, "reachable": reachable}
+        first, last = np.zeros((B, n), np.int64), np.ones((B, n), np.int64)
         return {
-            "tokens": tokens,
-            "labels": labels,
-            **{name: np.tile(values, (B, 1)) for name, values in row.items()},
+            "tokens": np.concatenate([string, np.full((B, 1), MARK), string[:, :-1]], 1),
+            "labels": np.concatenate([first + IGNORE, string], 1),
+            "lag": np.concatenate([first, last * n], 1),
+            "position": np.concatenate([first, last * np.arange(1, n + 1)], 1),
+            "answer": index[:, None].copy(),
         }
 
     def solve(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:

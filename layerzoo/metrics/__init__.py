@@ -13,7 +13,6 @@ from layerzoo.metrics.loss import LossByPosition, TokenLoss
 from layerzoo.metrics.needle import Answers
 from layerzoo.metrics.overwrite import Collateral, ErrorKinds
 from layerzoo.metrics.recall import Recall, RecallByLag
-from layerzoo.metrics.rows import WholeRows
 
 __all__ = [
     "Accuracy",
@@ -28,5 +27,4 @@ __all__ = [
     "RecallByLag",
     "SuccessRate",
     "TokenLoss",
-    "WholeRows",
 ]
