@@ -201,6 +201,7 @@ def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: An
         for cell in cells:  # as if it had run
             if prepare(cell, tmp_path / "tiny"):
                 figures = {"recall/queries": 63 + 2 * cell.seed, "recall/accuracy": 0.5}
+                figures |= {"recall/ceiling": 0.4, "chance": 0.1}
                 sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
                 metrics = tmp_path / "tiny" / cell.path / "metrics.json"
                 metrics.write_text(json.dumps(figures | sizes))
