@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from layerzoo.arguments import Parser
+from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.generate import PIECE, stream
 from layerzoo.lit import load_model
 from layerzoo.model import LanguageModel
@@ -38,9 +39,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("path", metavar="CHECKPOINT", nargs="?", help="a .ckpt file that `layerzoo fit` wrote")
     add("--checkpoint", metavar="CHECKPOINT", help="the same")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="text, for a model of bytes")
+    what.add_argument(
+        "--prompt", metavar="TEXT", help="text, for a model of bytes or with --tokenizer"
+    )
     what.add_argument("--prompt_file", metavar="FILE", help="its bytes, not repeated")
     what.add_argument("--tokens", metavar="IDS", type=ids, help="separated by spaces")
+    add("--tokenizer", metavar="PATH", help="the model's: its file or folder, or a Hub id")
     add("--max_new_tokens", metavar="N", type=int, default=200, help="default 200")
     add("--temperature", metavar="X", type=float, default=0.8, help="0 is greedy; default 0.8")
     add("--top_k", metavar="K", type=int, help="sample among the K likeliest tokens")
@@ -65,24 +69,42 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def prompt_of(options: argparse.Namespace, model: LanguageModel) -> list[int]:
+def tokenizer_of(options: argparse.Namespace, model: LanguageModel) -> Tokenizer | None:
+    if options.tokenizer is None:
+        return None
+    with at("--tokenizer"):
+        tokenizer = Tokenizer(options.tokenizer)
+    if tokenizer.vocab_size > model.config.vocab_size:  # a model's may be padded
+        raise SpecError(
+            f"--tokenizer {options.tokenizer}: has {tokenizer.vocab_size} tokens, "
+            f"the model {model.config.vocab_size}; give the one that it was trained with"
+        )
+    return tokenizer
+
+
+def prompt_of(
+    options: argparse.Namespace, model: LanguageModel, tokenizer: Tokenizer | None
+) -> list[int]:
     """The token ids to read; none where only a state is continued."""
     if options.tokens is not None:
         return options.tokens
     option = "--prompt" if options.prompt is not None else "--prompt_file"
     if options.prompt is None and options.prompt_file is None:
         return []
-    if model.config.vocab_size != BYTES:
+    if tokenizer is None and model.config.vocab_size != BYTES:
         raise SpecError(
-            f"{option}: the model has {model.config.vocab_size} tokens, not bytes; use --tokens"
+            f"{option}: the model has {model.config.vocab_size} tokens, not bytes; "
+            "use --tokens or --tokenizer"
         )
     if options.prompt is not None:
         # What the shell passed, also where it is no UTF-8.
-        return list(options.prompt.encode(errors="surrogateescape"))
-    try:
-        return list(Path(options.prompt_file).read_bytes())
-    except OSError as error:
-        raise SpecError(f"--prompt_file {options.prompt_file}: {error.strerror}") from None
+        text = options.prompt.encode(errors="surrogateescape")
+    else:
+        try:
+            text = Path(options.prompt_file).read_bytes()
+        except OSError as error:
+            raise SpecError(f"--prompt_file {options.prompt_file}: {error.strerror}") from None
+    return list(text) if tokenizer is None else tokenizer.encode([text])[0].tolist()
 
 
 def read_saved(path: str, model: LanguageModel) -> tuple[list[int], Any]:
@@ -96,15 +118,18 @@ def read_saved(path: str, model: LanguageModel) -> tuple[list[int], Any]:
 
 
 class Printer:
-    """Prints tokens as they come: as UTF-8, whose characters may span several, or as ids."""
+    """Prints tokens as they come: as text, whose characters may span several, or as ids."""
 
-    def __init__(self, text: bool) -> None:
+    def __init__(self, text: bool, tokenizer: Tokenizer | None = None) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace") if text else None
+        self.decode = None if tokenizer is None else tokenizer.decoder()
         self.between = ""
 
     def put(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            if self.decoder is not None:
+            if self.decode is not None:
+                sys.stdout.write(self.decode([token]))
+            elif self.decoder is not None:
                 sys.stdout.write(self.decoder.decode(bytes([token])))
             else:
                 sys.stdout.write(f"{self.between}{token}")
@@ -118,7 +143,8 @@ class Printer:
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
     model = load_model(options.checkpoint, impl=options.impl)
-    prompt, unread, state = prompt_of(options, model), [], None
+    tokenizer = tokenizer_of(options, model)
+    prompt, unread, state = prompt_of(options, model, tokenizer), [], None
     if options.state is not None:
         unread, state = read_saved(options.state, model)
     tokens = stream(
@@ -133,8 +159,8 @@ def main(argv: Sequence[str]) -> int:
         state=state,
         piece=options.piece,
     )
-    text = model.config.vocab_size == BYTES and options.tokens is None
-    printer = Printer(text)
+    text = model.config.vocab_size == BYTES and options.tokens is None and tokenizer is None
+    printer = Printer(text, tokenizer)
     printer.put(prompt if options.prompt_file is None else [])  # a book is not repeated
     for token in tokens:
         printer.put([token])

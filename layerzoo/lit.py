@@ -20,7 +20,7 @@ from layerzoo.metrics import TokenLoss
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError, at
 
-SHOWN = ("loss/held_out", "loss/bits_per_byte", "recall/accuracy")
+SHOWN = ("loss/held_out", "loss/bits_per_byte", "recall/accuracy", "accuracy/all")
 """The held-out figures that the progress bar and the summary show."""
 
 

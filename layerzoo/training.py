@@ -39,6 +39,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Predictions are saved with their labels; nothing needs their indices.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
+    # Nor does this: our loaders deal every held-out sample once, whatever the processes.
+    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the.*")
     # A resumed run logs into a folder of its own.
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     # Lightning 2.6 calls jsonargparse by names that it has since renamed.

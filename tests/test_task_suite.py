@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layerzoo.data import list_tasks
+from layerzoo.data import RecallTask, list_tasks
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 
 GOLDEN = Path(__file__).with_name("golden_tasks.json")
@@ -25,6 +25,8 @@ OWN = [cls for cls in list_tasks() if cls.__module__.startswith("layerzoo.")]
 CASES = {
     f"{cls.__name__}-{n}": (cls, options) for cls in OWN for n, options in enumerate(cls.cases)
 }
+IN_CONTEXT = [name for name, (cls, _) in CASES.items() if cls.in_context]
+RECALL = [name for name, (cls, _) in CASES.items() if issubclass(cls, RecallTask)]
 WITHOUT = {"Text", "Continual"}
 """Tasks without cases: of files, and of other tasks. They have tests of their own."""
 
@@ -102,76 +104,82 @@ def test_worker_processes_change_nothing(name: str) -> None:
     assert count == 5
 
 
-def right(task: Task, sample: Arrays) -> np.ndarray:
-    """Whether the solver answers each label, row by row."""
-    where = sample["labels"] != IGNORE
+def hits(task: Task, sample: Arrays) -> np.ndarray:
+    """Where the solver answers the label."""
     answers = np.stack([task.solve(tokens) for tokens in sample["tokens"]])
-    return (answers == sample["labels"])[where]
+    return answers == sample["labels"]
+
+
+def above_chance(task: Task, sample: Arrays, right: np.ndarray) -> float:
+    """Accuracy minus chance in standard errors; rows are independent, labels of a row are not."""
+    assert task.chance is not None and 0 < task.chance < 1
+    where = sample["labels"] != IGNORE
+    excess = (where & right).sum(1) - task.chance * where.sum(1)
+    return excess.sum() / np.sqrt((excess**2).sum())
 
 
 def test_the_solver_answers_everything(name: str) -> None:
-    assert right(make(name), draw(make(name), "test", 128)).all()
+    task = make(name)
+    sample = draw(task, "test", 128)
+    assert (hits(task, sample) | (sample["labels"] == IGNORE)).all()
 
 
+@pytest.mark.parametrize("name", IN_CONTEXT)
 def test_a_shuffled_context_brings_the_solver_to_chance(name: str) -> None:
     task = make(name, shuffled=True)
-    if not task.in_context:
-        pytest.skip("the answer stands in no context")
-    assert task.chance is not None and 0 < task.chance < 1
-    hits = right(make(name), draw(task, "test", 1000))
-    error = (task.chance * (1 - task.chance) / len(hits)) ** 0.5
-    assert abs(hits.mean() - task.chance) <= 3 * error
+    sample = draw(task, "test", 1000)
+    assert abs(above_chance(task, sample, hits(task, sample))) <= 3
 
 
+@pytest.mark.parametrize("name", IN_CONTEXT)
 def test_the_question_alone_tells_nothing(name: str) -> None:
     """The best table from a position, its token or the one before to the label guesses at chance:
     the answer leaks neither by place nor by the question's words."""
     task = make(name)
-    if not task.in_context:
-        pytest.skip("the answer stands in no context")
-    assert task.chance is not None
-    splits = {split: draw(task, split, 2000) for split in ("train", "test")}
-    features: dict[str, dict[str, np.ndarray]] = {}
-    labels: dict[str, np.ndarray] = {}
-    for split, sample in splits.items():
-        where = sample["labels"] != IGNORE
-        labels[split] = sample["labels"][where]
-        tokens = np.where(task.question(sample), sample["tokens"], 0)
-        before = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-        position = np.broadcast_to(np.arange(task.length), tokens.shape)
-        pairs = {
-            "position": position,
-            "token": tokens,
-            "before": before * task.vocab_size + tokens,
-        }
-        features[split] = {key: value[where] for key, value in pairs.items()}
-    for key in features["train"]:
+    train, test = draw(task, "train", 2000), draw(task, "test", 2000)
+    for feature in ("position", "token", "before"):
         table: dict[int, int] = {}
-        for feature in np.unique(features["train"][key]):
-            seen = labels["train"][features["train"][key] == feature]
-            table[int(feature)] = int(np.bincount(seen).argmax())
-        guess = np.array([table.get(int(f), -1) for f in features["test"][key]])
-        hits = guess == labels["test"]
-        error = (task.chance * (1 - task.chance) / len(hits)) ** 0.5
-        assert hits.mean() <= task.chance + 3 * error, key
+        here, labels = _feature(task, train, feature), train["labels"]
+        scored = labels != IGNORE
+        for value in np.unique(here[scored]):
+            table[int(value)] = int(np.bincount(labels[scored & (here == value)]).argmax())
+        there = _feature(task, test, feature)
+        best = np.array([table.get(n, -1) for n in range(there.max() + 1)])
+        assert above_chance(task, test, best[there] == test["labels"]) <= 3, feature
 
 
+def _feature(task: Task, sample: Arrays, name: str) -> np.ndarray:
+    """A number for each position; what is context and not question is hidden."""
+    tokens = np.where(task.question(sample), sample["tokens"] + 1, 0)
+    before = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    position = np.broadcast_to(np.arange(task.length), tokens.shape)
+    return {
+        "position": position,
+        "token": tokens,
+        "before": before * (task.vocab_size + 1) + tokens,
+    }[name]
+
+
+@pytest.mark.parametrize("name", RECALL)
 def test_the_answer_stands_at_its_lag(name: str) -> None:
-    sample = draw(make(name), "train", 64)
-    if "lag" not in sample:
-        pytest.skip("no lag")
+    task = make(name)
+    sample = draw(task, "train", 64)
     row, at = np.nonzero(sample["labels"] != IGNORE)
     lag = sample["lag"][row, at]
     assert (lag > 0).all()
-    assert (sample["tokens"][row, at - lag] == sample["labels"][row, at]).all()
+    own = type(task).readout is not Task.readout
+    query = task.length - 1 if own else at  # a readout of its own reads the last state
+    assert (sample["tokens"][row, query - lag] == sample["labels"][row, at]).all()
 
 
+@pytest.mark.parametrize("name", RECALL)
 def test_the_reach_bounds_the_ceiling(name: str) -> None:
-    task = make(name, test_samples=100)
-    if "reachable" not in draw(task, "test", 2):
-        pytest.skip("no ceiling")
-    shares = [make(name, reach=r, test_samples=100).ceiling() for r in (0, task.length // 4)]  # type: ignore[attr-defined]
-    assert shares[0] == 0 < shares[1] < 1 == task.ceiling()  # type: ignore[attr-defined]
+    def ceiling(reach: int | None) -> float:
+        task = make(name, reach=reach, test_samples=100)
+        assert isinstance(task, RecallTask)
+        return task.ceiling()
+
+    assert ceiling(0) == 0 < ceiling(make(name).length // 2) < 1 == ceiling(None)
 
 
 def test_metrics_of_perfect_and_of_random_answers(name: str) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import layerzoo.data
 from layerzoo import SpecError
-from layerzoo.data import MQAR, Text
+from layerzoo.cli import main
+from layerzoo.data import MQAR, Overwrite, Task, Text
 from layerzoo.data.random import bits, choose, choose_weighted
 from layerzoo.data.task import IGNORE, SPLITS
 from layerzoo.model import LanguageModel
@@ -62,16 +67,33 @@ def test_mqar_queries_are_answerable_from_the_pairs(filler: str) -> None:
         assert torch.equal(tokens[at - lag[at]], labels[at])  # the value stands at the lag
 
 
-def test_mqar_ceiling_agrees_with_the_published_window_curve() -> None:
-    # Local attention of window w with a width-3 convolution reaches keys w + 1 back. The
-    # published accuracies (zoology's figure; mean over seven test sets) are near the ceiling.
-    published = {16: 0.145, 32: 0.310, 64: 0.514, 128: 0.656, 256: 0.797, 512: 0.936}
-    sets = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
-    for window, accuracy in published.items():
-        ceilings = [
-            MQAR(length=T, pairs=D, reach=window + 1, test_samples=200).ceiling() for T, D in sets
-        ]
-        assert np.mean(ceilings) == pytest.approx(accuracy, abs=0.01)
+def test_mqar_ceilings_of_the_mix_are_the_published_ones() -> None:
+    # One layer of window w reads keys w - 1 back, and with a convolution of width 3 w + 1 back, so
+    # values that are at most w back. The mean over the seven sets; a published plot of local
+    # attention (zoology's) agrees to .002.
+    ceilings = {16: 0.144, 32: 0.312, 64: 0.514, 128: 0.655, 256: 0.796, 512: 0.936}
+    task = MQAR(setting="recall-memory", test_samples=7000)
+    answerable = dict.fromkeys(ceilings, 0.0)
+    for part in task.parts("test").values():
+        batch = part.batch("test", range(1000))
+        lag = batch["lag"][batch["labels"] != IGNORE]
+        for window in answerable:
+            answerable[window] += (lag <= window).float().mean().item() / 7
+    assert answerable == pytest.approx(ceilings, abs=0.005)
+    model = LanguageModel(
+        vocab_size=8192, dim=16, conv=3, depth=1, layers=[{"name": "sliding", "window": 64}]
+    )
+    small = MQAR(setting="recall-memory", test_samples=700, reach=model.reach()[0])  # type: ignore[index]
+    assert small.ceiling() == pytest.approx(answerable[64], abs=0.02)
+
+
+@pytest.mark.parametrize("task", [MQAR(length=128, pairs=8), Overwrite(length=128)])
+def test_a_core_makes_a_million_tokens_a_second(task: Task) -> None:
+    task.batch("train", range(64))
+    started = time.process_time()
+    for n in range(10):
+        task.batch("train", range(64 * n, 64 * n + 64))
+    assert 10 * 64 * task.length / (time.process_time() - started) > 1e6
 
 
 def test_mqar_takes_the_models_reach_and_counts_sinks() -> None:
@@ -169,3 +191,32 @@ def test_a_model_with_too_few_tokens_is_refused() -> None:
     model = LanguageModel(vocab_size=32, dim=16, depth=1, layers=["linear"])
     with pytest.raises(SpecError, match=r"set model.network.vocab_size to 64"):
         MQAR(vocab_size=64).attach(model)
+
+
+README = Path(__file__).parents[1] / "layerzoo" / "data" / "README.md"
+
+
+def test_the_readme_lists_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--tasks"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        if line.split()[0] in ("name", *layerzoo.data.__all__):
+            assert f"\n{line}\n" in README.read_text()
+
+
+def test_the_readmes_task_works() -> None:
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    task = names["Echo"](**names["Echo"].cases[0])
+    batch = task.batch("test", range(8))
+    assert all(
+        task.solve(row)[-1] == label
+        for row, label in zip(batch["tokens"].numpy(), batch["labels"][:, -1], strict=True)
+    )
+
+
+def test_a_tasks_page_has_its_options_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "Needle"]) == 0
+    page = capsys.readouterr().out
+    assert "niah_multikey: {" in page and "repeats:" in page and "batch_size:" in page

@@ -1,6 +1,10 @@
 """Tasks: one file per family; each is a LightningDataModule (see `layerzoo.data.task.Task`)."""
 
+from layerzoo.data.continual import Continual
 from layerzoo.data.copying import Copying, Induction
+from layerzoo.data.mad import Memorization, SelectiveCopying
+from layerzoo.data.mad_compression import Compression
+from layerzoo.data.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from layerzoo.data.mqar import MQAR
 from layerzoo.data.needle import Needle
 from layerzoo.data.overwrite import Overwrite
@@ -14,12 +18,19 @@ from layerzoo.data.words import CommonWords, FrequentWords
 __all__ = [
     "MQAR",
     "CommonWords",
+    "Compression",
+    "Continual",
     "Copying",
     "FrequentWords",
+    "FuzzyRecall",
+    "InContextRecall",
     "Induction",
+    "Memorization",
     "Needle",
+    "NoisyRecall",
     "Overwrite",
     "RecallTask",
+    "SelectiveCopying",
     "StateTracking",
     "Task",
     "Text",

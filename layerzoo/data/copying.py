@@ -24,7 +24,7 @@ def letters(alphabet: int, random: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 class Copying(Task):
-    """A string of n letters, the separator 0, and the string again.
+    """Copying: a string of n letters, the separator 0, and the string again.
 
     x_1 .. x_n 0 x_1 .. x_{n-1}
 

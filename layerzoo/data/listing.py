@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from layerzoo.data import list_tasks
@@ -19,23 +20,35 @@ def describe(cls: type[Task]) -> dict[str, Any]:
         "vocabulary": task and task.vocab_size,
         "length": task and task.length,
         "chance": task and task.chance,
-        "summary": (inspect.getdoc(cls) or "").split(": ")[0].split(".")[0],
+        "annotations": [] if task is None else _annotations(task),
+        "source": _source(cls),
         "settings": [*cls.SETTINGS],
     }
+
+
+def _source(cls: type[Task]) -> str | None:
+    """The first paper that the docstring names, or that of the class it refines."""
+    found = (re.search(r"arXiv\s(\d+\.\d+)", base.__doc__ or "") for base in cls.__mro__)
+    return next((match[1] for match in found if match), None)
+
+
+def _annotations(task: Task) -> list[str]:
+    return [name for name in task.batch("train", range(1)) if name not in ("tokens", "labels")]
 
 
 def table() -> list[tuple[str, ...]]:
     """The tasks, a row each, after a row of heads."""
     rows = [describe(cls) for cls in list_tasks()]
     return [
-        ("name", "vocabulary", "T", "chance", "what it is"),
+        ("name", "vocabulary", "T", "chance", "annotations", "arXiv"),
         *(
             (
                 row["name"],
                 str(row["vocabulary"] or "-"),
                 str(row["length"] or "-"),
                 "-" if row["chance"] is None else f"{row['chance']:.3g}",
-                row["summary"],
+                " ".join(row["annotations"]),
+                row["source"] or "",
             )
             for row in rows
         ),

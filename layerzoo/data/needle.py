@@ -20,8 +20,8 @@ BASE = 10
 
 
 class Needle(RecallTask):
-    """Needles `key d1 .. dn`, a key and the digits of its value, hidden in filler; then the
-    question, `ASK key d1 .. dn` for each key asked, with the last digit of all left out.
+    """Needle in a haystack: `key d1 .. dn`, a key and the digits of its value, hidden in filler;
+    then the question, `ASK key d1 .. dn` for each key asked, with the last digit of all left out.
 
     Keys are distinct. Digits are uniform and independent, and neither they nor keys stand
     anywhere else. A key's values, if it has several, are asked in the order of their places. The

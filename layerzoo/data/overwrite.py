@@ -16,8 +16,8 @@ from layerzoo.metrics import AccuracyBy, Collateral, ErrorKinds
 
 
 class Overwrite(RecallTask):
-    """Last value wins: D keys, written several times each in random order, k v k v .., then each
-    key again, once, to be answered with its last value.
+    """Overwriting, the last value wins: D keys, written several times each in random order, k v
+    k v .., then each key again, once, to be answered with its last value.
 
     Keys are 1..V/2-1 and values V/2..V-1; all values of a sample differ, so that a value tells
     which write it is from. The j-th key is written `writes[j % len(writes)]` times, U in all.

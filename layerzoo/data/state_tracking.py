@@ -62,8 +62,8 @@ def multiplication(group: str) -> NDArray[np.int64]:
 
 
 class StateTracking(Task):
-    """The word problem of a finite group: tokens are its elements, and the label at every
-    position is the product of all tokens so far.
+    """State tracking, the word problem of a finite group: tokens are its elements, and the label
+    at every position is the product of all tokens so far.
 
     y_1 = x_1,   y_t = y_{t-1} x_t
 

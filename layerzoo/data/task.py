@@ -85,6 +85,10 @@ class Task(LightningDataModule):
             train_samples >= batch_size,
             f"train_samples: {train_samples} do not fill one batch of {batch_size}",
         )
+        self.require(
+            self.in_context or not shuffled,
+            "shuffled: its answers do not stand in the context, so there is nothing to shuffle",
+        )
         for split, count in self.samples.items():
             self.require(count >= 1, f"{split}_samples: must be at least 1, got {count}")
 
@@ -266,5 +270,8 @@ def list_tasks() -> list[type[Task]]:
     def below(cls: type[Task]) -> list[type[Task]]:
         return [task for sub in cls.__subclasses__() for task in (sub, *below(sub))]
 
-    whole = [task for task in below(Task) if task.sample is not Task.sample]
-    return sorted({*whole}, key=lambda task: task.__name__)
+    def whole(cls: type[Task]) -> bool:
+        return cls.sample is not Task.sample or cls.divide is not Task.divide
+
+    found = {cls for cls in below(Task) if whole(cls) and not cls.__name__.startswith("_")}
+    return sorted(found, key=lambda cls: cls.__name__)

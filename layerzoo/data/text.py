@@ -1,28 +1,39 @@
-"""Bytes of text: the interpreter's standard library, or any local files."""
+"""Text, as bytes or as tokens: the interpreter's standard library, local files, a dataset."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import sysconfig
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
+from layerzoo.data.corpus import Source
 from layerzoo.data.random import bits
 from layerzoo.data.task import IGNORE, SPLITS, Task
+from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.metrics import LossByPosition, TokenLoss
+from layerzoo.spec import at
+
+
+class Corpus(NamedTuple):
+    """A split: its documents in a row, where each starts, and the bytes that they are."""
+
+    tokens: NDArray[np.integer[Any]]
+    starts: NDArray[np.int64]
+    bytes: int
 
 
 class Text(Task):
-    """Next-byte prediction. Files are read as bytes, so any encoding will do.
+    """Next-token prediction of text: a token is a byte unless a tokenizer is given. Files are
+    read as bytes, so any encoding will do; a tokenizer reads them as UTF-8.
 
     The files, in an order hashed from their names, are dealt to test, val and train; with fewer
-    than three files each file is cut: its head to train, its tail to val and test. A sample is
-    the window of length + 1 bytes at a hashed place of its split's concatenated files.
+    than three files each file is cut: its head to train, its tail to val and test. Of a dataset
+    the splits train, validation and test are used; the documents of train are dealt, as files
+    are, to those that it lacks. A sample is the window of length + 1 tokens at a hashed place of
+    its split's concatenated documents. Nothing is put between them, so that the text, and with
+    it the bits a byte, is the same whatever the tokens are; `documents` keeps them apart.
 
     Args:
         files: paths or globs (`**` is recursive); null is the source of the running
@@ -30,14 +41,21 @@ class Text(Task):
         length: T, tokens a sample.
         held_out: share of the files for val, and again for test.
         documents: do not let a window's files see each other: emit `documents`, and do not
-            score the first byte of a file.
+            score the first token of a file.
+        tokenizer: a tokenizer.json, a folder that holds one, or a Hugging Face id; null is bytes.
+        dataset: instead of files: a Hugging Face id, or a folder or file of JSON lines, Parquet
+            or the like; it is streamed.
+        subset, column: of the dataset: the configuration's name, and where its text is.
+        max_bytes: of the dataset: each split ends with the document that reaches this size.
         See `Task` for the others.
 
     Raises:
-        SpecError: no file matches, a file cannot be read, or a split is shorter than a sample.
+        SpecError: no file matches, a file, dataset or tokenizer cannot be read, the extra that it
+            needs is missing, or a split is shorter than a sample.
     """
 
-    vocab_size = 256
+    # No `cases`: the standard library is another text in every version of Python.
+    in_context: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -45,89 +63,80 @@ class Text(Task):
         length: int = 256,
         held_out: float = 0.05,
         documents: bool = False,
+        tokenizer: str | None = None,
+        dataset: str | None = None,
+        subset: str | None = None,
+        column: str = "text",
+        max_bytes: int = 100_000_000,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.require(length >= 1, f"length: must be at least 1, got {length}")
-        self.require(0 < held_out < 0.5, f"held_out: must be in (0, 0.5), got {held_out}")
-        self.files, self.length, self.held_out, self.documents = files, length, held_out, documents
-        self._corpus: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
+        with at(f"data: {type(self).__name__}"):
+            self.source = Source(files, dataset, subset, column, max_bytes, held_out, tokenizer)
+            with at("tokenizer"):
+                self.tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
+        self.length, self.documents = length, documents
+        self.vocab_size = 256 if self.tokenizer is None else self.tokenizer.vocab_size
+        self._corpus: dict[str, Corpus] = {}
+
+    def varied(self, **changes: Any) -> Self:
+        """A task with other options, which shares the corpus if it has the same."""
+        task = super().varied(**changes)
+        if task.source == self.source:
+            task._corpus = self._corpus
+        return task
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean over the held-out text, val and test."""
+        if self.tokenizer is None:
+            return 1
+        self.setup()
+        held_out = [self._corpus["val"], self._corpus["test"]]
+        return sum(c.bytes for c in held_out) / sum(len(c.tokens) for c in held_out)
 
     def metrics(self) -> list[Metric]:
-        return [TokenLoss(1), LossByPosition(self.length, 1)]
+        size = self.bytes_per_token
+        return [TokenLoss(size), LossByPosition(self.length, size)]
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files, once."""
-        if self._corpus:
-            return
-        parts = self._split(self._read())
-        for split in SPLITS:
-            text = np.frombuffer(b"".join(parts[split]), np.uint8)
-            starts = np.cumsum([0, *map(len, parts[split])])[:-1]
+        """Read and encode the text, once."""
+        if not self._corpus:
+            with at(f"data: {type(self).__name__}"):
+                documents = self.source.read()
+            self._corpus |= {split: self._encode(documents[split]) for split in SPLITS}
+        unit = "bytes" if self.tokenizer is None else "tokens"
+        option = "files" if self.source.dataset is None else "dataset"
+        more = "files" if self.source.dataset is None else "of it (max_bytes)"
+        for split, (tokens, _, _) in self._corpus.items():
             self.require(
-                len(text) > self.length,
-                f"files: the {split} split has {len(text)} bytes, a sample needs "
-                f"{self.length + 1}; give more files or a smaller length",
+                len(tokens) > self.length,
+                f"{option}: the {split} split has {len(tokens)} {unit}, a sample needs "
+                f"{self.length + 1}; give more {more} or a smaller length",
             )
-            self._corpus[split] = text, starts
 
-    def _read(self) -> dict[str, bytes]:
-        """Contents by name, in sorted order; names are relative so that machines agree."""
-        if self.files is None:
-            root = Path(sysconfig.get_path("stdlib"))
-            skip = {"site-packages", "test", "tests", "__pycache__"}
-            paths = {str(p.relative_to(root)): p for p in root.rglob("*.py")}
-            paths = {n: p for n, p in paths.items() if not skip & set(Path(n).parts)}
+    def _encode(self, documents: list[bytes]) -> Corpus:
+        text = b"".join(documents)
+        if self.tokenizer is None:
+            encoded, tokens = documents, np.frombuffer(text, np.uint8)
         else:
-            paths = {}
-            for pattern in self.files:
-                path = Path(pattern).expanduser()
-                self.require(
-                    not path.is_dir(), f"files: '{pattern}' is a folder; write '{pattern}/**/*'"
-                )
-                names = [path] if path.is_file() else glob.glob(str(path), recursive=True)
-                found = [p for p in map(Path, names) if p.is_file()]
-                self.require(bool(found), f"files: nothing matches '{pattern}'")
-                paths |= {p.as_posix(): p for p in found}
-        contents = {}
-        for name, path in sorted(paths.items()):
-            try:
-                contents[name] = path.read_bytes()
-            except OSError as error:
-                self.require(False, f"files: cannot read {path}: {error.strerror}")
-        contents = {name: text for name, text in contents.items() if text}
-        self.require(bool(contents), "files: the corpus is empty")
-        return contents
-
-    def _split(self, contents: dict[str, bytes]) -> dict[str, list[bytes]]:
-        if len(contents) < len(SPLITS):
-            parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-            for text in contents.values():
-                tail = max(1, round(self.held_out * len(text)))
-                cuts = (0, len(text) - 2 * tail, len(text) - tail, len(text))
-                for split, low, high in zip(SPLITS, cuts, cuts[1:], strict=False):
-                    parts[split].append(text[max(0, low) : max(0, high)])
-            return parts
-        order = sorted(contents, key=_hash)
-        tail = max(1, round(self.held_out * len(order)))
-        names = {"test": order[:tail], "val": order[tail : 2 * tail], "train": order[2 * tail :]}
-        return {split: [contents[name] for name in sorted(names[split])] for split in SPLITS}
+            encoded = self.tokenizer.encode(documents)
+            tokens = np.concatenate(encoded) if encoded else np.empty(0, np.uint16)
+        starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)[:-1]
+        return Corpus(tokens, starts, len(text))
 
     def sample(self, split: str, index: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         self.setup()
-        text, starts = self._corpus[split]
+        text, starts, _ = self._corpus[split]
         places = np.uint64(len(text) - self.length)
         first = (bits(self.seed, SPLITS.index(split), index) % places).astype(np.int64)
-        at = first[:, None] + np.arange(self.length + 1)
-        tokens = text[at].astype(np.int64)
+        where = first[:, None] + np.arange(self.length + 1)
+        tokens = text[where].astype(np.int64)
         position = np.broadcast_to(np.arange(1, self.length + 1), tokens[:, 1:].shape).copy()
         out = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:].copy(), "position": position}
         if self.documents:
-            files = np.searchsorted(starts, at, side="right")
+            files = np.searchsorted(starts, where, side="right")
             out["labels"][files[:, 1:] != files[:, :-1]] = IGNORE
             out["documents"] = files[:, :-1]
         return out
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()

@@ -19,9 +19,9 @@ ASK, SET = 0, 1
 
 
 class VariableTracking(RecallTask):
-    """Assignments `x1 SET value`, `x2 SET x1`, `x3 SET x2`, .. hidden in random words; then
-    `ASK value`, and all the names that hold this value are the answer, in the order in which they
-    got it.
+    """Variable tracking: assignments `x1 SET value`, `x2 SET x1`, `x3 SET x2`, .. hidden in
+    random words; then `ASK value`, and all the names that hold this value are the answer, in the
+    order in which they got it.
 
     There are several chains of assignments, each in its order, mixed with one another; names and
     values are distinct. The labels: at the asked value the first name of its chain, at each name

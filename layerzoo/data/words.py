@@ -79,7 +79,8 @@ class _Words(Task):
 
 
 class FrequentWords(_Words):
-    """Words in random order, `ASK ANSWER`, and then the most frequent ones, in this order.
+    """Frequent words: words in random order, `ASK ANSWER`, and then the most frequent ones, in
+    this order.
 
     The word of rank r = 1, 2, .. stands there in proportion to r^-alpha, rounded down; but the
     first rank, and what is left, is noise, the same token in all samples. The labels: at
@@ -139,8 +140,8 @@ class FrequentWords(_Words):
 
 
 class CommonWords(_Words):
-    """Words in random order, `ASK ANSWER`, and then those that stand there often, in the order
-    in which they first appeared.
+    """Common words: words in random order, `ASK ANSWER`, and then those that stand there often, in
+    the order in which they first appeared.
 
     Each of the common words stands there `times` times, all others `others` times (the last one
     possibly less). The labels: at `ANSWER` the first, at each answer the next one.

@@ -9,6 +9,7 @@ A scalar `family/number` is a point of the curve `family`; see `layerzoo.tables`
 
 from layerzoo.metrics.accuracy import Accuracy, AccuracyBy, Capacity, SuccessRate
 from layerzoo.metrics.binned import Binned
+from layerzoo.metrics.continual import ContinualMatrix
 from layerzoo.metrics.loss import LossByPosition, TokenLoss
 from layerzoo.metrics.needle import Answers
 from layerzoo.metrics.overwrite import Collateral, ErrorKinds
@@ -21,6 +22,7 @@ __all__ = [
     "Binned",
     "Capacity",
     "Collateral",
+    "ContinualMatrix",
     "ErrorKinds",
     "LossByPosition",
     "Recall",
