@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from layerzoo.spec import SpecError
 
+from .claims import claims_table, judge
 from .grid import Cell, Grid, load_grid, shipped_grids
 from .plot import plot
 from .report import notes, read_rows, table, write_summary
@@ -94,20 +95,23 @@ def _run(grid: Grid, cells: list[Cell], out: Path, jobs: int | None, command: st
         console.print("interrupted; the same command goes on where this one stopped")
         return 130
     rows = read_rows(cells, out)
-    write_summary(grid, rows, display.failed, command, out / "summary.json")
+    verdicts = judge(grid.claims, rows)
+    write_summary(grid, rows, verdicts, display.failed, command, out / "summary.json")
     write_hparams(rows, out)
     reach = cells[0].config.data.init_args.get("reach")
     drawn = plot(f"{grid.name} ({command})", rows, reach, out / "plot.png")
     console.print(table(grid, rows))
     for line in notes(rows):
         console.print(line, markup=False)
+    if verdicts:
+        console.print(claims_table(verdicts))
     if drawn:
         console.print(f"plot:        {out / 'plot.png'}", markup=False)
     console.print(f"summary:     {out / 'summary.json'}", markup=False)
     console.print(f"tensorboard: tensorboard --logdir {out}", markup=False)
     for path, reason in display.failed.items():
         print(f"failed: {path}: {reason} (see {out / path / 'log.txt'})", file=sys.stderr)
-    return 1 if display.failed else 0
+    return 1 if display.failed or not all(verdict.holds for verdict in verdicts) else 0
 
 
 def main(argv: Sequence[str]) -> int:

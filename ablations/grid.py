@@ -17,6 +17,8 @@ from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import Config, SpecError, at, suggest
 from layerzoo.training import config_path, read_yaml
 
+from .claims import Claim
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -28,11 +30,15 @@ class Cell:
 
     @property
     def arm(self) -> str:
-        return ",".join(self.options.values())
+        return arm_name(self.options)
 
     @property
     def path(self) -> str:
         return f"{self.arm}/seed-{self.seed}"
+
+
+def arm_name(options: dict[str, str]) -> str:
+    return ",".join(options.values())
 
 
 class Grid(Config):
@@ -46,6 +52,7 @@ class Grid(Config):
         (`data.init_args.seed`), so that cells of one seed are paired.
     set: overrides for every cell.
     window_arm: axis -> option of the arm whose model's reach defines the ceiling of all.
+    expect: claims about what the grid finds, the fields of `Claim`.
     """
 
     name: str
@@ -54,6 +61,17 @@ class Grid(Config):
     seeds: tuple[int, ...] = (0, 1, 2)
     set: dict[str, Any] | None = None
     window_arm: dict[str, str] | None = None
+    expect: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def claims(self) -> list[Claim]:
+        return [Claim.from_fields(fields) for fields in self.expect]
+
+    @property
+    def arms(self) -> list[dict[str, str]]:
+        """The options of every arm, in order."""
+        arms = itertools.product(*self.axes.values())
+        return [dict(zip(self.axes, arm, strict=True)) for arm in arms]
 
     def check(self) -> None:
         if not self.axes or not all(self.axes.values()):
@@ -74,6 +92,11 @@ class Grid(Config):
                 raise SpecError(
                     f"window_arm: {axis}: {option}; {suggest(option, options or self.axes)}"
                 )
+        arms = {arm_name(options) for options in self.arms}
+        with at("expect"):
+            for claim in self.claims:
+                if claim.arm not in arms:
+                    raise SpecError(f"arm: no '{claim.arm}'; {suggest(claim.arm, arms)}")
 
 
 def shipped_grids() -> dict[str, Path]:
@@ -119,14 +142,13 @@ def _axis(name: Any, options: Any) -> tuple[str, dict[str, Any]]:
 
 def _cells(grid: Grid, base: Any) -> list[Cell]:
     cells = []
-    for seed, arm in itertools.product(grid.seeds, itertools.product(*grid.axes.values())):
-        options = dict(zip(grid.axes, arm, strict=True))
+    for seed, options in itertools.product(grid.seeds, grid.arms):
         config = base.copy()
         overrides = [
             grid.set or {},
             *(grid.axes[axis][option] for axis, option in options.items()),
         ]
-        with at(",".join(arm)):
+        with at(arm_name(options)):
             for key, value in itertools.chain(*(part.items() for part in overrides)):
                 _override(config, key, value)
         for key in ("seed_everything", "data.init_args.seed"):

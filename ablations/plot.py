@@ -41,12 +41,13 @@ def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool
         )
     left.set_yticks(range(len(rows)), [row.arm for row in reversed(rows)])
     left.set_xlim(-0.02, 1.04)
+    left.set_ylim(-0.5, len(rows) - 0.5)
     left.set_xlabel("recall of the test queries (dots: seeds, bar: mean)")
     if bound := bound_of(rows):
         left.axvline(bound[0], color="0.5", ls="--", lw=1)
         left.annotate(
             "most that the window allows",
-            (bound[0], len(rows) - 0.55),
+            (bound[0], len(rows) - 0.45),
             ha="center",
             color="0.35",
             fontsize=9,

@@ -12,6 +12,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from .claims import Verdict, plain_verdicts
 from .grid import Cell, Grid
 from .statistics import Estimate, mean_interval, window_bound
 from .worker import METRICS
@@ -57,14 +58,19 @@ def read_rows(cells: Sequence[Cell], out: Path) -> list[Row]:
 
 
 def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
-    """The window's bound on accuracy and its standard error, if the grid has a ceiling."""
-    all_metrics = [
-        m for row in rows for m in row.metrics if m.get("chance") and "recall/ceiling" in m
+    """The window's bound on accuracy and its standard error, if the grid has one ceiling for
+    all arms."""
+    shown = [
+        (seed, m)
+        for row in rows
+        for seed, m in zip(row.seeds, row.metrics, strict=True)
+        if m.get("chance") and "recall/ceiling" in m
     ]
-    if not all_metrics:
+    ceilings = {(seed, m["recall/ceiling"]) for seed, m in shown}
+    if not shown or len(ceilings) > len({seed for seed, _ in shown}):  # arms differ in reach
         return None
-    ceiling = mean_interval([m["recall/ceiling"] for m in all_metrics]).mean
-    return window_bound(ceiling, all_metrics[0]["chance"], all_metrics[0]["recall/queries"])
+    ceiling = mean_interval([m["recall/ceiling"] for _, m in shown]).mean
+    return window_bound(ceiling, shown[0][1]["chance"], shown[0][1]["recall/queries"])
 
 
 def table(grid: Grid, rows: Sequence[Row]) -> Table:
@@ -123,9 +129,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def write_summary(
-    grid: Grid, rows: Sequence[Row], failed: dict[str, str], command: str, path: Path
+    grid: Grid,
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+    failed: dict[str, str],
+    command: str,
+    path: Path,
 ) -> None:
-    """One JSON file with every arm's estimates and every cell's metrics."""
+    """One JSON file with every arm's estimates, every cell's metrics and every claim."""
     names = ("recall/accuracy", "recall/beyond_window", "recall/ceiling", "loss/held_out")
     arms = [
         {
@@ -143,6 +154,7 @@ def write_summary(
         "command": command,
         "window_bound": {"mean": bound[0], "standard_error": bound[1]} if bound else None,
         "failed": failed,
+        "claims": plain_verdicts(verdicts),
         "arms": arms,
     }
     path.write_text(json.dumps(summary, indent=2) + "\n")

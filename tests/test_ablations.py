@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
+from layerzoo.ablations.claims import Claim, judge
 from layerzoo.ablations.command import run
 from layerzoo.ablations.grid import load_grid, shipped_grids
+from layerzoo.ablations.report import Row, bound_of
 from layerzoo.ablations.runner import Pool, prepare
 from layerzoo.ablations.statistics import mean_interval, window_bound
 
@@ -24,6 +27,12 @@ def narrow(window: int) -> dict[str, Any]:
 
 
 AXES = {"x": {"a": {}}}
+
+
+def claim(**changes: Any) -> dict[str, Any]:
+    """One that holds of the cells below."""
+    fields = {"arm": "window", "metric": "recall/queries", "value": 64.0, "tolerance": 0.0}
+    return {**fields, "source": "arithmetic", **changes}
 
 
 def grid_file(folder: Path, **changes: Any) -> Path:
@@ -110,6 +119,14 @@ def test_shipped_grids_build(name: str) -> None:
             "'linear'?",
         ),
         ({"set": {"model.network.dim": "${data.nope}"}}, "not found"),
+        ({"expect": [claim(arm="windo")]}, "expect: arm: no 'windo'; did you mean 'window'?"),
+        ({"expect": [claim(tolerence=1)]}, "expect: unknown field 'tolerence'; did you mean"),
+        (
+            {"expect": [claim(value="bound")]},
+            "expect: value: expected float or one of 'window_bound'",
+        ),
+        ({"expect": [claim(tolerance=-0.1)]}, "expect: tolerance: must not be negative"),
+        ({"expect": claim()}, "expect: expected"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(
@@ -177,9 +194,58 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     assert run(str(grid_file(tmp_path, set=same)), tmp_path, jobs=1) == 0
 
 
+def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: Any) -> None:
+    def judged(*claims: dict[str, Any]) -> tuple[int, list[bool]]:
+        path = grid_file(tmp_path, axes={"layer": {"window": narrow(8)}}, expect=list(claims))
+        _, cells = load_grid(str(path))
+        for cell in cells:  # as if it had run
+            if prepare(cell, tmp_path / "tiny"):
+                figures = {"recall/queries": 63 + 2 * cell.seed, "recall/accuracy": 0.5}
+                figures |= {"recall/ceiling": 0.4, "chance": 0.1}
+                sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
+                metrics = tmp_path / "tiny" / cell.path / "metrics.json"
+                metrics.write_text(json.dumps(figures | sizes))
+        status = run(str(path), tmp_path, jobs=1)
+        summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+        return status, [each["holds"] for each in summary["claims"]]
+
+    assert judged(claim()) == (0, [True])
+    assert re.search(r"64.000 ±0 +64.000 +holds", capsys.readouterr().out)
+    wrong, mistyped = claim(value=65, tolerance=0.5), claim(metric="recall/queriez")
+    assert judged(claim(), wrong, mistyped) == (1, [True, False, False])
+    out = capsys.readouterr().out
+    assert re.search(r"65.000 ±0.5 +64.000 +fails", out)
+    assert re.search(r"recall/queriez +64.000 ±0 +- +not measured", out)
+
+
+def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> None:
+    def row(arm: str, *cells: tuple[float, float]) -> Row:
+        metrics = [
+            {"recall/ceiling": c, "recall/accuracy": a, "recall/queries": 99, "chance": 0.1}
+            for c, a in cells
+        ]
+        return Row(arm, {"window": arm}, [*range(len(cells))], metrics)
+
+    rows = [row("8", (0.4, 0.4), (0.6, 0.6)), row("16", (0.8, 0.9), (0.8, 0.9)), row("32")]
+    claims = [
+        Claim.from_fields(claim(arm=arm, metric="recall/accuracy", value=value, tolerance=0.06))
+        for arm, value in (("8", 0.5), ("8", "window_bound"), ("16", "window_bound"), ("32", 0.5))
+    ]
+    verdicts = judge(claims, rows)
+    # A mean ceiling of .5 and a guess among 10 are .55; of .8, .82: too far from .9.
+    expected = [0.5, 0.55, 0.82, 0.5]
+    assert [verdict.expected for verdict in verdicts] == pytest.approx(expected)
+    assert [verdict.holds for verdict in verdicts] == [True, True, False, False]
+    assert verdicts[3].measured is None
+    # The table's line about one bound for all is for arms that share a ceiling.
+    assert bound_of(rows) is None
+    assert bound_of(rows[:1]) == pytest.approx(window_bound(0.5, 0.1, 99))
+
+
 def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     endless = {"trainer.max_steps": 100_000, "data.init_args.train_samples": 10_000_000}
-    quick = {"trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    quick: dict[str, Any] = {"trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    quick["data.init_args.lengths"] = [32, 64]  # two test loaders
     axes = {"steps": {"endless": endless, "quick": quick}}
     base = yaml.safe_load(grid_file(tmp_path).read_text())["set"]
     path = grid_file(tmp_path, axes=axes, set=base, seeds=[0], window_arm=None)
@@ -196,6 +262,8 @@ def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     pool.run()
     assert seen["endless/seed-0"] == {"failed": "killed by signal 9"}
     assert seen["quick/seed-0"] == {"done": True}
+    metrics = json.loads((tmp_path / "quick/seed-0/metrics.json").read_text())
+    assert {f"recall/ceiling/length={n}" for n in (32, 64)} <= metrics.keys()
     assert not pool.workers
     assert prepare(cells[0], tmp_path) and not prepare(cells[1], tmp_path)
 

@@ -1,6 +1,7 @@
 """Tasks: one file per family; each is a LightningDataModule (see `layerzoo.data.task.Task`)."""
 
 from layerzoo.data.continual import Continual
+from layerzoo.data.copying import Copying, Induction
 from layerzoo.data.mad import Memorization, SelectiveCopying
 from layerzoo.data.mad_compression import Compression
 from layerzoo.data.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
@@ -8,6 +9,7 @@ from layerzoo.data.mqar import MQAR
 from layerzoo.data.needle import Needle
 from layerzoo.data.overwrite import Overwrite
 from layerzoo.data.recall import RecallTask
+from layerzoo.data.state_tracking import StateTracking
 from layerzoo.data.task import Task, list_tasks
 from layerzoo.data.text import Text
 from layerzoo.data.tracking import VariableTracking
@@ -18,15 +20,18 @@ __all__ = [
     "CommonWords",
     "Compression",
     "Continual",
+    "Copying",
     "FrequentWords",
     "FuzzyRecall",
     "InContextRecall",
+    "Induction",
     "Memorization",
     "Needle",
     "NoisyRecall",
     "Overwrite",
     "RecallTask",
     "SelectiveCopying",
+    "StateTracking",
     "Task",
     "Text",
     "VariableTracking",
