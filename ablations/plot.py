@@ -12,12 +12,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from .report import Row, bound_of
+from layerzoo.style import COLOURS, MARKERS, tidy
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, without their yellow; two more.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#444444", "#CC79A7")
-COLOURS += ("#7F6000", "#661155")
-MARKERS = "osD^vPX*"  # of another length, so that a colour comes back with another marker
+from .report import Row, bound_of
 
 
 def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool:
@@ -76,9 +73,7 @@ def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x" if axes is left else "y", color="0.9")
-        axes.set_axisbelow(True)
+        tidy(axes, grid="x" if axes is left else "y")
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from layerzoo.metrics import SuccessRate
 
 from .claims import Verdict, plain_verdicts
 from .grid import Cell, Grid
@@ -73,13 +76,28 @@ def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
     return window_bound(ceiling, shown[0][1]["chance"], shown[0][1]["recall/queries"])
 
 
+def headline_of(rows: Sequence[Row]) -> str:
+    """The name of the accuracy that the grid's task has."""
+    names = ("recall/accuracy", "accuracy/all")
+    return next((name for name in names if any(row.values(name) for row in rows)), names[0])
+
+
+def success_rate(accuracies: Sequence[float]) -> float:
+    """The share of the runs that reach SUCCESS."""
+    metric = SuccessRate(SUCCESS)
+    metric.update(torch.tensor(accuracies, dtype=torch.float64))
+    return float(metric.compute())
+
+
 def table(grid: Grid, rows: Sequence[Row]) -> Table:
     """Mean and 95% t interval over seeds; dashes where a task has no such metric."""
-    title = f"{grid.name}: recall in %, mean ± 95% t interval over {len(grid.seeds)} seeds"
+    headline = headline_of(rows)
+    what = headline.partition("/")[0]
+    title = f"{grid.name}: {what} in %, mean ± 95% t interval over {len(grid.seeds)} seeds"
     out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
     heads = (
         "arm",
-        "recall",
+        what,
         "beyond window",
         "ceiling",
         f"≥{SUCCESS:.0%}",
@@ -90,14 +108,14 @@ def table(grid: Grid, rows: Sequence[Row]) -> Table:
     for n, head in enumerate(heads):
         out.add_column(head, justify="right" if n else "left", no_wrap=True)
     for row in rows:
-        accuracy = row.values("recall/accuracy")
+        accuracy = row.values(headline)
         missing = "" if len(row.metrics) == len(grid.seeds) else f" ({len(row.metrics)} seeds)"
         out.add_row(
             row.arm + missing,
-            _percent(row.estimate("recall/accuracy")),
+            _percent(row.estimate(headline)),
             _percent(row.estimate("recall/beyond_window")),
             _mean(row.estimate("recall/ceiling"), "{:.1%}"),
-            f"{sum(a >= SUCCESS for a in accuracy)}/{len(accuracy)}" if accuracy else "-",
+            f"{success_rate(accuracy):.0%}" if accuracy else "-",
             _mean(row.estimate("loss/held_out"), "{:.3f}"),
             _mean(row.estimate("parameters"), "{:,.0f}"),
             _mean(row.estimate("state_bytes"), "{:,.0f}"),
@@ -137,13 +155,15 @@ def write_summary(
     path: Path,
 ) -> None:
     """One JSON file with every arm's estimates, every cell's metrics and every claim."""
-    names = ("recall/accuracy", "recall/beyond_window", "recall/ceiling", "loss/held_out")
+    headline = headline_of(rows)
+    names = (headline, "recall/beyond_window", "recall/ceiling", "loss/held_out")
     arms = [
         {
             "arm": row.arm,
             "options": row.options,
             "seeds": row.seeds,
             **{name: row.estimate(name)._asdict() for name in names if row.values(name)},
+            "success_rate": success_rate(row.values(headline)) if row.values(headline) else None,
             "cells": row.metrics,
         }
         for row in rows

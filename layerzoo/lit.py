@@ -92,9 +92,8 @@ class LitModel(LightningModule):
         if stage == "fit" and (length := getattr(task, "length", None)):
             for line in self.model.cautions(length):
                 rank_zero_warn(line, stacklevel=1)
-        for split in ("val", "test"):
-            if split not in self.metrics:
-                self.metrics[split] = self._metrics(task, split)
+        for split in ("val", "test"):  # anew: it may be another task than the last
+            self.metrics[split] = self._metrics(task, split)
 
     def _metrics(self, task: Any, split: str) -> nn.ModuleList:
         """A split's metrics, a list for each part."""
