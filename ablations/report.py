@@ -115,7 +115,7 @@ def table(grid: Grid, rows: Sequence[Row]) -> Table:
             _percent(row.estimate(headline)),
             _percent(row.estimate("recall/beyond_window")),
             _mean(row.estimate("recall/ceiling"), "{:.1%}"),
-            f"{success_rate(accuracy):.0%}" if accuracy else "-",
+            f"{success_rate(accuracy) * len(accuracy):.0f}/{len(accuracy)}" if accuracy else "-",
             _mean(row.estimate("loss/held_out"), "{:.3f}"),
             _mean(row.estimate("parameters"), "{:,.0f}"),
             _mean(row.estimate("state_bytes"), "{:,.0f}"),
