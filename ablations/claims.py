@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from layerzoo.spec import Config, SpecError
 
+from .rows import Row
 from .statistics import mean_interval, window_bound
-
-if TYPE_CHECKING:
-    from .report import Row
 
 
 class Claim(Config):

@@ -14,7 +14,8 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from layerzoo.style import COLOURS, MARKERS, tidy
 
-from .report import Row, bound_of
+from .report import bound_of
+from .rows import Row
 
 
 def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -17,35 +15,12 @@ from layerzoo.metrics import SuccessRate
 
 from .claims import Verdict, plain_verdicts
 from .grid import Cell, Grid
+from .rows import Row
 from .statistics import Estimate, mean_interval, window_bound
 from .worker import METRICS
 
 SUCCESS = 0.9
 """Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """An arm's metrics over its seeds."""
-
-    arm: str
-    options: dict[str, str]
-    seeds: list[int]
-    metrics: list[dict[str, Any]]
-
-    def values(self, name: str) -> list[float]:
-        return [m[name] for m in self.metrics if m.get(name) is not None]
-
-    def estimate(self, name: str) -> Estimate:
-        return mean_interval(self.values(name))
-
-    def lags(self) -> dict[int, Estimate]:
-        """Recall by the lower edge of the lag's bin."""
-        names = {n for m in self.metrics for n in m if n.startswith("recall_lag/")}
-        return {
-            edge: self.estimate(f"recall_lag/{edge}")
-            for edge in sorted(int(n.split("/")[1]) for n in names)
-        }
 
 
 def read_rows(cells: Sequence[Cell], out: Path) -> list[Row]:

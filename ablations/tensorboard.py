@@ -12,10 +12,16 @@ from pathlib import Path
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import FileWriter
 
-from .report import Row
+from .rows import Row
 
 SUFFIX = ".hparams"
-COLUMNS = ("recall/accuracy", "recall/beyond_window", "recall/ceiling", "loss/held_out")
+COLUMNS = (
+    "recall/accuracy",
+    "recall/beyond_window",
+    "recall/ceiling",
+    "accuracy/all",
+    "loss/held_out",
+)
 
 
 def write_hparams(rows: Sequence[Row], out: Path) -> None:

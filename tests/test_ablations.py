@@ -17,7 +17,8 @@ from layerzoo import SpecError
 from layerzoo.ablations.claims import Claim, judge
 from layerzoo.ablations.command import run
 from layerzoo.ablations.grid import load_grid, shipped_grids
-from layerzoo.ablations.report import Row, bound_of
+from layerzoo.ablations.report import bound_of
+from layerzoo.ablations.rows import Row
 from layerzoo.ablations.runner import Pool, prepare
 from layerzoo.ablations.statistics import mean_interval, window_bound
 
