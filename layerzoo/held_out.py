@@ -17,31 +17,36 @@ from layerzoo.data.task import Task
 
 
 class Figures(Callback):
-    """Draws the curves and heat maps of the held-out figures when training and testing end, into
-    TensorBoard's images; prints the test split's table, logs it as text, and saves its figures as
-    `<family>.png` beside the logs."""
+    """Draws the curves and heat maps of the held-out figures into TensorBoard's images when
+    training ends; after `validate` and `test` also prints their table, logs it as text, and saves
+    the pictures beside the logs."""
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            figures = {n: float(v) for n, v in trainer.callback_metrics.items()}
-            self._draw(trainer, "", figures)
+            self._draw(trainer, "", _figures(trainer, ""), None)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == "validate":
+            self._show(trainer, "val", prefix="")
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        self._show(trainer, "test", prefix="test/")
+
+    def _show(self, trainer: Any, split: str, prefix: str) -> None:
         folder = trainer.log_dir  # asks every rank
         if not trainer.is_global_zero:
             return
-        found = {n: float(v) for n, v in trainer.callback_metrics.items()}
-        figures = {n.removeprefix("test/"): v for n, v in found.items() if n.startswith("test/")}
-        task = trainer.datamodule
-        parts = [*task.parts("test")] if isinstance(task, Task) else [""]
+        figures, task = _figures(trainer, prefix), trainer.datamodule
+        parts = [*task.parts(split)] if isinstance(task, Task) else [""]
         rows = table(figures, parts)
-        show(rows, parts)
+        heads = [split, *(("mean", *parts) if len(parts) > 1 else ("",))]
+        show(rows, heads)
         if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_text("test/figures", markdown(rows, parts))
-        self._draw(trainer, "test/", figures, folder)
+            trainer.logger.experiment.add_text(f"{prefix}figures", markdown(rows, heads))
+        self._draw(trainer, prefix, figures, folder)
 
     def _draw(
-        self, trainer: Any, prefix: str, figures: Mapping[str, float], folder: str | None = None
+        self, trainer: Any, prefix: str, figures: Mapping[str, float], folder: str | None
     ) -> None:
         if not isinstance(trainer.logger, TensorBoardLogger):
             return
@@ -63,6 +68,11 @@ class Figures(Callback):
                 print(f"figure: {path}")
 
 
+def _figures(trainer: Any, prefix: str) -> dict[str, float]:
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {n.removeprefix(prefix): value for n, value in found.items() if n.startswith(prefix)}
+
+
 Rows = dict[str, list[float | None]]
 
 
@@ -82,19 +92,17 @@ def _cells(values: Sequence[float | None]) -> list[str]:
     return ["" if v is None else f"{v:,.0f}" if v == round(v) else f"{v:.4g}" for v in values]
 
 
-def show(rows: Rows, parts: Sequence[str]) -> None:
+def show(rows: Rows, heads: Sequence[str]) -> None:
     """Print a table."""
     out = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    out.add_column("test", no_wrap=True)
-    for head in ("mean", *parts) if len(parts) > 1 else ("",):
-        out.add_column(head, justify="right", no_wrap=True)
+    for n, head in enumerate(heads):
+        out.add_column(head, justify="right" if n else "left", no_wrap=True)
     for name, values in rows.items():
         out.add_row(name, *_cells(values))
     Console(width=None if Console().is_terminal else 200).print(out)
 
 
-def markdown(rows: Rows, parts: Sequence[str]) -> str:
+def markdown(rows: Rows, heads: Sequence[str]) -> str:
     """The table as TensorBoard's text plugin reads it."""
-    heads = ["test", *(("mean", *parts) if len(parts) > 1 else ("",))]
     lines = [heads, ["---"] * len(heads), *([name, *_cells(v)] for name, v in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

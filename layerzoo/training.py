@@ -161,6 +161,9 @@ class TrainCLI(LightningCLI):
         known = LightningCLI.subcommands()
         return {name: skip | {"verbose"} for name, skip in known.items()}
 
+    def validate(self, **options: Any) -> None:
+        self.trainer.validate(**options, verbose=False)
+
     def test(self, **options: Any) -> None:
         self.trainer.test(**options, verbose=False)
 

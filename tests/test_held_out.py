@@ -57,7 +57,7 @@ def test_the_table_has_a_column_for_each_part() -> None:
     rows = table(FIGURES, parts)
     assert rows["recall/accuracy"] == [0.5, 0.6, 0.4]
     assert rows["recall_lag/64"] == [None, None, 0.0]
-    text = markdown(rows, parts).splitlines()
+    text = markdown(rows, ["test", "mean", *parts]).splitlines()
     assert text[0] == "| test | mean | length=64 | length=128 |"
     assert "| recall_lag/64 |  |  | 0 |" in text
     assert table({"loss/held_out": 2.0}, [""]) == {"loss/held_out": [2.0]}
@@ -82,6 +82,9 @@ def test_test_at_many_lengths(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "test/recall/accuracy/length=128" in events.Tags()["scalars"]
     assert "test/figures/recall_lag-lag-length" in events.Tags()["images"]
     assert "test/figures/text_summary" in events.Tags()["tensors"]
+    assert main(["validate", "--config", "mqar", *small, "--ckpt_path", str(checkpoint)]) == 0
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if "recall/queries" in s]
+    assert line.split() == ["recall/queries", "64"]
 
 
 @pytest.mark.parametrize("lengths", [[64, 32], "64,32", "64, 32"])

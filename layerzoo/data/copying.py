@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.random import bits
+from layerzoo.data.random import below, bits
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, AccuracyBy, Answers, TokenLoss
@@ -20,7 +20,7 @@ MARK = 0
 
 def letters(alphabet: int, random: NDArray[np.uint64]) -> NDArray[np.int64]:
     """1..alphabet, uniform."""
-    return 1 + (random % np.uint64(alphabet)).astype(np.int64)
+    return 1 + below(alphabet, random)
 
 
 class Copying(Task):
@@ -116,7 +116,7 @@ class Induction(RecallTask):
         B, T = len(index), self.length
         key = (self.seed, SPLITS.index(split), index[:, None])
         tokens = letters(self.vocab_size - 1, bits(*key, 0, np.arange(T)))
-        place = (bits(*key, 1) % np.uint64(T - 3)).astype(np.int64)
+        place = below(T - 3, bits(*key, 1))
         np.put_along_axis(tokens, place, MARK, 1)
         tokens[:, -1] = MARK
         labels, lag = np.full((B, T), IGNORE), np.zeros((B, T), np.int64)

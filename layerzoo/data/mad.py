@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.mad_recall import Ints, below
-from layerzoo.data.random import bits
+from layerzoo.data.mad_recall import Ints
+from layerzoo.data.random import below, bits
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, TokenLoss

@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from layerzoo.data.mad_recall import below
-from layerzoo.data.random import bits
+from layerzoo.data.random import below, bits
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 from layerzoo.nn import RMSNorm

@@ -7,16 +7,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from layerzoo.data.random import U64, bits
+from layerzoo.data.random import below, bits
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 
 Ints = NDArray[np.int64]
-
-
-def below(n: Any, random: U64) -> Ints:
-    """Random bits as numbers in range(n); n may be an array that broadcasts."""
-    return (random % np.asarray(n).astype(np.uint64)).astype(np.int64)
 
 
 class InContextRecall(RecallTask):

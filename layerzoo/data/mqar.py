@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.random import bits, choose, choose_weighted, slot_weights
+from layerzoo.data.random import below, bits, choose, choose_weighted, slot_weights
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Capacity
@@ -139,8 +139,7 @@ class MQAR(RecallTask):
         if self.filler == "zero":
             tokens = np.zeros((B, T), np.int64)
         else:
-            noise = bits(*key, 3, np.arange(T)) % np.uint64(self.vocab_size)
-            tokens = noise.astype(np.int64)
+            tokens = below(self.vocab_size, bits(*key, 3, np.arange(T)))
         tokens[:, 0 : 2 * D : 2], tokens[:, 1 : 2 * D : 2] = keys, values
         queries, value_at = 2 * D + 2 * slots, np.arange(D) * 2 + 1
         rows = np.arange(B)[:, None]

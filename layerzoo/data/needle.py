@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.random import bits, choose
+from layerzoo.data.random import below, bits, choose
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 from layerzoo.metrics import AccuracyBy, Answers
@@ -213,8 +213,7 @@ class Needle(RecallTask):
     def _values(self, key: tuple[Any, ...]) -> NDArray[np.int64]:
         """Digits 0..BASE-1: `[B, keys hidden, values, digits]`."""
         N, D, fresh = self.needles, self.digits, self.digits - self.repeats
-        drawn = bits(*key, 1, np.arange(N * fresh)) % np.uint64(BASE)
-        drawn = drawn.astype(np.int64).reshape(-1, N, fresh)
+        drawn = below(BASE, bits(*key, 1, np.arange(N * fresh))).reshape(-1, N, fresh)
         if self.repeats:
             # Doubling any digit of those that stand there, five times, makes each way to cut ten
             # digits into five runs as likely as any other (a Polya urn): draw where they are cut.

@@ -30,12 +30,17 @@ def bits(*keys: ArrayLike) -> U64:
     return hashed
 
 
+def below(n: ArrayLike, random: U64) -> NDArray[np.int64]:
+    """Random bits as numbers in range(n); n may be an array that broadcasts."""
+    return (random % np.asarray(n).astype(np.uint64)).astype(np.int64)
+
+
 def choose(population: int, draws: int, random: U64) -> NDArray[np.int64]:
     """Draw without replacement from range(population): `[B, draws]` bits -> `[B, draws]`."""
     rows = np.arange(len(random))
     pool = np.broadcast_to(np.arange(population), (len(random), population)).copy()
     for n in range(draws):  # the head of a Fisher-Yates shuffle
-        other = n + (random[:, n] % np.uint64(population - n)).astype(np.int64)
+        other = n + below(population - n, random[:, n])
         pool[rows, other], pool[:, n] = pool[:, n].copy(), pool[rows, other]
     return pool[:, :draws]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.random import bits
+from layerzoo.data.random import below, bits
 from layerzoo.data.task import SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, AccuracyBy, TokenLoss
 from layerzoo.metrics.binned import octaves
@@ -125,7 +125,7 @@ class StateTracking(Task):
     def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
         position = np.arange(self.length)
         random = bits(self.seed, SPLITS.index(split), index[:, None], position)
-        tokens = self.drawn[(random % np.uint64(len(self.drawn))).astype(np.int64)]
+        tokens = self.drawn[below(len(self.drawn), random)]
         return {
             "tokens": tokens,
             "labels": products(self.group, tokens),

@@ -267,11 +267,11 @@ class Task(LightningDataModule):
 def list_tasks() -> list[type[Task]]:
     """Every task that is imported, by name."""
 
-    def below(cls: type[Task]) -> list[type[Task]]:
-        return [task for sub in cls.__subclasses__() for task in (sub, *below(sub))]
+    def under(cls: type[Task]) -> list[type[Task]]:
+        return [task for sub in cls.__subclasses__() for task in (sub, *under(sub))]
 
     def whole(cls: type[Task]) -> bool:
         return cls.sample is not Task.sample or cls.divide is not Task.divide
 
-    found = {cls for cls in below(Task) if whole(cls) and not cls.__name__.startswith("_")}
+    found = {cls for cls in under(Task) if whole(cls) and not cls.__name__.startswith("_")}
     return sorted(found, key=lambda cls: cls.__name__)

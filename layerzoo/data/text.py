@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torchmetrics import Metric
 
 from layerzoo.data.corpus import Source
-from layerzoo.data.random import bits
+from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE, SPLITS, Task
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.metrics import LossByPosition, TokenLoss
@@ -129,8 +129,7 @@ class Text(Task):
     def sample(self, split: str, index: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         self.setup()
         text, starts, _ = self._corpus[split]
-        places = np.uint64(len(text) - self.length)
-        first = (bits(self.seed, SPLITS.index(split), index) % places).astype(np.int64)
+        first = below(len(text) - self.length, bits(self.seed, SPLITS.index(split), index))
         where = first[:, None] + np.arange(self.length + 1)
         tokens = text[where].astype(np.int64)
         position = np.broadcast_to(np.arange(1, self.length + 1), tokens[:, 1:].shape).copy()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.random import bits, choose
+from layerzoo.data.random import below, bits, choose
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 from layerzoo.data.words import guess_distinct
@@ -105,8 +105,7 @@ class VariableTracking(RecallTask):
         start = item + 2 * item.argsort(1).argsort(1)
         start = np.sort(start.reshape(B, N, L), axis=-1)
 
-        word = (bits(*key, 3, np.arange(T)) % np.uint64(self.words)).astype(np.int64)
-        tokens = 2 + self.values + self.names + word
+        tokens = 2 + self.values + self.names + below(self.words, bits(*key, 3, np.arange(T)))
         lines = np.stack([names, np.full_like(names, SET), sources], axis=-1)
         at = start[..., None] + np.arange(3)
         np.put_along_axis(tokens, at.reshape(B, -1), lines.reshape(B, -1), 1)

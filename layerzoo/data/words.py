@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.random import bits, choose
+from layerzoo.data.random import bits, choose, shuffle
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, AccuracyBy, Answers, TokenLoss
 
@@ -58,8 +58,7 @@ class _Words(Task):
         words = np.pad(words, ((0, 0), (0, 1)), constant_values=NOISE)
         noise = self.context - self.counts.sum()
         which = np.repeat(np.arange(R + 1), [*self.counts, noise])
-        shuffle = bits(*key, 1, np.arange(self.context)).argsort(1, kind="stable")
-        return which[shuffle], words
+        return which[shuffle(bits(*key, 1, np.arange(self.context)))], words
 
     def _ask(
         self, index: NDArray[np.int64], context: NDArray[np.int64], answers: NDArray[np.int64]
