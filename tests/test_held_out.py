@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from layerzoo import SpecError
 from layerzoo.cli import main
-from layerzoo.data import MQAR
+from layerzoo.data import MQAR, Task
 from layerzoo.figures import draw, families
 from layerzoo.held_out import markdown, table
 
@@ -102,6 +104,24 @@ def test_a_setting_is_varied_from_what_it_sets() -> None:
     part = task.parts("test")["length=256"]
     assert isinstance(part, MQAR)
     assert (part.length, part.pairs, part.vocab_size) == (256, 8, 1024)
+
+
+def test_a_task_may_read_its_setting_late() -> None:
+    class Late(Task):
+        SETTINGS: ClassVar = {"long": {"length": 64}}
+
+        def __init__(self, length: int = 8, setting: str | None = None, **options: Any) -> None:
+            super().__init__(**options)
+            self.length = self.preset(setting, length=length)["length"]
+
+    task = Late(setting="long", seed=2, batch_size=5)
+    other = task.varied(seed=3)
+    assert (other.length, other.seed, other.batch_size) == (64, 3, 5)
+    assert Late(16, seed=2).varied().length == 16  # given by place
+    with pytest.raises(SpecError, match="length: 9, but setting long has 64"):
+        Late(length=9, setting="long")
+    with pytest.raises(SpecError, match="no 'lang'; did you mean 'long'"):
+        Late(setting="lang")
 
 
 def test_the_mix_is_of_the_published_sets() -> None:

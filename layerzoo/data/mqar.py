@@ -25,8 +25,8 @@ class MQAR(RecallTask):
     two-token slots hold the D queries: the j-th key takes the j-th slot drawn without
     replacement, slot i with probability ~ i^(alpha - 1). The label, the key's value, is on the
     query's position; its annotations are `lag` = query position - value position and, of the row,
-    `pairs`. Chance is a guess
-    among the V/2 values. Source: Arora et al. 2023, arXiv 2312.04927, and its code (zoology).
+    `pairs`. Chance is a guess among the V/2 values. Source: Arora et al. 2023, arXiv 2312.04927,
+    and its code (zoology).
 
     Settings: `figure2/64x4`, `128x8`, `256x16`, `512x64` of that paper; `recall-memory`, the mix
     of lengths and pairs of Arora et al. 2024, arXiv 2402.18668, figure 2: trained on five sets

@@ -26,9 +26,9 @@ class Overwrite(RecallTask):
 
     Annotations at the queries: `lag` since the last write of the key; `writes` of the key;
     `between`, the writes of other keys since then; `old`, the key's earlier values, -1 where
-    there are none; and of the row `bound`, all values written. A memory forgets by *staying* (an
-    old value is answered), by *collision* (another key's), or altogether. Keys written once
-    show collateral forgetting: nobody touched them.
+    there are none; and of the row `bound`, all values written. A wrong answer is stale (an old
+    value of the key), another key's value, or off the set (`errors/..`, see `ErrorKinds`); keys
+    that are written once show what writes to others cost (`Collateral`).
 
     Args:
         vocab_size: V. length: T, even.
