@@ -51,12 +51,6 @@ def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
     return window_bound(ceiling, shown[0][1]["chance"], shown[0][1]["recall/queries"])
 
 
-def headline_of(rows: Sequence[Row]) -> str:
-    """The name of the accuracy that the grid's task has."""
-    names = ("recall/accuracy", "accuracy/all")
-    return next((name for name in names if any(row.values(name) for row in rows)), names[0])
-
-
 def success_rate(accuracies: Sequence[float]) -> float:
     """The share of the runs that reach SUCCESS."""
     metric = SuccessRate(SUCCESS)
@@ -66,8 +60,8 @@ def success_rate(accuracies: Sequence[float]) -> float:
 
 def table(grid: Grid, rows: Sequence[Row]) -> Table:
     """Mean and 95% t interval over seeds; dashes where a task has no such metric."""
-    headline = headline_of(rows)
-    what = headline.partition("/")[0]
+    kinds = {row.headline.partition("/")[0] for row in rows}
+    what = kinds.pop() if len(kinds) == 1 else "accuracy"
     title = f"{grid.name}: {what} in %, mean ± 95% t interval over {len(grid.seeds)} seeds"
     out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
     heads = (
@@ -83,11 +77,11 @@ def table(grid: Grid, rows: Sequence[Row]) -> Table:
     for n, head in enumerate(heads):
         out.add_column(head, justify="right" if n else "left", no_wrap=True)
     for row in rows:
-        accuracy = row.values(headline)
+        accuracy = row.values(row.headline)
         missing = "" if len(row.metrics) == len(grid.seeds) else f" ({len(row.metrics)} seeds)"
         out.add_row(
             row.arm + missing,
-            _percent(row.estimate(headline)),
+            _percent(row.estimate(row.headline)),
             _percent(row.estimate("recall/beyond_window")),
             _mean(row.estimate("recall/ceiling"), "{:.1%}"),
             f"{success_rate(accuracy) * len(accuracy):.0f}/{len(accuracy)}" if accuracy else "-",
@@ -130,15 +124,15 @@ def write_summary(
     path: Path,
 ) -> None:
     """One JSON file with every arm's estimates, every cell's metrics and every claim."""
-    headline = headline_of(rows)
-    names = (headline, "recall/beyond_window", "recall/ceiling", "loss/held_out")
+    names = ("recall/accuracy", "accuracy/all", "recall/beyond_window", "recall/ceiling")
+    names += ("loss/held_out",)
     arms = [
         {
             "arm": row.arm,
             "options": row.options,
             "seeds": row.seeds,
             **{name: row.estimate(name)._asdict() for name in names if row.values(name)},
-            "success_rate": success_rate(row.values(headline)) if row.values(headline) else None,
+            "success_rate": success_rate(v) if (v := row.values(row.headline)) else None,
             "cells": row.metrics,
         }
         for row in rows

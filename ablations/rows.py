@@ -21,6 +21,12 @@ class Row:
     def values(self, name: str) -> list[float]:
         return [m[name] for m in self.metrics if m.get(name) is not None]
 
+    @property
+    def headline(self) -> str:
+        """The name of the accuracy that the arm's task has."""
+        names = ("recall/accuracy", "accuracy/all")
+        return next((name for name in names if self.values(name)), names[0])
+
     def estimate(self, name: str) -> Estimate:
         return mean_interval(self.values(name))
 
