@@ -1,4 +1,4 @@
-"""The picture of a recall grid: accuracy by arm, and recall by lag."""
+"""The picture of a grid: accuracy by arm, and recall by lag; of two axes, accuracy by both."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
+from layerzoo.figures import heat_map
 from layerzoo.style import COLOURS, MARKERS, tidy
 
 from .report import bound_of
@@ -19,7 +21,32 @@ from .rows import Row
 
 
 def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool:
-    """Draw the finished arms; False if none has a recall to draw."""
+    """Draw the finished arms; False if none has an accuracy to draw."""
+    axes = [
+        [*dict.fromkeys(names)] for names in zip(*(r.options.values() for r in rows), strict=True)
+    ]
+    if len(axes) == 2 and min(map(len, axes)) > 1 and any(row.metrics for row in rows):
+        _by_both(title, rows, axes, path)
+        return True
+    return _by_arm(title, rows, reach, path)
+
+
+def _by_both(title: str, rows: Sequence[Row], axes: list[list[str]], path: Path) -> None:
+    """A heat map of the mean accuracy over seeds, the first axis down, the second along."""
+    down, along = axes
+    values = np.full((len(down), len(along)), np.nan)
+    for row in rows:
+        first, second = row.options.values()
+        values[down.index(first), along.index(second)] = row.estimate(row.headline).mean
+    size = (2.5 + 1.2 * len(along), 1.6 + 0.36 * len(down))
+    figure, panel = plt.subplots(figsize=size, layout="constrained")
+    heat_map(panel, values, down, along)
+    panel.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _by_arm(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool:
     rows = [row for row in rows if row.values("recall/accuracy")]
     if not rows:
         return False

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from layerzoo.style import COLOURS, MARKERS, tidy
 
@@ -63,28 +64,34 @@ def draw(family: Family) -> Figure:
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     if family.whole:
-        _map(figure, axes, family)
+        _map(axes, family)
     else:
         _curves(axes, family)
     axes.set_title(family.name, fontsize=10)
     return figure
 
 
-def _map(figure: Figure, axes: Any, family: Family) -> None:
+def _map(axes: Any, family: Family) -> None:
     down, along = (sorted({at[n] for at in family.points}) for n in (0, 1))
     values = np.array([[family.points[y, x] for x in along] for y in down])
-    share = bool(values.min() >= 0 and values.max() <= 1)
-    limits = {"vmin": 0, "vmax": 1} if share else {}
-    image = axes.imshow(values, aspect="auto", cmap="viridis", **limits)
-    middle = 0.5 if share else float(values.mean())
-    for (y, x), value in np.ndenumerate(values):
-        colour = "black" if value > middle else "white"
-        axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(along)), along)
-    axes.set_yticks(range(len(down)), down)
+    heat_map(axes, values, down, along)
     axes.set_ylabel(family.sides[0])
     axes.set_xlabel(family.sides[1])
-    figure.colorbar(image, ax=axes)
+
+
+def heat_map(axes: Any, values: NDArray[Any], down: Sequence[Any], along: Sequence[Any]) -> None:
+    """Values `[down, along]` in colour and in words; nan is left white."""
+    share = bool(np.nanmin(values) >= 0 and np.nanmax(values) <= 1)
+    limits = {"vmin": 0, "vmax": 1} if share else {}
+    image = axes.imshow(values, aspect="auto", cmap="viridis", **limits)
+    middle = 0.5 if share else float(np.nanmean(values))
+    for (y, x), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "black" if value > middle else "white"
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(along)), along)
+    axes.set_yticks(range(len(down)), down)
+    axes.figure.colorbar(image, ax=axes)
 
 
 def _curves(axes: Any, family: Family) -> None:

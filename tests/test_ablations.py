@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
+from layerzoo.ablations import plot as plotting
 from layerzoo.ablations.claims import Claim, judge
 from layerzoo.ablations.command import run
 from layerzoo.ablations.grid import load_grid, shipped_grids
@@ -241,6 +243,27 @@ def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> 
     # The table's line about one bound for all is for arms that share a ceiling.
     assert bound_of(rows) is None
     assert bound_of(rows[:1]) == pytest.approx(window_bound(0.5, 0.1, 99))
+
+
+def test_a_grid_of_two_axes_is_drawn_as_a_map(tmp_path: Path, monkeypatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plotting, "heat_map", lambda axes, *rest: drawn.append(rest))
+    rows = [
+        Row(
+            f"{task},{layer}", {"task": task, "layer": layer}, [0, 1], [{name: 0.25}, {name: 0.75}]
+        )
+        for task, name in (("recall", "recall/accuracy"), ("parity", "accuracy/all"))
+        for layer in ("a", "b", "c")
+    ]
+    rows[4].metrics.clear()  # has not run
+    assert plotting.plot("title", rows, None, tmp_path / "map.png")
+    ((values, down, along),) = drawn
+    assert (down, along) == (["recall", "parity"], ["a", "b", "c"])
+    assert np.array_equal(values, [[0.5] * 3, [0.5, np.nan, 0.5]], equal_nan=True)
+    assert (tmp_path / "map.png").is_file()
+    assert not plotting.plot(
+        "title", [Row("x", {"layer": "x"}, [], [])], None, tmp_path / "no.png"
+    )
 
 
 def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
