@@ -82,7 +82,7 @@ def run(name: str, out: Path | None, jobs: int | None) -> int:
 
 def _run(grid: Grid, cells: list[Cell], out: Path, jobs: int | None, command: str) -> int:
     todo = [cell for cell in cells if prepare(cell, out)]
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     display = Display(console, len(cells))
     display.finished(len(cells) - len(todo))
     workers = max(1, min(jobs or os.cpu_count() or 1, len(todo)))
