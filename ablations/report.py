@@ -62,7 +62,7 @@ def table(grid: Grid, rows: Sequence[Row]) -> Table:
     """Mean and 95% t interval over seeds; dashes where a task has no such metric."""
     kinds = {row.headline.partition("/")[0] for row in rows}
     what = kinds.pop() if len(kinds) == 1 else "accuracy"
-    title = f"{grid.name}: {what} in %, mean ± 95% t interval over {len(grid.seeds)} seed{'s' * (len(grid.seeds) > 1)}"
+    title = f"{grid.name}: {what} in %, mean ± 95% t interval over {len(grid.seeds)} seeds"
     out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
     heads = (
         "arm",
