@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.mad_recall import Ints
+from layerzoo.data.mad_recall import Ints, MadTask
 from layerzoo.data.random import below, bits
-from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, TokenLoss
 
 
-class SelectiveCopying(RecallTask):
+class SelectiveCopying(MadTask):
     """Selective copying: N tokens between blanks, then a copy token and N blanks, at which the
     tokens are to be written in order.
 
@@ -38,18 +37,9 @@ class SelectiveCopying(RecallTask):
         vocab_size: int = 16,
         length: int = 256,
         copies: int = 16,
-        *,
-        batch_size: int = 128,
-        train_samples: int = 12_800,
-        test_samples: int = 1_280,
         **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            train_samples=train_samples,
-            test_samples=test_samples,
-            **options,
-        )
+        super().__init__(**options)
         self.require(vocab_size >= 4, f"vocab_size: must be at least 4, got {vocab_size}")
         self.require(copies >= 1, f"copies: must be at least 1, got {copies}")
         need = 2 * copies + 1

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from layerzoo.data.mad_recall import MadTask
 from layerzoo.data.random import below, bits
-from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 from layerzoo.nn import RMSNorm
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from layerzoo.model import LanguageModel
 
 
-class Compression(RecallTask):
+class Compression(MadTask):
     """Compression: random tokens and then the compression token, from whose hidden state alone
     all the tokens are to be told.
 
@@ -40,18 +40,9 @@ class Compression(RecallTask):
         self,
         vocab_size: int = 16,
         length: int = 32,
-        *,
-        batch_size: int = 128,
-        train_samples: int = 12_800,
-        test_samples: int = 1_280,
         **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            train_samples=train_samples,
-            test_samples=test_samples,
-            **options,
-        )
+        super().__init__(**options)
         self.require(vocab_size >= 3, f"vocab_size: must be at least 3, got {vocab_size}")
         self.require(length >= 2, f"length: must be at least 2, got {length}")
         self.vocab_size, self.length = vocab_size, length

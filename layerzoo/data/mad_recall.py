@@ -14,7 +14,27 @@ from layerzoo.data.task import IGNORE, SPLITS, Arrays
 Ints = NDArray[np.int64]
 
 
-class InContextRecall(RecallTask):
+class MadTask(RecallTask):
+    """A recall task with the batches and splits of MAD's baseline (Poli et al. 2024, arXiv
+    2403.17844)."""
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 128,
+        train_samples: int = 12_800,
+        test_samples: int = 1_280,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            train_samples=train_samples,
+            test_samples=test_samples,
+            **options,
+        )
+
+
+class InContextRecall(MadTask):
     """In-context recall: k1 v1 k2 v2 .., keys drawn with replacement, to be answered when they
     come again.
 
@@ -44,18 +64,9 @@ class InContextRecall(RecallTask):
         self,
         vocab_size: int = 16,
         length: int = 128,
-        *,
-        batch_size: int = 128,
-        train_samples: int = 12_800,
-        test_samples: int = 1_280,
         **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            train_samples=train_samples,
-            test_samples=test_samples,
-            **options,
-        )
+        super().__init__(**options)
         self.vocab_size, self.length = vocab_size, length
         self._divide_tokens(vocab_size)
         self._check_length()
