@@ -1,0 +1,87 @@
+"""A training config as a plain tree: resolved, checked, and what it builds, without training."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import torch
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from layerzoo.data import Task
+from layerzoo.lit import LitModel
+from layerzoo.model import LanguageModel, ModelConfig
+from layerzoo.spec import SpecError, at, suggest
+from layerzoo.training import Parser
+
+Tree = dict[str, Any]
+
+SECTIONS = ("seed_everything", "trainer", "model", "data")
+
+_tasks: dict[str, tuple[Tree, Task]] = {}
+
+
+def resolve(config: DictConfig) -> Tree:
+    """A training config with its interpolations resolved, as plain containers. An interpolation
+    may name an option of the task that the config leaves at its default.
+
+    Raises:
+        SpecError: an interpolation that names nothing, an unknown option, a task that refuses its
+            options.
+    """
+    for name in config:
+        if name not in SECTIONS:
+            raise SpecError(f"{name}: no such section; {suggest(name, SECTIONS)}")
+    known = {"model": _options(LitModel), "trainer": _options(Trainer)}
+    for section, options in known.items():
+        for name in config.get(section) or {}:
+            if name not in options:
+                raise SpecError(f"{section}.{name}: no such option; {suggest(name, options)}")
+    written: Any = config.get("data")
+    if not OmegaConf.is_dict(written) or "class_path" not in written:
+        raise SpecError("data: expected class_path and init_args")
+    try:
+        data: Any = OmegaConf.to_container(written, resolve=True)
+        defaults, _ = _task(data)
+        whole: Any = config.copy()
+        OmegaConf.update(whole, "data.init_args", defaults, force_add=True)
+        tree: Any = OmegaConf.to_container(whole, resolve=True)
+    except OmegaConfBaseException as error:
+        raise SpecError(str(error).splitlines()[0]) from None
+    return {**tree, "data": data}
+
+
+def _options(cls: type) -> list[str]:
+    return [*inspect.signature(cls.__init__).parameters][1:]
+
+
+def task(config: Tree) -> Task:
+    """The task of a resolved config; its seed may be another's."""
+    return _task(config["data"])[1]
+
+
+def _task(data: Tree) -> tuple[Tree, Task]:
+    """All options of a task, defaults too, and the task."""
+    options = {n: v for n, v in (data.get("init_args") or {}).items() if n != "seed"}
+    data = {"class_path": data["class_path"], "init_args": options}
+    key = json.dumps(data, sort_keys=True, default=str)
+    if key not in _tasks:  # parsing takes a tenth of a second, and grids repeat it
+        parser = Parser(exit_on_error=False)
+        parser.add_subclass_arguments(Task, "data", required=True)
+        parsed = parser.parse_object({"data": data})
+        _tasks[key] = parsed.data.init_args.as_dict(), parser.instantiate(parsed).data
+    return _tasks[key]
+
+
+def model(config: Tree) -> LanguageModel:
+    """The model of a resolved config, without memory for its weights.
+
+    Raises:
+        SpecError: it does not build.
+    """
+    network = {str(name): value for name, value in config["model"]["network"].items()}
+    with at("model.network"), torch.device("meta"):
+        return LanguageModel(ModelConfig.from_fields(network))
