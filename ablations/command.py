@@ -1,132 +1,95 @@
-"""`layerzoo ablate run GRID` and `layerzoo ablate list`."""
+"""`layerzoo ablate list|plan|run|status`."""
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import os
-import sys
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from layerzoo.spec import SpecError
 
-from .claims import claims_table, judge
-from .grid import Cell, Grid, load_grid, shipped_grids
-from .plot import plot
-from .report import notes, read_rows, table, write_summary
-from .runner import Pool, prepare
-from .tensorboard import write_hparams
+from .grid import shipped_grids
 
 
-class Display:
-    """A bar for the grid and one for each running cell; without a terminal, a line a cell."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self.console, self.failed = console, dict[str, str]()
-        self.bars = Progress(
-            TextColumn("{task.description}", justify="right"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.all = self.bars.add_task("cells", total=total, note="")
-        self.running: dict[str, Any] = {}
-
-    def finished(self, count: int) -> None:
-        self.bars.update(self.all, completed=count)
-
-    def report(self, cell: Cell, answer: dict[str, Any]) -> None:
-        if cell.path not in self.running:
-            self.running[cell.path] = self.bars.add_task(cell.path, total=None, note="")
-        bar = self.running[cell.path]
-        if "step" in answer:
-            note = f"loss {answer['loss']:.3f}"
-            self.bars.update(bar, completed=answer["step"], total=answer["steps"], note=note)
-            return
-        self.bars.remove_task(self.running.pop(cell.path))
-        self.bars.advance(self.all)
-        if "failed" in answer:
-            self.failed[cell.path] = answer["failed"]
-            self.console.print(f"failed: {cell.path}: {answer['failed']}", markup=False)
-        elif not self.console.is_terminal:
-            done = self.bars.tasks[0]
-            self.console.print(
-                f"[{done.completed:.0f}/{done.total:.0f}] {cell.path}", markup=False
-            )
+def _list(options: argparse.Namespace) -> int:
+    for name, path in shipped_grids().items():
+        print(f"{name}: {path.read_text().splitlines()[0].removeprefix('# ')}")
+    return 0
 
 
-def run(name: str, out: Path | None, jobs: int | None) -> int:
-    """Run the unfinished cells of a grid, then compare all of them."""
-    grid, cells = load_grid(name)
-    out = (out or Path("runs") / "ablations") / grid.name
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115 (the with statement is below)
-    except OSError as error:
-        raise SpecError(f"--out {out}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SpecError(f"--out {out}: another run uses it; wait, or give another") from None
-        return _run(grid, cells, out, jobs, f"layerzoo ablate run {name}")
+def _plan(options: argparse.Namespace) -> int:
+    from .plan import plan_command
+
+    return plan_command(options.grid, not options.no_probe, options.jobs, options.json)
 
 
-def _run(grid: Grid, cells: list[Cell], out: Path, jobs: int | None, command: str) -> int:
-    todo = [cell for cell in cells if prepare(cell, out)]
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    display = Display(console, len(cells))
-    display.finished(len(cells) - len(todo))
-    workers = max(1, min(jobs or os.cpu_count() or 1, len(todo)))
-    pace = f", {workers} at a time" if todo else ""
-    console.print(f"{grid.name}: {len(todo)} of {len(cells)} cells to run{pace}")
-    try:
-        with display.bars:
-            Pool(todo, out, workers, display.report).run()
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on where this one stopped")
-        return 130
-    rows = read_rows(cells, out)
-    verdicts = judge(grid.claims, rows)
-    write_summary(grid, rows, verdicts, display.failed, command, out / "summary.json")
-    write_hparams(rows, out)
-    reach = cells[0].config.data.init_args.get("reach")
-    drawn = plot(f"{grid.name} ({command})", rows, reach, out / "plot.png")
-    console.print(table(grid, rows))
-    for line in notes(rows):
-        console.print(line, markup=False)
-    if verdicts:
-        console.print(claims_table(verdicts))
-    if drawn:
-        console.print(f"plot:        {out / 'plot.png'}", markup=False)
-    console.print(f"summary:     {out / 'summary.json'}", markup=False)
-    console.print(f"tensorboard: tensorboard --logdir {out}", markup=False)
-    for path, reason in display.failed.items():
-        print(f"failed: {path}: {reason} (see {out / path / 'log.txt'})", file=sys.stderr)
-    return 1 if display.failed or not all(verdict.holds for verdict in verdicts) else 0
+def _run(options: argparse.Namespace) -> int:
+    from .run import How, run
+
+    how = How(
+        out=options.out,
+        jobs=options.jobs,
+        threads=options.threads,
+        executor=options.executor,
+        shard=_shard(options.shard),
+        retries=options.retries,
+        limit=options.limit_cells,
+        every=options.checkpoint_every,
+    )
+    return run(options.grid, how)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from .status import status
+
+    return status(options.dir, options.json)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise SpecError(f"--shard: expected i/n with i from 1 to n, as in 1/4, got '{text}'")
+    return part, parts
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("layerzoo ablate", description="Grids of training runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function, text in (
+        ("list", _list, "list the shipped grids"),
+        ("plan", _plan, "print a grid's cells, their sizes and how long they take; run nothing"),
+        ("run", _run, "run a grid's unfinished cells and compare all"),
+        ("status", _status, "say where a grid's cells are"),
+    ):
+        commands.add_parser(name, help=text).set_defaults(function=function)
+    plan, runner, status = (commands.choices[name] for name in ("plan", "run", "status"))
+    for command in (plan, runner):
+        command.add_argument("grid", help="a shipped grid's name, or a YAML file")
+        command.add_argument("--jobs", type=int, help="cells at a time (default: cores or GPUs)")
+    plan.add_argument("--no-probe", action="store_true", help="estimate no time: train no step")
+    add = runner.add_argument
+    runs = Path("runs") / "ablations"
+    add("--out", type=Path, default=runs, help=f"folder of results, by grid (default {runs})")
+    add("--executor", choices=("local", "ray"), default="local", help="where cells run")
+    add("--threads", type=int, default=1, help="CPU threads a cell (default 1)")
+    add("--shard", default="1/1", help="i/n: run part i of n, each on a machine of its own")
+    add("--retries", type=int, default=1, help="of a cell that fails (default 1)")
+    add("--limit-cells", type=int, help="run so many cells at most")
+    every = "seconds between a cell's checkpoints (default 30)"
+    add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help=every)
+    status.add_argument("dir", type=Path, help="a grid's folder of results")
+    for command in (plan, status):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("layerzoo ablate", description="Grids of training runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="run a grid's unfinished cells and compare all")
-    runner.add_argument("grid", help="a shipped grid's name, or a YAML file")
-    runner.add_argument("--out", type=Path, help="folder of results (default runs/ablations)")
-    runner.add_argument("--jobs", type=int, help="runs at a time (default one a core)")
-    commands.add_parser("list", help="list the shipped grids")
-    options = parser.parse_args(argv)
-    if options.command == "list":
-        for name, path in shipped_grids().items():
-            print(f"{name}: {path.read_text().splitlines()[0].removeprefix('# ')}")
-        return 0
-    if options.jobs is not None and options.jobs < 1:
-        raise SpecError(f"--jobs: must be at least 1, got {options.jobs}")
-    return run(options.grid, options.out, options.jobs)
+    options = _parser().parse_args(argv)
+    for name, least in (("jobs", 1), ("threads", 1), ("retries", 0), ("limit_cells", 1)):
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            flag = name.replace("_", "-")
+            raise SpecError(f"--{flag}: must be at least {least}, got {value}")
+    return options.function(options)

@@ -14,34 +14,21 @@ from rich.table import Table
 from layerzoo.metrics import SuccessRate
 
 from .claims import Verdict, plain_verdicts
-from .grid import Cell, Grid
+from .grid import Grid
 from .rows import Row
 from .statistics import Estimate, mean_interval, window_bound
-from .worker import METRICS
 
 SUCCESS = 0.9
 """Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
-
-
-def read_rows(cells: Sequence[Cell], out: Path) -> list[Row]:
-    """The finished cells' metrics, grouped by arm, in the grid's order."""
-    rows: dict[str, Row] = {}
-    for cell in cells:
-        path = out / cell.path / METRICS
-        row = rows.setdefault(cell.arm, Row(cell.arm, cell.options, [], []))
-        if path.is_file():
-            row.seeds.append(cell.seed)
-            row.metrics.append(json.loads(path.read_text()))
-    return list(rows.values())
 
 
 def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
     """The window's bound on accuracy and its standard error, if the grid has one ceiling for
     all arms."""
     shown = [
-        (seed, m)
+        (cell.seed, m)
         for row in rows
-        for seed, m in zip(row.seeds, row.metrics, strict=True)
+        for cell, m in zip(row.cells, row.metrics, strict=True)
         if m.get("chance") and "recall/ceiling" in m
     ]
     ceilings = {(seed, m["recall/ceiling"]) for seed, m in shown}
@@ -58,11 +45,12 @@ def success_rate(accuracies: Sequence[float]) -> float:
     return float(metric.compute())
 
 
-def table(grid: Grid, rows: Sequence[Row]) -> Table:
-    """Mean and 95% t interval over seeds; dashes where a task has no such metric."""
-    kinds = {row.headline.partition("/")[0] for row in rows}
+def table(name: str, rows: Sequence[Row]) -> Table:
+    """Mean and 95% t interval over cells; dashes where a task has no such metric."""
+    kinds = {row.headline if row.metric else row.headline.partition("/")[0] for row in rows}
     what = kinds.pop() if len(kinds) == 1 else "accuracy"
-    title = f"{grid.name}: {what} in %, mean ± 95% t interval over {len(grid.seeds)} seeds"
+    cells = max(row.planned for row in rows)
+    title = f"{name}: {what}, mean ± 95% t interval over {cells} runs, accuracies in %"
     out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
     heads = (
         "arm",
@@ -78,10 +66,9 @@ def table(grid: Grid, rows: Sequence[Row]) -> Table:
         out.add_column(head, justify="right" if n else "left", no_wrap=True)
     for row in rows:
         accuracy = row.values(row.headline)
-        missing = "" if len(row.metrics) == len(grid.seeds) else f" ({len(row.metrics)} seeds)"
         out.add_row(
-            row.arm + missing,
-            _percent(row.estimate(row.headline)),
+            row.arm + _missing(row),
+            shown(row.headline, row.estimate(row.headline)),
             _percent(row.estimate("recall/beyond_window")),
             _mean(row.estimate("recall/ceiling"), "{:.1%}"),
             f"{success_rate(accuracy) * len(accuracy):.0f}/{len(accuracy)}" if accuracy else "-",
@@ -90,6 +77,45 @@ def table(grid: Grid, rows: Sequence[Row]) -> Table:
             _mean(row.estimate("state_bytes"), "{:,.0f}"),
         )
     return out
+
+
+def _missing(row: Row) -> str:
+    """What a row does not say of all its cells."""
+    parts = [f"{row.diverged} diverged"] if row.diverged else []
+    if (ended := len(row.metrics) + row.diverged) < row.planned:
+        parts.append(f"{ended} of {row.planned} cells")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def shown(name: str, estimate: Estimate) -> str:
+    """A figure with its interval; what is a share, in %."""
+    if {"accuracy", "recall"} & {*name.split("/")}:
+        return _percent(estimate)
+    half = "" if math.isnan(estimate.half) else f" ±{estimate.half:.3g}"
+    return _mean(estimate, f"{{:.4g}}{half}")
+
+
+def contrasts_table(contrasts: Sequence[Sequence[str]], rows: Sequence[Row]) -> Table:
+    """Differences between two arms, paired by seed."""
+    arms = {row.arm: row for row in rows}
+    out = Table(title="contrasts, paired by seed", box=SIMPLE_HEAD, padding=(0, 1))
+    for n, head in enumerate(("contrast", "difference ± 95% t interval", "pairs")):
+        out.add_column(head, justify="right" if n else "left")
+    for first, second in contrasts:
+        found = paired(arms[first], arms[second])
+        difference = shown(arms[first].headline, mean_interval(found))
+        out.add_row(f"{first} - {second}", difference, str(len(found)))
+    return out
+
+
+def paired(first: Row, second: Row) -> list[float]:
+    """Differences of the headline at the seeds that both arms have."""
+    name = first.headline
+    values = [
+        {cell.seed: m[name] for cell, m in zip(row.cells, row.metrics, strict=True) if name in m}
+        for row in (first, second)
+    ]
+    return [values[0][seed] - values[1][seed] for seed in values[0] if seed in values[1]]
 
 
 def _percent(estimate: Estimate) -> str:
@@ -112,7 +138,21 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if rows and rows[0].metrics:
         length = rows[0].metrics[0]["length"]
         lines.append(f"State: bytes of all layers after {length} tokens, batch 1, float32.")
+    lines += _matched(rows)
     return lines
+
+
+def _matched(rows: Sequence[Row]) -> list[str]:
+    """What the arms were matched by, and how well."""
+    found = {row.arm: row.cells[0].matched for row in rows if row.cells and row.cells[0].matched}
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    worst = max(found, key=lambda arm: abs(found[arm]["deviation"]))
+    return [
+        f"Matched by {first['by']} to {first['target']:,.0f}; the farthest is {worst}, "
+        f"{found[worst]['achieved']:,.0f} ({found[worst]['deviation']:+.1%})."
+    ]
 
 
 def write_summary(
@@ -126,14 +166,18 @@ def write_summary(
     """One JSON file with every arm's estimates, every cell's metrics and every claim."""
     names = ("recall/accuracy", "accuracy/all", "recall/beyond_window", "recall/ceiling")
     names += ("loss/held_out",)
+    names += (metric,) if (metric := rows[0].metric) and metric not in names else ()
     arms = [
         {
             "arm": row.arm,
             "options": row.options,
             "seeds": row.seeds,
+            "diverged": row.diverged,
+            "matched": row.cells[0].matched if row.cells else {},
             **{name: row.estimate(name)._asdict() for name in names if row.values(name)},
             "success_rate": success_rate(v) if (v := row.values(row.headline)) else None,
             "cells": row.metrics,
+            "folders": [cell.path for cell in row.cells],
         }
         for row in rows
     ]

@@ -28,7 +28,7 @@ def write_hparams(rows: Sequence[Row], out: Path) -> None:
     """Write the records anew; earlier ones are removed."""
     for stale in out.rglob(f"events.*{SUFFIX}"):
         stale.unlink()
-    finished = [(row, *cell) for row in rows for cell in zip(row.seeds, row.metrics, strict=True)]
+    finished = [(row, *cell) for row in rows for cell in zip(row.cells, row.metrics, strict=True)]
     if not finished:
         return
     seen = {name for _, _, metrics in finished for name in metrics}
@@ -39,17 +39,17 @@ def write_hparams(rows: Sequence[Row], out: Path) -> None:
             options = domain.setdefault(axis, [])
             if option not in options:
                 options.append(option)
-    for n, (row, seed, metrics) in enumerate(finished):
+    for n, (row, cell, metrics) in enumerate(finished):
         values = {
             **row.options,
-            "seed": seed,
+            "seed": cell.seed.init,
             "parameters": metrics["parameters"],
             "state_bytes": metrics["state_bytes"],
         }
         experiment, start, end = hparams(values, columns, domain)
         if n == 0:
             _write(out, experiment)
-        _write(out / row.arm / f"seed-{seed}", start, end)
+        _write(out / cell.path, start, end)
 
 
 def _write(folder: Path, *records: object) -> None:

@@ -1,77 +1,217 @@
-"""A worker process: runs the cells whose folders it reads from standard input, one a line.
+"""Runs cells: `run_cell`, and a process that runs those whose folders it reads.
 
-It answers on standard output in JSON lines, `{"step", "steps", "loss"}` and at last `{"done"}`.
-A cell that raises ends the process: its traceback is in the cell's log.txt.
+The process reads a folder a line from standard input and answers a line of JSON each on standard
+output. When its input ends, its runner is gone or has had enough: it saves a checkpoint and goes.
+A cell that raises ends it: the traceback is in the cell's log.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
+import math
 import os
+import queue
+import socket
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from lightning import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from layerzoo.callbacks import record
+from layerzoo.checkpoints import Checkpoints, newest_checkpoint, purge_step
 from layerzoo.training import TrainCLI
 
-CONFIG, METRICS, LOG = "cell.yaml", "metrics.json", "log.txt"
+from .executor import Outcome
+from .folder import (
+    CELL,
+    CHECKPOINTS,
+    CONFIG,
+    DIVERGED,
+    FAILED,
+    LOG,
+    METRICS,
+    PROGRESS,
+    RECORD,
+    locked,
+    read_json,
+    state,
+    write_json,
+)
+
+SIZES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token", "length")
+MEASURED = ".measured"
+"""Ends the name of the events of the last measurement."""
+EVERY = 10
+"""Steps between two looks at whether the loss is finite."""
 
 
-class Progress(Callback):
-    """Reports the step to the runner, at most twice a second."""
+class Stopped(Exception):
+    """The runner asked to stop; a checkpoint is saved."""
 
-    def __init__(self, answers: TextIO) -> None:
-        self.answers, self.last = answers, 0.0
+
+class Diverged(Exception):
+    """The loss is not finite."""
+
+
+class Watch(Callback):
+    """Writes the cell's progress about once a second; ends a run that diverged, or must stop."""
+
+    def __init__(self, folder: Path, checkpoints: Checkpoints, stop: Callable[[], bool]) -> None:
+        self.folder, self.checkpoints, self.stop = folder, checkpoints, stop
+        self.last = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.since, self.first = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.monotonic() - self.last > 0.5:
+        steps, step = trainer.estimated_stepping_batches, trainer.global_step
+        if (step % EVERY == 0 or step >= steps) and not math.isfinite(outputs["loss"]):
+            raise Diverged(f"loss {float(outputs['loss'])} at step {step}")
+        if time.monotonic() - self.last > 1:
             self.last = time.monotonic()
-            state = {
-                "step": trainer.global_step,
-                "steps": trainer.estimated_stepping_batches,
+            progress = {
+                "step": step,
+                "steps": steps,
                 "loss": float(outputs["loss"]),
+                "first": self.first,
+                "seconds": self.last - self.since,
+                "host": socket.gethostname(),
             }
-            print(json.dumps(state), file=self.answers, flush=True)
+            with suppress(OSError):  # a full disk is told by what matters
+                write_json(self.folder / PROGRESS, progress)
+        if self.stop():
+            self.checkpoints.save(trainer)
+            raise Stopped
 
 
-def run_cell(folder: Path, answers: TextIO) -> None:
-    """Train, test, and write metrics.json as the last thing, whole or not at all."""
+def run_cell(
+    folder: Path, every: float, threads: int, stop: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Train a cell from where it is, measure it, and write its figures, last of all.
+
+    Args:
+        every: seconds between checkpoints. threads: of the CPU.
+        stop: asked after each update; if true, a checkpoint is saved and the run ends.
+
+    Raises:
+        whatever the cell's code raises.
+    """
+    torch.set_num_threads(threads)
+    with locked(folder) as free:
+        if not free:
+            return Outcome("busy")
+        ended = state(folder)
+        if ended == "finished" or ended == "diverged":  # in another process, meanwhile
+            return Outcome(ended)
+        with _logged(folder / LOG):
+            try:
+                _run(folder, every, stop)
+                return Outcome("finished")
+            except Diverged as error:
+                write_json(folder / DIVERGED, {"reason": str(error)})
+                return Outcome("diverged", str(error))
+            except Stopped:
+                return Outcome("stopped")
+            finally:
+                gc.collect()  # the trainer and its model are cycles
+
+
+def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     started = time.perf_counter()
-    cli = TrainCLI(["--config", str(folder / CONFIG)], run=False)
+    about, before = read_json(folder / CELL), read_json(folder / RECORD)
+    checkpoints = folder / CHECKPOINTS
+    resume = newest_checkpoint(checkpoints)
+    quiet = ("logger", "enable_progress_bar", "enable_model_summary")
+    options = (f"--config={folder / CONFIG}", *(f"--trainer.{name}=false" for name in quiet))
+    cli = TrainCLI(options, run=False)
     trainer: Any = cli.trainer
-    trainer.callbacks.append(Progress(answers))
-    trainer.fit(cli.model, cli.datamodule)
-    tested, *_ = trainer.test(cli.model, cli.datamodule, verbose=False)  # each part has all
-    metrics = {
-        **{name.removeprefix("test/"): value for name, value in tested.items()},
-        "seconds": time.perf_counter() - started,
-        "steps": trainer.global_step,
-        "chance": getattr(cli.datamodule, "chance", None),
-        **record(cli.model.model, trainer),
-    }
-    part = folder / (METRICS + ".part")
-    part.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(part, folder / METRICS)
+    trainer.logger = _logger(folder, purge_step=purge_step(resume))
+    keep = Checkpoints(seconds=every, folder=checkpoints)
+    ours = (Checkpoint, SaveConfigCallback)
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ours)]
+    trainer.callbacks += [Watch(folder, keep, stop), keep]
+    trainer.fit(cli.model, cli.datamodule, ckpt_path=resume)
+    for stale in folder.glob(f"events.*{MEASURED}"):  # of a run that was killed while it measured
+        stale.unlink()
+    trainer.logger = _logger(folder, filename_suffix=MEASURED)
+    measure = trainer.test if about["split"] == "test" else trainer.validate
+    figures, *_ = measure(cli.model, cli.datamodule, verbose=False)  # each part has all
+    facts = record(cli.model.model, trainer)
+    write_json(
+        folder / RECORD,
+        {**facts, "seconds": before.get("seconds", 0) + time.perf_counter() - started},
+    )
+    write_json(
+        folder / METRICS,
+        {
+            **{name.removeprefix("test/"): value for name, value in figures.items()},
+            "steps": trainer.global_step,
+            "chance": getattr(cli.datamodule, "chance", None),
+            **{name: facts[name] for name in SIZES},
+        },
+    )
+    for name in (FAILED, PROGRESS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _logger(folder: Path, **options: Any) -> TensorBoardLogger:
+    return TensorBoardLogger(str(folder), name="", version="", default_hp_metric=False, **options)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Everything that the run prints, from any library, goes into its log, tracebacks too."""
+    kept = [os.dup(fd) for fd in (1, 2)]
+    with open(path, "ab", buffering=0) as log:
+        for fd in (1, 2):
+            os.dup2(log.fileno(), fd)
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, fd)
+            os.close(old)
 
 
 def main() -> None:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with os.fdopen(os.dup(1), "w") as answers:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--every", type=float, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    options = parser.parse_args()
+    folders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    ended = threading.Event()
+
+    def read() -> None:
         for line in sys.stdin:
-            folder = Path(line.strip())
-            # Everything that the run prints, from any library, belongs in its log.
-            with open(folder / LOG, "ab", buffering=0) as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            run_cell(folder, answers)
-            print(json.dumps({"done": True}), file=answers, flush=True)
+            folders.put(line.rstrip("\n"))
+        ended.set()
+        folders.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    with os.fdopen(os.dup(1), "w") as answers, open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)  # what a library prints between cells is no answer
+        while (folder := folders.get()) is not None:
+            outcome = run_cell(Path(folder), options.every, options.threads, ended.is_set)
+            print(json.dumps(outcome), file=answers, flush=True)
 
 
 if __name__ == "__main__":

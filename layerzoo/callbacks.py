@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -20,6 +18,7 @@ from torch import Tensor
 from layerzoo.layer import Layer
 from layerzoo.lit import SHOWN
 from layerzoo.model import LanguageModel
+from layerzoo.provenance import versions
 from layerzoo.spec import SpecError
 
 
@@ -191,10 +190,6 @@ def record(model: LanguageModel, trainer: Any) -> dict[str, Any]:
         "flops_per_token": model.flops_per_token(length),
         "length": length,
         "impl": model.choices(),
-        "versions": {
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }

@@ -1,0 +1,49 @@
+"""What a grid's finished cells say together: a table, contrasts, claims, a plot, a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .cell import Cell
+from .claims import claims_table, judge
+from .grid import Grid
+from .plot import plot
+from .report import contrasts_table, notes, table, write_summary
+from .rows import pooled, read_rows
+from .tensorboard import write_hparams
+
+
+def compare(
+    grid: Grid,
+    cells: Sequence[Cell],
+    failed: Mapping[str, str],
+    command: str,
+    out: Path,
+    console: Console,
+) -> bool:
+    """Write and print it all; False if all cells have ended and a claim does not hold."""
+    report = grid.report
+    rows = read_rows(cells, out, report and report.metric)
+    verdicts = judge(grid.claims, rows)
+    write_summary(grid, rows, verdicts, failed, command, out / "summary.json")
+    write_hparams(rows, out)
+    reach = cells[0].config["data"].get("init_args", {}).get("reach")
+    drawn = plot(f"{grid.name} ({command})", rows, reach, out / "plot.png")
+    console.print(table(grid.name, rows))
+    if report and report.by:
+        console.print(table(f"{grid.name} by {', '.join(report.by)}", pooled(rows, report.by)))
+    for line in notes(rows):
+        console.print(line, markup=False)
+    if report and report.contrasts:
+        console.print(contrasts_table(report.contrasts, rows))
+    if verdicts:
+        console.print(claims_table(verdicts))
+    if drawn:
+        console.print(f"plot:        {out / 'plot.png'}", markup=False)
+    console.print(f"summary:     {out / 'summary.json'}", markup=False)
+    console.print(f"tensorboard: tensorboard --logdir {out}", markup=False)
+    ended = all(len(row.metrics) + row.diverged == row.planned for row in rows)
+    return not ended or all(verdict.holds for verdict in verdicts)

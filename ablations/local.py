@@ -1,0 +1,116 @@
+"""Runs cells on this machine, on worker processes that each run many of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .executor import Outcome
+from .folder import LOG
+
+Worker = subprocess.Popen[bytes]
+
+
+def default_slots(threads: int) -> int:
+    """As many as there are GPUs, or else as the cores allow."""
+    return torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // threads)
+
+
+class LocalExecutor:
+    """Starting a process takes seconds, so it is kept for the next cell; one that dies of a cell
+    is replaced. Cells take turns on the GPUs, if there are any.
+
+    Args:
+        slots: cells at a time. threads: of the CPU, a cell. every: seconds between checkpoints.
+    """
+
+    def __init__(self, slots: int, threads: int, every: float) -> None:
+        self.slots, self.threads, self.every = slots, threads, every
+        self.idle: list[Worker] = []
+        self.busy: dict[Worker, Path] = {}
+        self.started = 0
+
+    def start(self, folder: Path) -> None:
+        worker = self.idle.pop() if self.idle else self._spawn()
+        self.busy[worker] = folder
+        assert worker.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died meanwhile: `ended` tells
+            worker.stdin.write(f"{folder}\n".encode())
+            worker.stdin.flush()
+
+    def _spawn(self) -> Worker:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        gpus = torch.cuda.device_count()
+        if gpus:
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+            environment["CUDA_VISIBLE_DEVICES"] = shown.split(",")[self.started % gpus]
+        self.started += 1
+        options = (f"--every={self.every}", f"--threads={self.threads}")
+        return subprocess.Popen(
+            [sys.executable, "-m", "layerzoo.ablations.worker", *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # ^C reaches us alone, and we end the workers
+        )
+
+    def ended(self, timeout: float) -> list[tuple[Path, Outcome]]:
+        pipes = {worker.stdout.fileno(): worker for worker in self.busy if worker.stdout}
+        ready, _, _ = select.select([*pipes], [], [], timeout)
+        found = []
+        # A dead worker's pipe may be held open by its loader's processes for a while.
+        dead = [w for w in self.busy if w.poll() is not None]
+        for worker in dict.fromkeys([*(pipes[fd] for fd in ready), *dead]):
+            assert worker.stdout is not None
+            fd = worker.stdout.fileno()
+            answer = os.read(fd, 4096) if fd in ready else b""
+            folder = self.busy.pop(worker)
+            if answer:
+                self.idle.append(worker)
+                found.append((folder, Outcome(*json.loads(answer))))
+            else:
+                self._release(worker)
+                found.append((folder, Outcome("failed", _reason(folder / LOG, worker))))
+        return found
+
+    def _release(self, worker: Worker) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)  # its loader's processes too
+        for pipe in (worker.stdin, worker.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        worker.wait()
+
+    def close(self, patience: float) -> None:
+        workers = [*self.idle, *self.busy]
+        try:
+            for worker in workers:
+                if worker.stdin is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        worker.stdin.close()  # it saves a checkpoint and goes
+            until = time.monotonic() + patience
+            for worker in workers:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.wait(max(0, until - time.monotonic()))
+        finally:  # of a second ^C too
+            for worker in workers:
+                self._release(worker)
+            self.idle, self.busy = [], {}
+
+
+def _reason(log: Path, worker: Worker) -> str:
+    if worker.returncode < 0:
+        return f"killed by signal {-worker.returncode}"
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return next((line for line in reversed(lines) if line.strip()), "nothing was logged")

@@ -1,0 +1,153 @@
+"""`layerzoo ablate run`: from a grid file to its results."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from layerzoo.spec import SpecError
+
+from . import runner
+from .cell import Cell
+from .compare import compare
+from .display import Display
+from .executor import Executor, Outcome
+from .folder import (
+    CELLS,
+    DIVERGED,
+    LOG,
+    METRICS,
+    about_cell,
+    prepare,
+    read_json,
+    state,
+    write_json,
+)
+from .grid import Grid, load_grid
+from .local import LocalExecutor, default_slots
+from .tune import choose
+
+GRID = "grid.yaml"
+"""A copy of the grid file, beside the cells."""
+PATIENCE = 15.0
+"""Seconds that running cells get to save a checkpoint when a run is interrupted."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How to run a grid; nothing of it changes a result.
+
+    jobs: cells at a time. threads: of the CPU, a cell; a number of its own, for the last digits
+    of a result depend on it. shard: part i of n. retries: of a cell that fails. limit: cells to
+    run at most. every: seconds between a cell's checkpoints.
+    """
+
+    out: Path = Path("runs") / "ablations"
+    jobs: int | None = None
+    threads: int = 1
+    executor: Literal["local", "ray"] = "local"
+    shard: tuple[int, int] = (1, 1)
+    retries: int = 1
+    limit: int | None = None
+    every: float = 30.0
+
+
+class Run:
+    """One call of `layerzoo ablate run`."""
+
+    def __init__(self, grid: Grid, how: How, console: Console) -> None:
+        self.grid, self.how, self.console = grid, how, console
+        self.out = how.out / grid.name
+        self.budget = how.limit
+        self.ends: dict[Path, Outcome] = {}
+
+    def stage(self, title: str, cells: Sequence[Cell]) -> None:
+        """Run the cells that have not ended."""
+        folders = [prepare(cell, self.out) for cell in self._shard(cells)]
+        todo = [f for f in folders if state(f) not in ("finished", "diverged")]
+        done = [f for f in folders if f not in set(todo)]
+        todo = todo[: self.budget]
+        if self.budget is not None:
+            self.budget -= len(todo)
+        slots = self.how.jobs or default_slots(self.how.threads)
+        pace = f", {min(slots, len(todo))} at a time" if todo else ""
+        part = "" if len(folders) == len(cells) else f" of this shard ({len(cells)} in all)"
+        self.console.print(
+            f"{title}: {len(todo)} of {len(folders)} cells{part} to run{pace}", highlight=False
+        )
+        if not todo:
+            return
+        executor = self._executor(min(slots, len(todo)))
+        display = Display(self.console, self.out, len(folders), done, executor.slots)
+        try:
+            with display.bars:
+                self.ends |= runner.run(todo, executor, self.how.retries, display)
+        finally:
+            executor.close(PATIENCE)
+
+    def _shard(self, cells: Sequence[Cell]) -> Sequence[Cell]:
+        """Every n-th cell; of a grid that tunes, arm, so that an arm is tuned where it runs."""
+        part, parts = self.how.shard
+        if self.grid.tune is None:
+            return cells[part - 1 :: parts]
+        arms = [*dict.fromkeys(cell.arm for cell in cells)][part - 1 :: parts]
+        return [cell for cell in cells if cell.arm in arms]
+
+    def _executor(self, slots: int) -> Executor:
+        return LocalExecutor(slots, self.how.threads, self.how.every)
+
+    @property
+    def failed(self) -> dict[Path, str]:
+        return {f: end.reason for f, end in self.ends.items() if end.end == "failed"}
+
+
+def run(name: str, how: How) -> int:
+    """Run the unfinished cells of a grid, then compare all that have ended.
+
+    Returns: the exit status, 0; 1 if cells failed, or a claim does not hold; 130 if interrupted.
+    """
+    grid = load_grid(name)
+    command = f"layerzoo ablate run {name}"
+    out = how.out / grid.name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / GRID).write_text(grid.text)
+    except OSError as error:
+        raise SpecError(f"--out {out}: {error.strerror}") from None
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    this = Run(grid, how, console)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
+    try:
+        tuning = grid.tune_cells()
+        if tuning:
+            this.stage(f"{grid.name}, tuning", tuning)
+        figures = {cell.path: figures_of(out / cell.path) for cell in tuning}
+        choices = choose(grid, {path: found for path, found in figures.items() if found != {}})
+        cells = grid.cells(choices)
+        write_json(out / CELLS, [{"path": c.path, **about_cell(c)} for c in (*tuning, *cells)])
+        this.stage(grid.name, cells)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where this one stopped")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    failed = {folder.relative_to(out).as_posix(): reason for folder, reason in this.failed.items()}
+    holds = compare(grid, cells, failed, command, out, console)
+    for path, reason in failed.items():
+        print(f"failed: {path}: {reason} (see {out / path / LOG})", file=sys.stderr)
+    if any(map(runner.disk_full, this.ends.values())):
+        print("the disk is full: free some space; the same command goes on", file=sys.stderr)
+    return 0 if holds and not failed else 1
+
+
+def figures_of(folder: Path) -> Mapping[str, Any] | None:
+    """The figures of a finished cell, None of one that diverged, {} of one that has not ended."""
+    if (folder / METRICS).is_file():
+        return read_json(folder / METRICS)
+    return None if (folder / DIVERGED).is_file() else {}
