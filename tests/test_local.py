@@ -135,19 +135,6 @@ def test_a_run_that_is_stopped_saves_a_checkpoint(tmp_path: Path) -> None:
     assert step >= read_json(folder / PROGRESS)["step"] > 1
 
 
-def test_a_run_whose_runner_is_gone_stops_too(tmp_path: Path) -> None:
-    (folder,) = cells(1, tmp_path, **ENDLESS)
-    executor = LocalExecutor(slots=1, threads=1, every=1000)
-    executor.start(folder)
-    until_it_trains(folder)
-    (worker,) = executor.busy
-    assert worker.stdin is not None
-    worker.stdin.close()  # as when the runner is killed
-    worker.wait(30)
-    assert worker.returncode == 0 and state(folder) == "started"
-    executor.close(1)
-
-
 def test_a_loss_that_is_not_finite_ends_a_cell_for_good(
     tmp_path: Path, shared: LocalExecutor
 ) -> None:
