@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -159,7 +159,7 @@ def write_summary(
     grid: Grid,
     rows: Sequence[Row],
     verdicts: Sequence[Verdict],
-    failed: dict[str, str],
+    failed: Mapping[str, str],
     command: str,
     path: Path,
 ) -> None:
@@ -183,7 +183,7 @@ def write_summary(
     ]
     bound = bound_of(rows)
     summary = {
-        "grid": grid.to_fields(),
+        "grid": grid.source.tree,
         "command": command,
         "window_bound": {"mean": bound[0], "standard_error": bound[1]} if bound else None,
         "failed": failed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +67,7 @@ class Run:
         self.out = how.out / grid.name
         self.budget = how.limit
         self.ends: dict[Path, Outcome] = {}
+        self._executor: Executor | None = None
 
     def stage(self, title: str, cells: Sequence[Cell]) -> None:
         """Run the cells that have not ended."""
@@ -75,21 +77,29 @@ class Run:
         todo = todo[: self.budget]
         if self.budget is not None:
             self.budget -= len(todo)
-        slots = self.how.jobs or default_slots(self.how.threads)
-        pace = f", {min(slots, len(todo))} at a time" if todo else ""
         part = "" if len(folders) == len(cells) else f" of this shard ({len(cells)} in all)"
-        self.console.print(
-            f"{title}: {len(todo)} of {len(folders)} cells{part} to run{pace}", highlight=False
-        )
+        text = f"{title}: {len(todo)} of {len(folders)} cells{part} to run"
         if not todo:
+            self.console.print(text, highlight=False)
             return
-        executor = self._executor(min(slots, len(todo)))
-        display = Display(self.console, self.out, len(folders), done, executor.slots)
-        try:
-            with display.bars:
-                self.ends |= runner.run(todo, executor, self.how.retries, display)
-        finally:
-            executor.close(PATIENCE)
+        executor = self.executor()
+        slots = min(executor.slots, len(todo))
+        self.console.print(f"{text}, {slots} at a time", highlight=False)
+        display = Display(self.console, self.out, len(folders), done, slots)
+        with display.bars:
+            self.ends |= runner.run(todo, executor, self.how.retries, display)
+
+    def executor(self) -> Executor:
+        """One for all stages: its processes are kept."""
+        if self._executor is None:
+            how = self.how
+            slots = how.jobs or default_slots(how.threads)
+            self._executor = LocalExecutor(slots, how.threads, how.every)
+        return self._executor
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.close(PATIENCE)
 
     def _shard(self, cells: Sequence[Cell]) -> Sequence[Cell]:
         """Every n-th cell; of a grid that tunes, arm, so that an arm is tuned where it runs."""
@@ -98,9 +108,6 @@ class Run:
             return cells[part - 1 :: parts]
         arms = [*dict.fromkeys(cell.arm for cell in cells)][part - 1 :: parts]
         return [cell for cell in cells if cell.arm in arms]
-
-    def _executor(self, slots: int) -> Executor:
-        return LocalExecutor(slots, self.how.threads, self.how.every)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -120,17 +127,22 @@ def run(name: str, how: How) -> int:
     grid = load_grid(name)
     out = how.out / grid.name
     console = Console(width=None if sys.stdout.isatty() else 120)
+    this = Run(grid, how, console)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / GRID).write_text(grid.text)
-        return _run(Run(grid, how, console), f"layerzoo ablate run {name}")
+        return _run(this, f"layerzoo ablate run {name}")
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on where this one stopped")
+        console.print("interrupted; saving checkpoints (^C again: at once, without)")
+        with suppress(KeyboardInterrupt):
+            this.close()
+        console.print("the same command goes on where this one stopped")
         return 130
     except OSError as error:
         raise SpecError(f"--out {out}: {error.strerror}; the same command goes on") from None
     finally:
+        this.close()
         signal.signal(signal.SIGTERM, before)
 
 

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
 from layerzoo.ablations import plot as plotting
+from layerzoo.ablations.cell import Cell, Seed
 from layerzoo.ablations.claims import Claim, judge
-from layerzoo.ablations.command import run
-from layerzoo.ablations.grid import load_grid, shipped_grids
-from layerzoo.ablations.report import bound_of
-from layerzoo.ablations.rows import Row
-from layerzoo.ablations.runner import Pool, prepare
+from layerzoo.ablations.command import main
+from layerzoo.ablations.folder import METRICS, prepare
+from layerzoo.ablations.grid import load_grid
+from layerzoo.ablations.report import bound_of, paired
+from layerzoo.ablations.rows import Row, pooled
+from layerzoo.ablations.run import How, run
 from layerzoo.ablations.statistics import mean_interval, window_bound
+from layerzoo.training import main as train
 
 
 def narrow(window: int) -> dict[str, Any]:
     return {"model.network.layers": [{"name": "sliding", "heads": 2, "window": window}]}
-
-
-AXES = {"x": {"a": {}}}
 
 
 def claim(**changes: Any) -> dict[str, Any]:
@@ -67,102 +68,44 @@ def grid_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def test_cells_are_paired_and_share_one_ceiling(tmp_path: Path) -> None:
-    _, cells = load_grid(str(grid_file(tmp_path)))
-    assert [cell.path for cell in cells] == [
-        f"{arm}/seed-{seed}" for seed in (0, 1) for arm in ("window", "memory")
-    ]
-    for cell in cells:
-        assert cell.config.seed_everything == cell.config.data.init_args.seed == cell.seed
-        assert cell.config.data.init_args.reach == 2 * 7 + 2 * 2  # of the window arm, for all
-        assert cell.config.model.network.dim == 16
-    assert cells[1].config.model.network.layers == [{"name": "linear", "heads": 2}]
+def layers(*specs: Any) -> dict[str, Any]:
+    return {"model.network.layers": list(specs)}
 
 
-def test_axes_multiply_and_options_may_be_numbers(tmp_path: Path) -> None:
-    sizes = {n: {"model.network.dim": n} for n in (16, 32)}
-    deep = {"one": {"model.network.depth": 1}, "two": {"model.network.depth": 2}}
-    path = grid_file(tmp_path, axes={"dim": sizes, "depth": deep}, window_arm=None, seeds=[3])
-    _, cells = load_grid(str(path))
-    assert [cell.arm for cell in cells] == ["16,one", "16,two", "32,one", "32,two"]
-    assert cells[2].config.model.network.dim == 32
+def go(path: Path, out: Path, **how: Any) -> int:
+    return run(str(path), How(out=out, **how))
 
 
-@pytest.mark.parametrize("name", shipped_grids())
-def test_shipped_grids_build(name: str) -> None:
-    grid, cells = load_grid(name)
-    assert grid.name == name and cells
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seedz": [1]}, "unknown field 'seedz'; did you mean 'seeds'?"),
-        ({"seeds": [0, 0]}, "each once"),
-        ({"base": "mqarr"}, "did you mean 'mqar'?"),
-        ({"axes": {}}, "at least one axis"),
-        ({"axes": {"layer": ["a"]}}, "axes: layer: expected options"),
-        ({"axes": {"layer": {"a/b": {}}}}, "'a/b' is no folder name"),
-        ({"axes": {"layer": {"a": 3}}}, "layer: a: expected overrides"),
-        ({"window_arm": {"layer": "windo"}}, "did you mean 'window'?"),
-        ({"window_arm": {"layer": "memory"}}, "unbounded"),
-        ({"seeds": [-1]}, "must not be negative"),
-        ({"name": "../escape"}, "name: '../escape' is no folder name"),
-        ({"axes": {"layer": {"..": {}}}}, "'..' is no folder name"),
-        (
-            {
-                "axes": {"w": {"8": narrow(8), "16": narrow(16)}, "x": {"layer": {}}},
-                "window_arm": {"x": "layer"},
-            },
-            "its arms differ in reach (16,layer; 8,layer)",
-        ),
-        ({"set": {"modle.lr": 1}}, "no 'modle'; did you mean 'model'?"),
-        (
-            {"set": {"model.network.layers": ["linaer"]}, "axes": AXES, "window_arm": None},
-            "'linear'?",
-        ),
-        ({"set": {"model.network.dim": "${data.nope}"}}, "not found"),
-        ({"expect": [claim(arm="windo")]}, "expect: arm: no 'windo'; did you mean 'window'?"),
-        ({"expect": [claim(tolerence=1)]}, "expect: unknown field 'tolerence'; did you mean"),
-        (
-            {"expect": [claim(value="bound")]},
-            "expect: value: expected float or one of 'window_bound'",
-        ),
-        ({"expect": [claim(tolerance=-0.1)]}, "expect: tolerance: must not be negative"),
-        ({"expect": claim()}, "expect: expected"),
-    ],
-)
-def test_a_wrong_grid_is_refused_before_anything_runs(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SpecError, match="grid ") as error:
-        load_grid(str(grid_file(tmp_path, **changes)))
-    assert message in str(error.value) and "\n" not in str(error.value)
+def metrics_of(root: Path) -> dict[str, str]:
+    """The figures of the finished cells, by arm and seed."""
+    found = sorted(root.rglob("metrics.json"))
+    return {p.parent.relative_to(root).as_posix()[:-9]: p.read_text() for p in found}
 
 
 def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     broken = {"model.network.layers": ["linear"], "model.impl": "triton"}  # fails when it runs
     tree = yaml.safe_load(grid_file(tmp_path).read_text())
     path = grid_file(tmp_path, axes={"layer": {**tree["axes"]["layer"], "broken": broken}})
-    assert run(str(path), tmp_path, jobs=2) == 1
+    assert go(path, tmp_path, jobs=2, retries=0) == 1
     out, err = capsys.readouterr()
     assert "6 of 6 cells to run" in out
-    assert "failed: broken/seed-0: " in err and "no Triton kernel yet" in err
+    assert "failed: broken/seed-0-" in err and "no Triton kernel yet" in err
     root = tmp_path / "tiny"
-    first = {p.parent: p.read_text() for p in sorted(root.rglob("metrics.json"))}
-    assert sorted(p.relative_to(root).as_posix() for p in first) == [
-        f"{arm}/seed-{seed}" for arm in ("memory", "window") for seed in (0, 1)
-    ]
+    first = metrics_of(root)
+    assert [*first] == [f"{arm}/seed-{seed}" for arm in ("memory", "window") for seed in (0, 1)]
     summary = json.loads((root / "summary.json").read_text())
     assert {arm["arm"]: arm["seeds"] for arm in summary["arms"]} == {
-        "window": [0, 1],
-        "memory": [0, 1],
+        "window": ["0", "1"],
+        "memory": ["0", "1"],
         "broken": [],
     }
     cell = summary["arms"][0]["cells"][0]
     assert {"recall/accuracy", "recall/ceiling", "recall/beyond_window"} <= cell.keys()
-    assert {"parameters", "state_bytes", "impl", "chance"} <= cell.keys()
-    assert cell["impl"] == {"sliding_attention": ["chunked"]} and cell["steps"] == 2
+    assert {"parameters", "state_bytes", "chance"} <= cell.keys() and cell["steps"] == 2
+    folder = root / summary["arms"][0]["folders"][0]
+    record = json.loads((folder / "record.json").read_text())
+    assert record["impl"] == {"sliding_attention": ["chunked"]} and record["seconds"] > 0
+    assert {"layerzoo", "torch", "lightning", "python", "commit"} <= record["versions"].keys()
     assert (root / "plot.png").stat().st_size > 10_000
 
     # Paired: the arms of one seed see the same queries; another seed sees others.
@@ -172,43 +115,92 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     # TensorBoard: one experiment record at the root, a session in every finished cell.
     assert len(list(root.glob("events*.hparams"))) == 1
     assert len(list(root.glob("*/*/events*.hparams"))) == 4
-    events = EventAccumulator(str(root / "window" / "seed-0")).Reload()
+    events = EventAccumulator(str(folder)).Reload()
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert {"test/recall/accuracy", "recall/accuracy"} <= {*events.Tags()["scalars"]}
 
-    # A finished cell is never rerun; a killed one starts again, and comes to the same result.
-    lost = root / "memory" / "seed-1"
-    (lost / "metrics.json").unlink()
-    (lost / "stale").write_text("of the killed run")
-    tiny = grid_file(tmp_path)
-    assert run(str(tiny), tmp_path, jobs=1) == 0
-    assert "1 of 4 cells to run" in capsys.readouterr().out
-    assert not (lost / "stale").exists()
-    again, before = json.loads((lost / "metrics.json").read_text()), json.loads(first[lost])
-    assert again["loss/held_out"] == pytest.approx(before["loss/held_out"], rel=1e-4)
-    for folder in first.keys() - {lost}:
-        assert (folder / "metrics.json").read_text() == first[folder]
+    # What is where, from the disk alone.
+    assert main(["status", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"all +6 +4 +2", out) and "failed: broken/seed-0" in out
+    with pytest.raises(SpecError, match=f"give one of {root}"):
+        main(["status", str(tmp_path)])
 
-    # Another config never overwrites, nor passes for, these results; how layers run is no config.
-    other = tree["set"] | {"model.network.dim": 32}
-    with pytest.raises(SpecError, match="results of another config; give another --out"):
-        run(str(grid_file(tmp_path, set=other)), tmp_path, jobs=1)
+    # A finished cell is never run again; a lost one is, and comes to the same result.
+    lost = root / summary["arms"][1]["folders"][1]
+    shutil.rmtree(lost)
+    tiny = grid_file(tmp_path)
+    assert go(tiny, tmp_path, jobs=1) == 0
+    assert "1 of 4 cells to run" in capsys.readouterr().out
+    assert metrics_of(root) == first
+    assert main(["status", str(root), "--json"]) == 0
+    assert {cell["state"] for cell in json.loads(capsys.readouterr().out)} == {"finished"}
+
+    # Another config has folders of its own; how layers run is no config.
     same = tree["set"] | {"model.impl": "chunked", "model.checkpoint": True}
-    assert run(str(grid_file(tmp_path, set=same)), tmp_path, jobs=1) == 0
+    assert go(grid_file(tmp_path, set=same), tmp_path) == 0
+    assert "0 of 4 cells to run" in capsys.readouterr().out
+    other = tree["set"] | {"model.network.dim": 32}
+    assert go(grid_file(tmp_path, set=other), tmp_path, jobs=1, limit=1) == 0
+    out = capsys.readouterr().out
+    assert "1 of 4 cells to run" in out and "window (1 of 2 cells)" in out
+    assert len([*root.rglob("metrics.json")]) == 5
+
+    # A cell is an ordinary run: its config alone makes it again.
+    rerun = tmp_path / "rerun"
+    where = ("save_dir", str(rerun)), ("name", ""), ("version", "")
+    options = [x for n, v in where for x in (f"--trainer.logger.init_args.{n}", v)]
+    assert train(["fit", "--config", str(folder / "config.yaml"), *options]) == 0
+    (mine,) = (folder / "checkpoints").glob("*.ckpt")
+    ours, theirs = (
+        torch.load(p, weights_only=True)["state_dict"]
+        for p in (mine, rerun / "checkpoints" / "last.ckpt")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_arm_is_tuned_on_other_seeds_and_the_validation_split(
+    tmp_path: Path, capsys: Any
+) -> None:
+    tree = yaml.safe_load(grid_file(tmp_path).read_text())
+    tune = {"axes": {"model.lr": [1e-9, 1e-2]}, "seeds": [7, 8], "budget": 12}
+    path = grid_file(
+        tmp_path,
+        tune=tune,
+        seeds=[0],
+        axes={"layer": {"window": tree["axes"]["layer"]["window"]}},
+        set=tree["set"] | {"data.init_args.val_samples": 4},
+    )
+    assert go(path, tmp_path, jobs=1, limit=3) == 0
+    assert "window: is not tuned yet, its cells wait" in capsys.readouterr().out
+    assert go(path, tmp_path, jobs=1) == 0
+    out = capsys.readouterr().out
+    assert "1 of 4 cells to run" in out and "window: tuned to lr=0.01" in out
+    root = tmp_path / "tiny"
+    trials = json.loads((root / "tuning.json").read_text())["window"]["trials"]
+    assert [trial["options"]["model.lr"] for trial in trials] == ["lr=1e-09", "lr=0.01"]
+    for metrics in (json.loads(p.read_text()) for p in root.glob("tune/*/*/*/metrics.json")):
+        assert metrics["steps"] == 12 and metrics["recall/queries"] == 4 * 8
+    (cell,) = root.glob("window/*/config.yaml")
+    config = yaml.safe_load(cell.read_text())
+    assert config["model"]["lr"] == 0.01 and config["trainer"]["max_steps"] == 2
+
+
+def made(count: int) -> list[Cell]:
+    return [Cell({}, Seed(n, n), {"data": {}}) for n in range(count)]
 
 
 def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: Any) -> None:
     def judged(*claims: dict[str, Any]) -> tuple[int, list[bool]]:
         path = grid_file(tmp_path, axes={"layer": {"window": narrow(8)}}, expect=list(claims))
-        _, cells = load_grid(str(path))
-        for cell in cells:  # as if it had run
-            if prepare(cell, tmp_path / "tiny"):
-                figures = {"recall/queries": 63 + 2 * cell.seed, "recall/accuracy": 0.5}
-                figures |= {"recall/ceiling": 0.4, "chance": 0.1}
-                sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
-                metrics = tmp_path / "tiny" / cell.path / "metrics.json"
-                metrics.write_text(json.dumps(figures | sizes))
-        status = run(str(path), tmp_path, jobs=1)
+        for cell in load_grid(str(path)).cells():  # as if it had run
+            figures = {"recall/queries": 63 + 2 * cell.seed.init, "recall/accuracy": 0.5}
+            figures |= {"recall/ceiling": 0.4, "chance": 0.1}
+            sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
+            metrics = prepare(cell, tmp_path / "tiny") / METRICS
+            metrics.write_text(json.dumps(figures | sizes))
+        status = go(path, tmp_path)
         summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
         return status, [each["holds"] for each in summary["claims"]]
 
@@ -227,7 +219,7 @@ def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> 
             {"recall/ceiling": c, "recall/accuracy": a, "recall/queries": 99, "chance": 0.1}
             for c, a in cells
         ]
-        return Row(arm, {"window": arm}, [*range(len(cells))], metrics)
+        return Row(arm, {"window": arm}, made(len(cells)), metrics)
 
     rows = [row("8", (0.4, 0.4), (0.6, 0.6)), row("16", (0.8, 0.9), (0.8, 0.9)), row("32")]
     claims = [
@@ -250,7 +242,10 @@ def test_a_grid_of_two_axes_is_drawn_as_a_map(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(plotting, "heat_map", lambda axes, *rest: drawn.append(rest))
     rows = [
         Row(
-            f"{task},{layer}", {"task": task, "layer": layer}, [0, 1], [{name: 0.25}, {name: 0.75}]
+            f"{task},{layer}",
+            {"task": task, "layer": layer},
+            made(2),
+            [{name: 0.25}, {name: 0.75}],
         )
         for task, name in (("recall", "recall/accuracy"), ("parity", "accuracy/all"))
         for layer in ("a", "b", "c")
@@ -266,52 +261,23 @@ def test_a_grid_of_two_axes_is_drawn_as_a_map(tmp_path: Path, monkeypatch) -> No
     )
 
 
-def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
-    endless = {"trainer.max_steps": 100_000, "data.init_args.train_samples": 10_000_000}
-    quick: dict[str, Any] = {"trainer.max_steps": 1, "trainer.val_check_interval": 1}
-    quick["data.init_args.lengths"] = [32, 64]  # two test loaders
-    axes = {"steps": {"endless": endless, "quick": quick}}
-    base = yaml.safe_load(grid_file(tmp_path).read_text())["set"]
-    path = grid_file(tmp_path, axes=axes, set=base, seeds=[0], window_arm=None)
-    _, cells = load_grid(str(path))
-    assert all(prepare(cell, tmp_path) for cell in cells)
-    seen: dict[str, dict[str, Any]] = {}
+def test_contrasts_are_paired_by_seed_and_groups_are_pooled() -> None:
+    def row(layer: str, size: str, *values: float) -> Row:
+        metrics = [{"loss/held_out": value} for value in values]
+        options = {"layer": layer, "size": size}
+        return Row(f"{layer},{size}", options, made(len(values)), metrics, 3, 1, "loss/held_out")
 
-    def report(cell: Any, answer: dict[str, Any]) -> None:
-        seen[cell.path] = answer
-        if cell.arm == "endless" and "step" in answer:
-            next(iter(pool.workers)).kill()
-
-    pool = Pool(cells, tmp_path, jobs=1, report=report)
-    pool.run()
-    assert seen["endless/seed-0"] == {"failed": "killed by signal 9"}
-    assert seen["quick/seed-0"] == {"done": True}
-    metrics = json.loads((tmp_path / "quick/seed-0/metrics.json").read_text())
-    assert {f"recall/ceiling/length={n}" for n in (32, 64)} <= metrics.keys()
-    assert not pool.workers
-    assert prepare(cells[0], tmp_path) and not prepare(cells[1], tmp_path)
-
-
-def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
-    _, cells = load_grid(str(grid_file(tmp_path)))
-    precious = tmp_path / cells[0].path / "thesis.tex"
-    precious.parent.mkdir(parents=True)
-    precious.write_text("years of work")
-    with pytest.raises(SpecError, match="is not a cell's folder"):
-        prepare(cells[0], tmp_path)
-    assert precious.read_text() == "years of work"
+    rows = [row("a", "s", 1.0, 2.0), row("a", "m", 3.0, 5.0), row("b", "s", 1.5)]
+    assert paired(rows[1], rows[0]) == [2.0, 3.0] and paired(rows[0], rows[2]) == [-0.5]
+    both, other = pooled(rows, ["layer"])
+    assert both.values("loss/held_out") == [1.0, 2.0, 3.0, 5.0] and both.options == {"layer": "a"}
+    assert (both.planned, both.diverged, other.planned) == (6, 2, 3)
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    path = str(grid_file(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(SpecError, match=r"--out .*file"):
-        run(path, tmp_path / "file", jobs=1)
-    (tmp_path / "tiny").mkdir()
-    with open(tmp_path / "tiny" / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SpecError, match="another run uses it"):
-            run(path, tmp_path, jobs=1)
+        go(grid_file(tmp_path), tmp_path / "file")
 
 
 def test_statistics() -> None:

@@ -122,7 +122,9 @@ def test_conditions_exclusions_and_design(tmp_path: Path) -> None:
         *("memory,constant,dim=16", "memory,constant,dim=32"),
     ]
     # An option of a list is named by its label or its value.
-    exclude = "[{decay: none, model.network.dim: 32}, {layer: window, model.network.dim: [dim=16]}]"
+    exclude = (
+        "[{decay: none, model.network.dim: 32}, {layer: window, model.network.dim: [dim=16]}]"
+    )
     assert names(read(tmp_path, axes=THREE, when=when, exclude=exclude)) == [
         *("window,dim=32", "memory,none,dim=16", "memory,constant,dim=16"),
         "memory,constant,dim=32",
@@ -296,7 +298,10 @@ MEMORY = f"{{{LAYERS}: [{{name: linear, heads: 2}}]}}"
         ({"axes": "\n  model.lr: [1, 1] # <-"}, "'lr=1' is an option already"),
         ({"axes": "\n  model.lr: [] # <-"}, "at least one value"),
         ({"axes": "\n  model.x: [a/b] # <-"}, "'x=a/b' is no folder name"),
-        ({"axes": "\n  s:\n    model.lr: [1, 2]\n    a.b: [1] # <-"}, "expected 2 values, as many"),
+        (
+            {"axes": "\n  s:\n    model.lr: [1, 2]\n    a.b: [1] # <-"},
+            "expected 2 values, as many",
+        ),
         ({"axes": "\n  lr: [1, 2] # <-"}, "axes.lr.0: lr: no such section"),
         (
             {"axes": f"\n  x:\n    a: {MEMORY}\n    b:\n      {LAYERS}: [linaer] # <-"},
