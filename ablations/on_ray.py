@@ -75,8 +75,6 @@ class RayExecutor:
         errors = self._ray.exceptions
         try:
             return self._ray.get(task)
-        except errors.TaskCancelledError:  # before RayTaskError, which it can be as well
-            return Outcome("stopped")
         except errors.RayTaskError as error:
             return Outcome("failed", str(error).rstrip().rpartition("\n")[2])
         except errors.OutOfMemoryError:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from layerzoo.ablations.executor import Outcome
-from layerzoo.ablations.on_ray import RayExecutor
+from layerzoo.ablations.on_ray import RayExecutor, _room
 from layerzoo.spec import SpecError
 
 FINISHED = Outcome("finished")
@@ -34,6 +34,7 @@ def cell(folder: Path) -> Outcome:
     where = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
     (folder / "part").write_text(json.dumps(where))
     os.replace(folder / "part", folder / "where")
+    print("what a cell prints is its node's")
     try:
         match folder.name.split("-")[0]:
             case "quick":
@@ -48,6 +49,8 @@ def cell(folder: Path) -> Outcome:
                 time.sleep(60)
         while not stop and not (folder / "go").exists():
             time.sleep(0.02)
+        if stop:
+            (folder / "saved").touch()
         return Outcome("stopped") if stop else FINISHED
     finally:
         signal.signal(signal.SIGINT, before)
@@ -64,7 +67,9 @@ def cluster() -> Iterator[Any]:
     terminate = signal.getsignal(signal.SIGTERM)
     with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as env:
         env.setenv("RAY_TMPDIR", folder)  # apart from a cluster of the user's, and a short path
-        nodes = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        soon = {"health_check_period_ms": 300}  # till the head takes a node for dead; else 14 s
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
+        nodes = Cluster(True, head_node_args=head)
         env.setenv("RAY_ADDRESS", nodes.address)
         nodes.add_node(num_cpus=1)
         nodes.add_node(num_cpus=1, num_gpus=1)
@@ -116,13 +121,16 @@ def runs(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_ends(make: Callable[..., RayExecutor], tmp_path: Path) -> None:
+def test_ends(
+    make: Callable[..., RayExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a worker is elsewhere
     terminate = signal.getsignal(signal.SIGTERM)
     executor = make()
     assert signal.getsignal(signal.SIGTERM) is terminate
     assert executor.slots == 2
     assert executor.ended(0) == []
-    start(executor, *(tmp_path / name for name in ("quick", "busy", "raises", "leaves")))
+    start(executor, *map(Path, ("quick", "busy", "raises", "leaves")))
     assert outcomes(executor, 4) == {
         "quick": FINISHED,
         "busy": Outcome("busy"),
@@ -133,6 +141,7 @@ def test_ends(make: Callable[..., RayExecutor], tmp_path: Path) -> None:
 
 def test_room(make: Callable[..., RayExecutor]) -> None:
     assert make(gpus=0.1).slots == 1  # its node has one CPU
+    assert _room({"CPU": 16.0, "GPU": 1.0}, {"CPU": 1, "GPU": 0.1}) == 10
     assert make(slots=5).slots == 5
     with pytest.raises(SpecError, match=r"no node .* has 2 CPU and 1 GPU; give a cell less"):
         make(threads=2, gpus=1)
@@ -140,10 +149,14 @@ def test_room(make: Callable[..., RayExecutor]) -> None:
         make(gpus=1.5)
 
 
-def test_closing(make: Callable[..., RayExecutor], tmp_path: Path) -> None:
-    """A cell gets time to stop; one that does not is killed; the cluster stays."""
+@pytest.mark.parametrize("connected", [False, True])
+def test_closing(make: Callable[..., RayExecutor], tmp_path: Path, connected: bool) -> None:
+    """A cell gets time to stop; one that does not is killed; the cluster stays, and so does a
+    connection that is not the executor's."""
     import ray
 
+    if connected:
+        ray.init("auto", log_to_driver=False)
     executor = make()
     stops, deaf, queued = (tmp_path / name for name in ("stops", "deaf", "queued"))
     start(executor, stops, deaf)
@@ -152,12 +165,13 @@ def test_closing(make: Callable[..., RayExecutor], tmp_path: Path) -> None:
     began = time.monotonic()
     executor.close(1)
     assert time.monotonic() - began > 1
-    until(lambda: not any(map(runs, pids)), 2)
-    assert not ray.is_initialized()
-    assert not (queued / "where").exists()
+    until(lambda: not any(map(runs, pids[connected:])), 2)  # what stopped waits for more cells
+    assert (stops / "saved").exists() and not (queued / "where").exists()
+    assert ray.is_initialized() is connected
     again = make()
     start(again, tmp_path / "quick")
     assert outcomes(again, 1) == {"quick": FINISHED}
+    ray.shutdown()
 
 
 def test_a_node_dies(
@@ -178,7 +192,7 @@ def test_a_node_dies(
     cluster.remove_node(node, allow_graceful=False)
     assert outcomes(executor, 1) == {"a": Outcome("failed", "its node died")}
     until(lambda: not runs(dead["pid"]), 5)
-    # Started before the head knows, it would wait for 12 s on a node that does not answer.
+    # Started before the head knows, it would wait on a node that does not answer.
     until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
     (a / "where").unlink()
     start(executor, a)
