@@ -86,7 +86,9 @@ class Drafts:
     def reach(self, tree: Tree) -> Reach | None:
         """Of the model, which is built, once for all trees that have it and its task."""
         options = {k: v for k, v in tree["data"]["init_args"].items() if k != "seed"}
-        key = json.dumps([(tree.get("model") or {}).get("network"), {**tree["data"], "init_args": options}])
+        key = json.dumps(
+            [(tree.get("model") or {}).get("network"), {**tree["data"], "init_args": options}]
+        )
         if key not in self._reaches:
             built = model(tree)
             task(tree).attach(built)
