@@ -18,7 +18,7 @@ from layerzoo import SpecError
 from layerzoo.ablations import plot as plotting
 from layerzoo.ablations.claims import Claim, judge
 from layerzoo.ablations.command import run
-from layerzoo.ablations.grid import load_grid, shipped_grids
+from layerzoo.ablations.grid import load_grid
 from layerzoo.ablations.report import bound_of
 from layerzoo.ablations.rows import Row
 from layerzoo.ablations.runner import Pool, prepare
@@ -27,9 +27,6 @@ from layerzoo.ablations.statistics import mean_interval, window_bound
 
 def narrow(window: int) -> dict[str, Any]:
     return {"model.network.layers": [{"name": "sliding", "heads": 2, "window": window}]}
-
-
-AXES = {"x": {"a": {}}}
 
 
 def claim(**changes: Any) -> dict[str, Any]:
@@ -65,79 +62,6 @@ def grid_file(folder: Path, **changes: Any) -> Path:
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
-
-
-def test_cells_are_paired_and_share_one_ceiling(tmp_path: Path) -> None:
-    _, cells = load_grid(str(grid_file(tmp_path)))
-    assert [cell.path for cell in cells] == [
-        f"{arm}/seed-{seed}" for seed in (0, 1) for arm in ("window", "memory")
-    ]
-    for cell in cells:
-        assert cell.config.seed_everything == cell.config.data.init_args.seed == cell.seed
-        assert cell.config.data.init_args.reach == 2 * 7 + 2 * 2  # of the window arm, for all
-        assert cell.config.model.network.dim == 16
-    assert cells[1].config.model.network.layers == [{"name": "linear", "heads": 2}]
-
-
-def test_axes_multiply_and_options_may_be_numbers(tmp_path: Path) -> None:
-    sizes = {n: {"model.network.dim": n} for n in (16, 32)}
-    deep = {"one": {"model.network.depth": 1}, "two": {"model.network.depth": 2}}
-    path = grid_file(tmp_path, axes={"dim": sizes, "depth": deep}, window_arm=None, seeds=[3])
-    _, cells = load_grid(str(path))
-    assert [cell.arm for cell in cells] == ["16,one", "16,two", "32,one", "32,two"]
-    assert cells[2].config.model.network.dim == 32
-
-
-@pytest.mark.parametrize("name", shipped_grids())
-def test_shipped_grids_build(name: str) -> None:
-    grid, cells = load_grid(name)
-    assert grid.name == name and cells
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seedz": [1]}, "unknown field 'seedz'; did you mean 'seeds'?"),
-        ({"seeds": [0, 0]}, "each once"),
-        ({"base": "mqarr"}, "did you mean 'mqar'?"),
-        ({"axes": {}}, "at least one axis"),
-        ({"axes": {"layer": ["a"]}}, "axes: layer: expected options"),
-        ({"axes": {"layer": {"a/b": {}}}}, "'a/b' is no folder name"),
-        ({"axes": {"layer": {"a": 3}}}, "layer: a: expected overrides"),
-        ({"window_arm": {"layer": "windo"}}, "did you mean 'window'?"),
-        ({"window_arm": {"layer": "memory"}}, "unbounded"),
-        ({"seeds": [-1]}, "must not be negative"),
-        ({"name": "../escape"}, "name: '../escape' is no folder name"),
-        ({"axes": {"layer": {"..": {}}}}, "'..' is no folder name"),
-        (
-            {
-                "axes": {"w": {"8": narrow(8), "16": narrow(16)}, "x": {"layer": {}}},
-                "window_arm": {"x": "layer"},
-            },
-            "its arms differ in reach (16,layer; 8,layer)",
-        ),
-        ({"set": {"modle.lr": 1}}, "no 'modle'; did you mean 'model'?"),
-        (
-            {"set": {"model.network.layers": ["linaer"]}, "axes": AXES, "window_arm": None},
-            "'linear'?",
-        ),
-        ({"set": {"model.network.dim": "${data.nope}"}}, "not found"),
-        ({"expect": [claim(arm="windo")]}, "expect: arm: no 'windo'; did you mean 'window'?"),
-        ({"expect": [claim(tolerence=1)]}, "expect: unknown field 'tolerence'; did you mean"),
-        (
-            {"expect": [claim(value="bound")]},
-            "expect: value: expected float or one of 'window_bound'",
-        ),
-        ({"expect": [claim(tolerance=-0.1)]}, "expect: tolerance: must not be negative"),
-        ({"expect": claim()}, "expect: expected"),
-    ],
-)
-def test_a_wrong_grid_is_refused_before_anything_runs(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SpecError, match="grid ") as error:
-        load_grid(str(grid_file(tmp_path, **changes)))
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
