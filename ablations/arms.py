@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -18,6 +17,7 @@ Where = dict[str, tuple[str, ...]]
 
 
 def arm_name(arm: Arm) -> str:
+    """Of an arm, and of no other: where two first differ, they differ in a label."""
     return ",".join(arm.values())
 
 
@@ -44,7 +44,7 @@ def read_arms(
     """The arms that `when`, `design` and `exclude` leave of the product, in order.
 
     Raises:
-        SpecError: an option is left in no arm, a filter matches nothing, or arms share a name.
+        SpecError: an option is left in no arm, or an exclusion matches none.
     """
     arms = _expand(axes, _conditions(source, axes))
     _require_all(source, axes, arms, "when")
@@ -62,7 +62,9 @@ def read_arms(
         dropped += matching
     arms = [arm for arm in arms if arm not in dropped]
     _require_all(source, axes, arms, "exclude")
-    return _named_apart(source, axes, arms)
+    if long := next((name for name in map(arm_name, arms) if len(name.encode()) > 200), None):
+        raise source.error(("axes",), f"'{long}' is too long for a folder; shorten the labels")
+    return arms
 
 
 def _conditions(source: Source, axes: Mapping[str, Axis]) -> dict[str, Where]:
@@ -106,19 +108,3 @@ def _require_all(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm], 
         for label, option in axis.options.items():
             if not any(arm.get(name) == label for arm in arms):
                 raise source.error(option.place, f"in no arm: {last} leaves it out")
-
-
-def _named_apart(source: Source, axes: Mapping[str, Axis], arms: list[Arm]) -> list[Arm]:
-    (name, count), *_ = Counter(map(arm_name, arms)).most_common(1)
-    if count > 1:
-        one, other = [arm for arm in arms if arm_name(arm) == name][:2]
-        raise source.error(
-            ("axes",), f"{_full(one)} and {_full(other)} are both named '{name}'; rename an option"
-        )
-    if long := next((name for name in map(arm_name, arms) if len(name.encode()) > 200), None):
-        raise source.error(("axes",), f"'{long}' is too long for a folder; shorten the labels")
-    return arms
-
-
-def _full(arm: Arm) -> str:
-    return ", ".join(f"{axis}: {label}" for axis, label in arm.items())

@@ -9,9 +9,10 @@ from typing import Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from layerzoo.spec import Config, SpecError
+from layerzoo.spec import Config, SpecError, suggest
 
 from .rows import Row
+from .source import Source
 from .statistics import mean_interval, window_bound
 
 
@@ -34,6 +35,18 @@ class Claim(Config):
     def check(self) -> None:
         if not self.tolerance >= 0:
             raise SpecError(f"tolerance: must not be negative, got {self.tolerance}")
+
+
+def read_claims(source: Source, arms: Sequence[str]) -> list[Claim]:
+    """The claims of a grid file, about these arms."""
+    claims = []
+    for n, fields in enumerate(source.value("expect") or []):
+        with source.at("expect", str(n)):
+            claim: Claim = Claim.from_fields(fields)
+            if claim.arm not in arms:
+                raise SpecError(f"arm: no '{claim.arm}'; {suggest(claim.arm, arms)}")
+        claims.append(claim)
+    return claims
 
 
 @dataclass(frozen=True)

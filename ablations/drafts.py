@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +64,16 @@ class Drafts:
         interval = tree.get("trainer", {}).get("val_check_interval")
         if budget is not None and isinstance(interval, int) and interval > budget:
             tree["trainer"]["val_check_interval"] = budget
+        return tree
+
+    def reseeded(self, draft: DictConfig, tree: Tree, seed: Seed, budget: int | None) -> Tree:
+        """The draft's tree with another seed; most configs don't refer to the seeds, and need
+        not be resolved again."""
+        written: Any = OmegaConf.to_container(draft, resolve=False)
+        if re.search(r"\$\{[^}]*seed", json.dumps(written, default=str)):
+            return self.tree(draft, seed, budget)
+        tree = copy.deepcopy(tree)
+        tree["seed_everything"], tree["data"]["init_args"]["seed"] = seed
         return tree
 
     def checked(

@@ -17,7 +17,7 @@ from layerzoo.spec import SpecError, suggest
 from .arms import Arm, arm_name, meets, read_arms, read_where
 from .axes import Axis, Override, read_axes, read_overrides
 from .cell import Cell, Seed
-from .claims import Claim
+from .claims import Claim, read_claims
 from .configs import Tree, task
 from .drafts import MAX_STEPS, SEEDS, Drafts
 from .match import Match, matched
@@ -93,8 +93,8 @@ class Grid:
         seeds: tuple[Seed, ...],
         split: Literal["test", "val"],
     ) -> list[Cell]:
-        """The cells of the arms in `tuned`, with their tuning options. All arms are made: an arm
-        may be matched to any other."""
+        """The cells of the arms in `tuned`, with their tuning options. All arms are made, for the
+        reach of one may be that of all."""
         budget = self.budget(split)
         steps = budget.value if budget else None
         drafts, trees = {}, {}
@@ -102,7 +102,8 @@ class Grid:
             name = arm_name(arm)
             overrides = [*self._overrides(arm, tuned.get(name, {})), *([budget] if budget else [])]
             drafts[name], trees[name] = self.drafts.checked(overrides, seeds[0], steps)
-        records = self._match(trees)
+        for name, (network, _) in self._matched.items():
+            trees[name]["model"]["network"] = copy.deepcopy(network)
         reach = self._ceiling(trees)
         cells = []
         for seed, arm in itertools.product(seeds, self.arms):
@@ -110,11 +111,12 @@ class Grid:
                 continue
             tree = trees[name]
             if seed != seeds[0]:
-                tree = self.drafts.tree(drafts[name], seed, steps)
+                tree = self.drafts.reseeded(drafts[name], tree, seed, steps)
                 tree["model"]["network"] = copy.deepcopy(trees[name]["model"]["network"])
             if reach:
                 tree["data"]["init_args"] |= {"reach": reach.back, "sinks": reach.sinks}
-            cells.append(Cell(arm, seed, tree, split, tuned[name], records.get(name, {})))
+            _, record = self._matched.get(name, (None, {}))
+            cells.append(Cell(arm, seed, tree, split, tuned[name], record))
         self._refuse_twins(cells[: len(tuned)])
         return cells
 
@@ -132,15 +134,21 @@ class Grid:
         tuning = self.tuning.overrides(tuned) if self.tuning else ()
         return [*common, *itertools.chain(*options), *tuning]
 
-    def _match(self, trees: dict[str, Tree]) -> dict[str, dict[str, Any]]:
-        """Give the trees their matched networks; the records by arm."""
+    @cached_property
+    def _matched(self) -> dict[str, tuple[Tree, dict[str, Any]]]:
+        """The networks of a grid that matches them, and the records, by arm."""
         if self.match is None:
             return {}
+        arms = {arm_name(arm): arm for arm in self.arms}
+        trees = {
+            name: self.drafts.checked(self._overrides(arm, {}), self.seeds[0], None)[1]
+            for name, arm in arms.items()
+        }
         with self.source.at("match"):
-            solved = matched(self.match, trees, {arm_name(arm): arm for arm in self.arms})
-        for name, (tree, _) in solved.items():
-            trees[name]["model"]["network"] = tree["model"]["network"]
-        return {name: record for name, (_, record) in solved.items()}
+            solved = matched(self.match, trees, arms)
+        return {
+            name: (tree["model"]["network"], record) for name, (tree, record) in solved.items()
+        }
 
     def _ceiling(self, trees: Mapping[str, Tree]) -> Reach | None:
         """The reach of the window arms, if the grid has any; every task takes it."""
@@ -216,7 +224,7 @@ def read_grid(source: Source) -> Grid:
         tuning=None if fields.tune is None else read_tuning(source, axes, seeds),
         match=None if fields.match is None else _read_match(source, axes),
         report=None if fields.report is None else read_report(source, axes, names),
-        claims=[_read_claim(source, str(n), names) for n in range(len(fields.expect))],
+        claims=read_claims(source, names),
     )
     _refuse_reserved(grid)
     return grid
@@ -231,14 +239,6 @@ def _read_match(source: Source, axes: Mapping[str, Axis]) -> Match:
         return Match.from_fields(fields)
 
 
-def _read_claim(source: Source, n: str, arms: Sequence[str]) -> Claim:
-    with source.at("expect", n):
-        claim = Claim.from_fields(source.value("expect", n))
-        if claim.arm not in arms:
-            raise SpecError(f"arm: no '{claim.arm}'; {suggest(claim.arm, arms)}")
-    return claim
-
-
 def _refuse_reserved(grid: Grid) -> None:
     """Overrides of what other fields set."""
     common = read_overrides(grid.source, "set") if grid.fields.set is not None else ()
@@ -251,3 +251,6 @@ def _refuse_reserved(grid: Grid) -> None:
                 raise grid.source.error(place, "the grid's seeds set it; drop it")
             if key == MAX_STEPS and budget:
                 raise grid.source.error(place, "budget sets it; drop one of the two")
+    for place, key, _ in tried if grid.match else ():
+        if f"{key}.".startswith("model.network.") or key == "model":
+            raise grid.source.error(place, "a network that is matched is not tuned; drop one")

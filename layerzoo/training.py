@@ -87,8 +87,9 @@ def read_yaml(path: str | Path) -> Any:
     except (MarkedYAMLError, OmegaConfBaseException, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
+        key = f"{key}: " if (key := getattr(error, "full_key", None)) else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise SpecError(f"{path}{line}: {problem}") from None
+        raise SpecError(f"{path}{line}: {key}{problem}") from None
     if not isinstance(tree, DictConfig) or not tree:
         raise SpecError(f"{path}: expected fields, key: value")
     return tree

@@ -13,6 +13,7 @@ from layerzoo.ablations import grid as grids
 from layerzoo.ablations.cell import Seed
 from layerzoo.ablations.grid import Grid, load_grid, shipped_grids
 from layerzoo.ablations.tune import choose
+from layerzoo.training import config_path
 
 LAYER = """
   layer:
@@ -155,6 +156,21 @@ def test_the_base_may_be_a_file_beside_or_in_the_grid(tmp_path: Path) -> None:
     assert cell.config["data"]["init_args"]["length"] == 128
 
 
+def test_an_error_in_a_base_names_its_file(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("modle: 1\n" + Path(config_path("mqar")).read_text())
+    with pytest.raises(SpecError, match=re.escape(f"grid.yaml:2: base: {own}: modle: no such")):
+        read(tmp_path, base="own.yaml")
+
+
+def test_the_example_of_the_readme(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "ablations" / "README.md").read_text()
+    example = tmp_path / "forgetting.yaml"
+    example.write_text(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    grid = load_grid(str(example))
+    assert {name for name, value in grid.fields.to_fields().items() if not value} == set()
+
+
 def test_a_budget_is_of_updates_and_validates_in_it(tmp_path: Path) -> None:
     def trainer(**fields: str) -> tuple[int, int]:
         trainer = read(tmp_path, **fields).cells()[0].config["trainer"]
@@ -190,7 +206,7 @@ def test_the_matched_network_is_of_all_seeds(tmp_path: Path, monkeypatch: Any) -
     for cell in (*grid.cells(), *grid.tune_cells()):
         assert cell.config["model"]["network"]["dim"] == 24 and cell.matched == {"dim": 24}
     arms = {"window": {"layer": "window"}, "memory": {"layer": "memory"}}
-    assert seen == [({"layer": "window"}, arms)] * 3  # as reported, and with each rate
+    assert seen == [({"layer": "window"}, arms)]
 
 
 TUNE = "{axes: {model.lr: [1e-3, 1e-2, 1e-1], warm: {a: {}, b: {model.warmup: 0}}}, seeds: [7, 8]}"
@@ -258,69 +274,196 @@ def test_arms_without_a_choice(tmp_path: Path) -> None:
 
 
 LAYERS = "model.network.layers"
-MEMORY = f"{{{LAYERS}: [{{name: linear, heads: 2}}]}}"
+MEMORY = f"{LAYERS}: [{{name: linear, heads: 2}}]"
+TWO = f"""
+  x: {{a: {{{MEMORY}}}, b: {{model.lr: 1}}}}
+  y: {{c: {{}}, d: {{model.warmup: 0}}}}
+"""
+DATA = "{class_path: layerzoo.data.MQAR}"
+MODEL = f"{{network: {{vocab_size: 8192, dim: 16, {MEMORY.removeprefix('model.network.')}}}}}"
+CLAIM = "{arm: window, metric: m, value: 1, tolerance: 0, source: s}"
+
+FORMS = [  # the line that holds <- is the one that the error names
+    ({"seedz": "[1] # <-"}, "unknown field 'seedz'; did you mean 'seeds'?"),
+    ({"name": "../escape # <-"}, "name: '../escape' is no folder name"),
+    ({"name": ""}, "name: missing"),
+    ({"seeds": "\n- 0\n- 0 # <-"}, "seeds.1: 0 is there already"),
+    ({"seeds": "[-1] # <-"}, "seeds.0: must be whole and not negative, got -1"),
+    ({"seeds": "[{init: 1, data: 1.5}] # <-"}, "seeds.0: must be whole and not negative"),
+    (
+        {"seeds": "\n- 0\n- {init: 1, dat: 2} # <-"},
+        "seeds.1: expected init and data, got init, dat",
+    ),
+    ({"seeds": "\n- 0\n- {init: 1} # <-"}, "expected init and data, got init"),
+    ({"seeds": "[] # <-"}, "seeds: needs at least one"),
+    ({"budget": "0 # <-"}, "budget: must be at least 1, got 0"),
+    ({"budget": "5", "set": "\n  trainer.max_steps: 5 # <-"}, "set.trainer.max_steps: budget"),
+    ({"budget": "5", "axes": "\n  trainer.max_steps: [5] # <-"}, "budget sets it; drop one"),
+    ({"set": "{seed_everything: 1} # <-"}, "set.seed_everything: the grid's seeds set it"),
+    ({"set": "[a] # <-"}, "set: expected a mapping"),
+    ({"axes": "{} # <-"}, "axes: needs at least one axis"),
+    ({"axes": "\n  layer: a # <-"}, "axes.layer: expected options: label: {key: value}"),
+    ({"axes": "\n  layer: {a: 3} # <-"}, "axes.layer.a: expected overrides"),
+    ({"axes": "\n  layer:\n    a: {}\n    b/c: {} # <-"}, "'b/c' is no folder name"),
+    ({"axes": "\n  layer: {..: {}} # <-"}, "'..' is no folder name"),
+    (
+        {"axes": "\n  model.lr:\n  - 1\n  - {a: 1} # <-"},
+        "axes.model.lr.1: a list of options is of",
+    ),
+    ({"axes": "\n  model.lr: [1, 1] # <-"}, "'lr=1' is an option already"),
+    ({"axes": "\n  model.lr: [] # <-"}, "at least one value"),
+    ({"axes": "\n  model.x: [a/b] # <-"}, "'x=a/b' is no folder name"),
+    ({"axes": "\n  s:\n    model.lr: [1, 2]\n    a.b: [1] # <-"}, "expected 2 values, as many as"),
+    ({"axes": "\n  x:\n    a: {}\n  x: # <-\n    b: {}"}, "found duplicate key x"),
+    ({"axes": "\n  x:\n    a: {m: 1, m: 2} # <-"}, "found duplicate key m"),
+    ({"axes": "\n  x: {a: {}", "seeds": "[0] # <-"}, "did not find"),
+    ({"set": "{model.lr: '${'}"}, "'${'"),
+]
+
+ARMS = [
+    ({"design": "factorial # <-"}, "design: expected one of 'product', 'one_at_a_time'"),
+    ({"axes": TWO, "when": "{z: {x: a}} # <-"}, "when.z: no such axis; known: x, y"),
+    ({"axes": TWO, "when": "\n  y: {w: a} # <-"}, "when.y.w: no such axis"),
+    ({"axes": TWO, "when": "{y: {x: [a, aa]}} # <-"}, "when.y.x.1: no option 'aa'; did you mean"),
+    ({"axes": TWO, "when": "{x: {y: c}} # <-"}, "when.x.y: list axis y before axis x"),
+    ({"axes": TWO, "when": "{y: a} # <-"}, "when.y: expected axis: option, got 'a'"),
+    (
+        {
+            "axes": f"{TWO}  z:\n    e: {{}} # <-\n",
+            "when": "{y: {x: b}, z: {x: a, y: c}}",
+        },
+        "axes.z.e: in no arm: when leaves it out",
+    ),
+    (
+        {
+            "axes": "\n  x: {a: {}, b: {}}\n  y:\n    c: {}\n    d: {} # <-",
+            "when": "{y: {x: b}}",
+            "design": "one_at_a_time",
+        },
+        "axes.y.d: in no arm: design: one_at_a_time leaves it out",
+    ),
+    (
+        {"axes": "\n  x:\n    a: {}\n    b: {} # <-", "exclude": "[{x: b}]"},
+        "axes.x.b: in no arm: exclude leaves it out",
+    ),
+    ({"axes": TWO, "exclude": "\n- {x: a, y: c}\n- {x: e} # <-"}, "exclude.1.x: no option 'e'"),
+    (
+        {"axes": TWO, "when": "{y: {x: a}}", "exclude": "\n- {x: b, y: c} # <-"},
+        "exclude.0: matches no arm",
+    ),
+    ({"axes": TWO, "exclude": "{x: a} # <-"}, "exclude: expected a list of a mapping"),
+    ({"axes": f"# <-\n  x: {{{'a' * 201}: {{}}}}"}, "is too long for a folder"),
+    (
+        {"axes": "\n  x:\n    a: {}\n    b: {} # <-"},
+        "axes.x.b: arm b is the same run as a; drop one",
+    ),
+]
+
+CONFIGS = [
+    ({"base": "mqarr # <-"}, "base: --config mqarr: no such file or shipped config; did you mean"),
+    ({"base": "\n  model: {}\n  data: MQAR # <-"}, "base: data: write it as class_path"),
+    (
+        {"base": f"\n  data: {DATA}\n  model: {MODEL}\n  modle: 1 # <-"},
+        "base: modle: no such section; did you mean 'model'?",
+    ),
+    (
+        {
+            "base": f"\n  data: {DATA}\n  model: {{lr: 1}} # <-",
+            "axes": "{model.lr: [1]}",
+        },
+        "base: model.network: expected the fields",
+    ),
+    ({"set": "\n  modle.lr: 1 # <-"}, "no 'modle'; did you mean 'model'?"),
+    ({"set": "\n  model.lrr: 1 # <-"}, "model.lrr: no such option; did you mean 'lr'?"),
+    ({"set": f"\n  {LAYERS}.0: linear # <-"}, f"set.{LAYERS}.0: {LAYERS} is a list; set all"),
+    ({"set": "\n  model.network.dim: 8\n  model.network.conv: ${data.no} # <-"}, "not found"),
+    ({"set": "{data.init_args.pairs: 99} # <-"}, "pairs: 99"),
+    ({"set": "{data.init_args.pars: 4} # <-"}, "no such option; did you mean 'pairs'?"),
+    ({"set": "{model.network.vocab_size: 8} # <-"}, "beyond the model's vocabulary of 8"),
+    ({"axes": "\n  lr: [1, 2] # <-"}, "axes.lr.0: lr: no such section"),
+    (
+        {"axes": f"\n  x:\n    a: {{{MEMORY}}}\n    b:\n      {LAYERS}: [linaer] # <-"},
+        f"axes.x.b.{LAYERS}: model.network: layers[0]: unknown layer 'linaer'; did you mean",
+    ),
+    # Neither is wrong without the other: the later one is named.
+    (
+        {"axes": f"\n  x: {{a: {{{MEMORY}}}}}\n  model.network.dim:\n  - 8\n  - 3 # <-"},
+        "axes.model.network.dim.1: model.network: layers[0]: linear: heads",
+    ),
+    ({"window_arm": "{layer: windo} # <-"}, "no option 'windo'; did you mean 'window'?"),
+    (
+        {"window_arm": "{layr: window} # <-"},
+        "window_arm.layr: no such axis; did you mean 'layer'?",
+    ),
+    ({"window_arm": "{layer: memory} # <-"}, "window_arm: this arm's reach is unbounded"),
+    (
+        {"axes": LAYER + "  model.network.conv: [0, 3]", "window_arm": "{layer: window} # <-"},
+        "its arms differ in reach (window,conv=0; window,conv=3)",
+    ),
+    (
+        {"base": "parity", "window_arm": "{layer: window} # <-"},
+        "window_arm: data: reach: no such option",
+    ),
+]
+
+PARTS = [
+    ({"match": "{by: params, to: window} # <-"}, "match: by: expected one of 'parameters'"),
+    ({"match": "{by: parameters, to: {layer: windo}} # <-"}, "match.to.layer: no option 'windo'"),
+    (
+        {"tune": "{axes: {model.network.dim: [16]}, seeds: [9]} # <-"}
+        | {"match": "{by: parameters, to: window}"},
+        "tune.axes.model.network.dim.0: a network that is matched is not tuned",
+    ),
+    (
+        {"tune": "{axes: {model.lr: [1]}, seeds: [0]} # <-"},
+        "tune.seeds.0: 0: the grid's seeds have",
+    ),
+    (
+        {"tune": "{axes: {model.lr: [1]}, seeds: [9, {init: 10, data: 1}]} # <-"},
+        "tune.seeds.1: 10-data-1: the grid's seeds have its data too",
+    ),
+    ({"tune": "{axes: {model.lr: [1]}, seeds: [9], budget: 0} # <-"}, "tune: budget: must be"),
+    ({"tune": "{axes: {layer: {a: {}}}, seeds: [9]} # <-"}, "layer: is an axis of the grid"),
+    ({"tune": "{axes: {model.lr: [1]}, sedes: [9]} # <-"}, "tune: unknown field 'sedes'; did you"),
+    (
+        {"tune": "{axes: {trainer.max_steps: [1]}, seeds: [9], budget: 1} # <-"},
+        "tune.axes.trainer.max_steps.0: budget sets it",
+    ),
+    ({"tune": "\n  axes:\n    model.lrr: [1] # <-\n  seeds: [9]"}, "did you mean 'lr'?"),
+    (
+        {"axes": "\n  lr:\n    low: {model.lr: 1}\n    high: {model.lr: 2} # <-"}
+        | {"tune": "{axes: {model.lr: [3]}, seeds: [9]}"},
+        "arm high is the same run as low, both with lr=3",
+    ),
+    ({"report": "{by: [layr]} # <-"}, "report.by.0: no such axis; did you mean 'layer'?"),
+    ({"report": "{metrik: a} # <-"}, "report: unknown field 'metrik'; did you mean 'metric'?"),
+    ({"report": "{contrasts: [[window, memry]]} # <-"}, "no arm 'memry'; did you mean 'memory'?"),
+    ({"report": "{contrasts: [[window]]} # <-"}, "report.contrasts.0: expected two arms"),
+    (
+        {"expect": f"\n- {CLAIM}\n- {CLAIM.replace('window', 'windo')} # <-"},
+        "expect.1: arm: no 'w",
+    ),
+    (
+        {"expect": "\n- arm: window\n  metric: m\n  tolerence: 0 # <-\n  value: 1"},
+        "expect.0: unknown field 'tolerence'; did you mean 'tolerance'?",
+    ),
+    (
+        {"expect": f"\n- {CLAIM.replace('value: 1', 'value: bound')} # <-"},
+        "expect.0: value: expected float or one of 'window_bound'",
+    ),
+    ({"expect": f"\n- {CLAIM.replace('0', '-0.1')} # <-"}, "tolerance: must not be negative"),
+    ({"expect": f"{CLAIM} # <-"}, "expect: expected"),
+]
 
 
-# The line that holds <- is the one that the error names.
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"seedz": "[1] # <-"}, "unknown field 'seedz'; did you mean 'seeds'?"),
-        ({"name": "../escape # <-"}, "name: '../escape' is no folder name"),
-        ({"base": "mqarr # <-"}, "base: --config mqarr: no such file or shipped config; did you"),
-        ({"base": "\n  model: {}\n  data: MQAR # <-"}, "base: data: write it as class_path"),
-        (
-            {"base": "\n  data: {class_path: layerzoo.data.MQAR}\n  modle: {} # <-"},
-            "base: modle: no such section; did you mean 'model'?",
-        ),
-        ({"design": "factorial # <-"}, "design: expected one of 'product', 'one_at_a_time'"),
-        ({"seeds": "\n- 0\n- 0 # <-"}, "seeds.1: 0 is there already"),
-        ({"seeds": "[-1] # <-"}, "seeds.0: must be whole and not negative, got -1"),
-        ({"seeds": "\n- 0\n- {init: 1, dat: 2} # <-"}, "expected init and data, got init, dat"),
-        ({"seeds": "[] # <-"}, "seeds: needs at least one"),
-        ({"budget": "0 # <-"}, "budget: must be at least 1, got 0"),
-        ({"budget": "5", "set": "\n  trainer.max_steps: 5 # <-"}, "set.trainer.max_steps: budget"),
-        ({"budget": "5", "axes": "\n  trainer.max_steps: [5] # <-"}, "budget sets it"),
-        ({"set": "{seed_everything: 1} # <-"}, "set.seed_everything: the grid's seeds set it"),
-        ({"set": "\n  modle.lr: 1 # <-"}, "no 'modle'; did you mean 'model'?"),
-        ({"set": "\n  model.lrr: 1 # <-"}, "model.lrr: no such option; did you mean 'lr'?"),
-        ({"set": f"\n  {LAYERS}.0: linear # <-"}, "is a list; set all of it"),
-        ({"set": "\n  model.network.dim: 7\n  model.network.conv: ${data.no} # <-"}, "not found"),
-        ({"set": "{data.init_args.pairs: 99} # <-"}, "pairs: 99"),
-        ({"set": "{data.init_args.pars: 4} # <-"}, "no such option; did you mean 'pairs'?"),
-        ({"set": "{model.network.vocab_size: 8} # <-"}, "beyond the model's vocabulary of 8"),
-        ({"axes": "{} # <-"}, "axes: needs at least one axis"),
-        ({"axes": "\n  layer: a # <-"}, "axes.layer: expected options: label: {key: value}"),
-        ({"axes": "\n  layer: {a: 3} # <-"}, "axes.layer.a: expected overrides"),
-        ({"axes": "\n  layer:\n    a: {}\n    b/c: {} # <-"}, "'b/c' is no folder name"),
-        ({"axes": "\n  layer: {..: {}} # <-"}, "'..' is no folder name"),
-        ({"axes": "\n  lr: [1]\n  model.lr: # <-\n  - {a: 1}"}, "name each option"),
-        ({"axes": "\n  model.lr: [1, 1] # <-"}, "'lr=1' is an option already"),
-        ({"axes": "\n  model.lr: [] # <-"}, "at least one value"),
-        ({"axes": "\n  model.x: [a/b] # <-"}, "'x=a/b' is no folder name"),
-        (
-            {"axes": "\n  s:\n    model.lr: [1, 2]\n    a.b: [1] # <-"},
-            "expected 2 values, as many",
-        ),
-        ({"axes": "\n  lr: [1, 2] # <-"}, "axes.lr.0: lr: no such section"),
-        (
-            {"axes": f"\n  x:\n    a: {MEMORY}\n    b:\n      {LAYERS}: [linaer] # <-"},
-            f"axes.x.b.{LAYERS}: model.network: no layer 'linaer'; did you mean 'linear'?",
-        ),
-        ({"axes": f"\n  x: {{a: {MEMORY}}}\n  model.network.dim: [8, 3] # <-"}, "divide 3"),
-        (
-            {"axes": "\n  x: {a: {}, b: {model.lr: 1}}\n  model.lr: [2, 3]\n#"},
-            "arm b,lr=2 is the same run as a,lr=2",
-        ),
-        ({"axes": "\n  x: # <-\n    a: {}\n  x:\n    b: {}"}, "found duplicate key x"),
-        ({"axes": "\n  x: {a: {}, b: [1] # <-"}, "did not find"),
-        (
-            {"axes": "\n  a: {x: {}, y: {model.lr: 1}}\n  b: {z: {}}", "when": "{b: {a: x}}"},
-            "",
-        ),
-    ],
-)
-def test_a_wrong_field_is_refused_at_its_line(
+@pytest.mark.parametrize(("fields", "message"), [*FORMS, *ARMS, *CONFIGS, *PARTS])
+def test_a_wrong_grid_is_refused_at_its_line(
     tmp_path: Path, fields: dict[str, str], message: str
 ) -> None:
-    pass
+    with pytest.raises(SpecError) as error:
+        read(tmp_path, **fields)
+    path = tmp_path / "grid.yaml"
+    lines = [n for n, line in enumerate(path.read_text().splitlines(), 1) if "<-" in line]
+    where = f"grid {path}:{lines[0]}: " if lines else f"grid {path}: "
+    assert str(error.value).startswith(where)
+    assert message in str(error.value) and "\n" not in str(error.value)
