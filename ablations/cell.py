@@ -45,6 +45,7 @@ class Cell:
 
     options: axis -> option. config: resolved, as `layerzoo fit --config` takes it.
     split: which held-out split it is measured on; a tuning run never sees the test split.
+    tuned: tuning axis -> option: what a tuning run tries, and what a reported one was given.
     matched: what was solved for and reached, if the grid matches its models.
     """
 
@@ -52,6 +53,7 @@ class Cell:
     seed: Seed
     config: Tree
     split: Literal["test", "val"] = "test"
+    tuned: dict[str, str] = field(default_factory=dict)
     matched: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,7 +67,9 @@ class Cell:
     @property
     def path(self) -> str:
         """Of its folder, in the grid's."""
-        return f"{self.arm}/seed-{self.seed}-{self.identity[:8]}"
+        tuning = ("tune", self.arm, ",".join(self.tuned.values()))
+        folder = self.arm if self.split == "test" else "/".join(tuning)
+        return f"{folder}/seed-{self.seed}-{self.identity[:8]}"
 
 
 def identity(config: Tree) -> str:

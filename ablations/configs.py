@@ -15,7 +15,7 @@ from layerzoo.data import Task
 from layerzoo.lit import LitModel
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError, at, suggest
-from layerzoo.training import Parser
+from layerzoo.training import Parser, spec_error
 
 Tree = dict[str, Any]
 
@@ -46,6 +46,7 @@ def resolve(config: DictConfig) -> Tree:
     try:
         data: Any = OmegaConf.to_container(written, resolve=True)
         defaults, _ = _task(data)
+        defaults = {name: value for name, value in defaults.items() if name != "seed"}
         whole: Any = config.copy()
         OmegaConf.update(whole, "data.init_args", defaults, force_add=True)
         tree: Any = OmegaConf.to_container(whole, resolve=True)
@@ -72,7 +73,11 @@ def _task(data: Tree) -> tuple[Tree, Task]:
         parser = Parser(exit_on_error=False)
         parser.add_subclass_arguments(Task, "data", required=True)
         parsed = parser.parse_object({"data": data})
-        _tasks[key] = parsed.data.init_args.as_dict(), parser.instantiate(parsed).data
+        try:
+            built = parser.instantiate(parsed).data
+        except ValueError as error:  # the parser's, around the task's own
+            raise (spec_error(error) or error) from None
+        _tasks[key] = parsed.data.init_args.as_dict(), built
     return _tasks[key]
 
 
@@ -82,6 +87,9 @@ def model(config: Tree) -> LanguageModel:
     Raises:
         SpecError: it does not build.
     """
-    network = {str(name): value for name, value in config["model"]["network"].items()}
+    written = (config.get("model") or {}).get("network")
+    if not isinstance(written, dict):
+        raise SpecError("model.network: expected the fields of a language model")
+    network = {str(name): value for name, value in written.items()}
     with at("model.network"), torch.device("meta"):
         return LanguageModel(ModelConfig.from_fields(network))

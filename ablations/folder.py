@@ -86,6 +86,7 @@ def about_cell(cell: Cell) -> dict[str, Any]:
         "options": cell.options,
         "seed": cell.seed._asdict(),
         "split": cell.split,
+        "tuned": cell.tuned,
         "matched": cell.matched,
         "identity": cell.identity,
     }

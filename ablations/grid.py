@@ -2,101 +2,180 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from layerzoo.layer import Reach
+from layerzoo.spec import SpecError, suggest
 
-from layerzoo.model import LanguageModel, ModelConfig
-from layerzoo.spec import Config, SpecError, at, suggest
-from layerzoo.training import config_path, read_yaml
-
+from .arms import Arm, arm_name, meets, read_arms, read_where
+from .axes import Axis, Override, read_axes, read_overrides
+from .cell import Cell, Seed
 from .claims import Claim
+from .configs import Tree, task
+from .drafts import MAX_STEPS, SEEDS, Drafts
+from .match import Match, matched
+from .schema import Fields, Report, read_report, read_seeds
+from .source import Source
+from .tune import Choice, Tuning, read_tuning
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One training run: an option of every axis, and a seed."""
+class Grid:
+    """A grid file as read and checked; `load_grid` makes it.
 
-    options: dict[str, str]
-    seed: int
-    config: DictConfig
-
-    @property
-    def arm(self) -> str:
-        return arm_name(self.options)
-
-    @property
-    def path(self) -> str:
-        return f"{self.arm}/seed-{self.seed}"
-
-
-def arm_name(options: dict[str, str]) -> str:
-    return ",".join(options.values())
-
-
-class Grid(Config):
-    """A grid file.
-
-    name: of the grid and its folder of results.
-    base: a shipped config's name, or a path relative to the grid file.
-    axes: axis -> option -> overrides, dotted config keys and their values; the arms are the
-        product of the axes.
-    seeds: each arm runs once a seed, which sets initialisation (`seed_everything`) and data
-        (`data.init_args.seed`), so that cells of one seed are paired.
-    set: overrides for every cell.
-    window_arm: axis -> option of the arm whose model's reach defines the ceiling of all.
-    expect: claims about what the grid finds, the fields of `Claim`.
+    arms: the options of each, in order. tuning, match, report: None if the file has none.
     """
 
-    name: str
-    base: str
-    axes: dict[str, Any]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    set: dict[str, Any] | None = None
-    window_arm: dict[str, str] | None = None
-    expect: tuple[dict[str, Any], ...] = ()
+    source: Source
+    fields: Fields
+    drafts: Drafts
+    axes: dict[str, Axis]
+    arms: list[Arm]
+    seeds: tuple[Seed, ...]
+    tuning: Tuning | None
+    match: Match | None
+    report: Report | None
+    claims: list[Claim]
 
     @property
-    def claims(self) -> list[Claim]:
-        return [Claim.from_fields(fields) for fields in self.expect]
+    def name(self) -> str:
+        return self.fields.name
 
     @property
-    def arms(self) -> list[dict[str, str]]:
-        """The options of every arm, in order."""
-        arms = itertools.product(*self.axes.values())
-        return [dict(zip(self.axes, arm, strict=True)) for arm in arms]
+    def path(self) -> Path:
+        return self.source.path
 
-    def check(self) -> None:
-        if not self.axes or not all(self.axes.values()):
-            raise SpecError("axes: needs at least one axis with one option")
-        _folder_name("name", self.name)
-        for axis, options in self.axes.items():
-            for option, overrides in options.items():
-                _folder_name(f"axes: {axis}", option)
-                if not isinstance(overrides, dict):
-                    raise SpecError(f"axes: {axis}: {option}: expected overrides, key: value")
-        if not self.seeds or len({*self.seeds}) != len(self.seeds):
-            raise SpecError(f"seeds: needs at least one, each once, got {list(self.seeds)}")
-        if min(self.seeds) < 0:
-            raise SpecError(f"seeds: must not be negative, got {list(self.seeds)}")
-        for axis, option in (self.window_arm or {}).items():
-            options = self.axes.get(axis)
-            if options is None or option not in options:
-                raise SpecError(
-                    f"window_arm: {axis}: {option}; {suggest(option, options or self.axes)}"
+    @property
+    def text(self) -> str:
+        """The file as read."""
+        return self.source.text
+
+    def cells(self, choices: Mapping[str, Choice] | None = None) -> list[Cell]:
+        """The reported cells, seed by seed.
+
+        Args:
+            choices: of a grid that tunes, by arm, see `choose`: without, its cells are as they
+                are before tuning; with, arms that have no choice are left out.
+        """
+        if self.tuning is None or choices is None:
+            return [*self._untuned]
+        best = {arm: choice.best.options for arm, choice in choices.items() if choice.best}
+        return self._cells(best, self.seeds, "test")
+
+    def tune_cells(self) -> list[Cell]:
+        """The tuning runs: every arm with every option of the tuning axes and tuning seed."""
+        return [*self._tuning_runs]
+
+    @cached_property
+    def _untuned(self) -> list[Cell]:
+        return self._cells({arm_name(arm): {} for arm in self.arms}, self.seeds, "test")
+
+    @cached_property
+    def _tuning_runs(self) -> list[Cell]:
+        if self.tuning is None:
+            return []
+        each = (
+            self._cells({arm_name(arm): options for arm in self.arms}, self.tuning.seeds, "val")
+            for options in self.tuning.options
+        )
+        return [*itertools.chain(*each)]
+
+    def _cells(
+        self,
+        tuned: Mapping[str, dict[str, str]],
+        seeds: tuple[Seed, ...],
+        split: Literal["test", "val"],
+    ) -> list[Cell]:
+        """The cells of the arms in `tuned`, with their tuning options. All arms are made: an arm
+        may be matched to any other."""
+        budget = self.budget(split)
+        steps = budget.value if budget else None
+        drafts, trees = {}, {}
+        for arm in self.arms:
+            name = arm_name(arm)
+            overrides = [*self._overrides(arm, tuned.get(name, {})), *([budget] if budget else [])]
+            drafts[name], trees[name] = self.drafts.checked(overrides, seeds[0], steps)
+        records = self._match(trees)
+        reach = self._ceiling(trees)
+        cells = []
+        for seed, arm in itertools.product(seeds, self.arms):
+            if (name := arm_name(arm)) not in tuned:
+                continue
+            tree = trees[name]
+            if seed != seeds[0]:
+                tree = self.drafts.tree(drafts[name], seed, steps)
+                tree["model"]["network"] = copy.deepcopy(trees[name]["model"]["network"])
+            if reach:
+                tree["data"]["init_args"] |= {"reach": reach.back, "sinks": reach.sinks}
+            cells.append(Cell(arm, seed, tree, split, tuned[name], records.get(name, {})))
+        self._refuse_twins(cells[: len(tuned)])
+        return cells
+
+    def budget(self, split: Literal["test", "val"]) -> Override | None:
+        """The updates of a reported or a tuning run, if the grid sets them."""
+        own = self.tuning.fields.budget if self.tuning and split == "val" else None
+        if own is not None:
+            return Override(("tune", "budget"), MAX_STEPS, own)
+        steps = self.fields.budget
+        return None if steps is None else Override(("budget",), MAX_STEPS, steps)
+
+    def _overrides(self, arm: Arm, tuned: Mapping[str, str]) -> list[Override]:
+        common = read_overrides(self.source, "set") if self.fields.set is not None else ()
+        options = (self.axes[axis].options[label].overrides for axis, label in arm.items())
+        tuning = self.tuning.overrides(tuned) if self.tuning else ()
+        return [*common, *itertools.chain(*options), *tuning]
+
+    def _match(self, trees: dict[str, Tree]) -> dict[str, dict[str, Any]]:
+        """Give the trees their matched networks; the records by arm."""
+        if self.match is None:
+            return {}
+        with self.source.at("match"):
+            solved = matched(self.match, trees, {arm_name(arm): arm for arm in self.arms})
+        for name, (tree, _) in solved.items():
+            trees[name]["model"]["network"] = tree["model"]["network"]
+        return {name: record for name, (_, record) in solved.items()}
+
+    def _ceiling(self, trees: Mapping[str, Tree]) -> Reach | None:
+        """The reach of the window arms, if the grid has any; every task takes it."""
+        if self.fields.window_arm is None:
+            return None
+        where = read_where(self.source, self.axes, "window_arm")
+        names = [arm_name(arm) for arm in self.arms if meets(arm, where)]
+        with self.source.at("window_arm"):
+            reaches = {self.drafts.reach(trees[name]) for name in names}
+            if len(reaches) != 1:
+                arms = "; ".join(names)
+                fault = f"its arms differ in reach ({arms}); name an option of more axes"
+                raise SpecError(fault if names else "matches no arm; correct it, or drop it")
+            (reach,) = reaches
+            if reach is None:
+                raise SpecError("this arm's reach is unbounded: it defines no ceiling")
+            for tree in trees.values():
+                data = copy.deepcopy(tree["data"])
+                data["init_args"] |= {"reach": reach.back, "sinks": reach.sinks}
+                task({**tree, "data": data})
+        return reach
+
+    def _refuse_twins(self, cells: Sequence[Cell]) -> None:
+        """Arms that are the same run, of which there would be two."""
+        seen: dict[str, Cell] = {}
+        for cell in cells:
+            other = seen.setdefault(cell.identity, cell)
+            if other is not cell:
+                (axis, option), *_ = cell.options.items() - other.options.items()
+                tuned = f", both with {','.join(cell.tuned.values())}" if cell.tuned else ""
+                raise self.source.error(
+                    self.axes[axis].options[option].place,
+                    f"arm {cell.arm} is the same run as {other.arm}{tuned}; drop one, or set "
+                    f"what tells them apart",
                 )
-        arms = {arm_name(options) for options in self.arms}
-        with at("expect"):
-            for claim in self.claims:
-                if claim.arm not in arms:
-                    raise SpecError(f"arm: no '{claim.arm}'; {suggest(claim.arm, arms)}")
 
 
 def shipped_grids() -> dict[str, Path]:
@@ -104,91 +183,71 @@ def shipped_grids() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_grid(name: str) -> tuple[Grid, list[Cell]]:
-    """Read a grid by its shipped name or its path, and check every cell's model before any runs.
+def load_grid(name: str) -> Grid:
+    """Read a grid by its shipped name or its path, and check every arm before any runs: that its
+    model and task build, and fit each other.
 
     Raises:
-        SpecError: no such grid, a wrong field, or a cell whose model does not build.
+        SpecError: no such grid, or a fault in it, at its line.
     """
     path = Path(name) if Path(name).is_file() else shipped_grids().get(name)
     if path is None:
         raise SpecError(f"no grid '{name}'; {suggest(name, shipped_grids())}")
-    with at(f"grid {path}"):
-        tree = OmegaConf.to_container(read_yaml(path), resolve=False)
-        if not isinstance(tree, dict):
-            raise SpecError("expected fields name, base, axes, ..")
-        fields: dict[str, Any] = {str(key): value for key, value in tree.items()}
-        if isinstance(fields.get("axes"), dict):
-            fields["axes"] = dict(_axis(name, axis) for name, axis in fields["axes"].items())
-        grid = Grid.from_fields(fields)
-        local = path.parent / grid.base
-        with at("base"):
-            base = read_yaml(local if local.is_file() else config_path(grid.base))
-            if isinstance(base.get("data"), str):
-                raise SpecError("data: write it as class_path and init_args, which a grid sets")
-        return grid, _cells(grid, base)
+    grid = read_grid(Source(path))
+    grid.cells()
+    grid.tune_cells()
+    return grid
 
 
-def _folder_name(place: str, name: str) -> None:
-    if not re.fullmatch(r"\w[\w.+=-]*", name):
-        raise SpecError(f"{place}: '{name}' is no folder name; use letters, digits and _.+=-")
+def read_grid(source: Source) -> Grid:
+    with source.at():
+        fields: Fields = Fields.from_fields(source.tree)
+    drafts = Drafts(source)
+    axes, seeds = read_axes(source, "axes"), read_seeds(source, "seeds")
+    arms = read_arms(source, axes, fields.design)
+    names = [arm_name(arm) for arm in arms]
+    grid = Grid(
+        source,
+        fields,
+        drafts,
+        axes,
+        arms,
+        seeds,
+        tuning=None if fields.tune is None else read_tuning(source, axes, seeds),
+        match=None if fields.match is None else _read_match(source, axes),
+        report=None if fields.report is None else read_report(source, axes, names),
+        claims=[_read_claim(source, str(n), names) for n in range(len(fields.expect))],
+    )
+    _refuse_reserved(grid)
+    return grid
 
 
-def _axis(name: Any, options: Any) -> tuple[str, dict[str, Any]]:
-    if not isinstance(options, dict):
-        raise SpecError(f"axes: {name}: expected options, name: overrides, got {options!r}")
-    return str(name), {str(option): value for option, value in options.items()}  # 16 is "16"
+def _read_match(source: Source, axes: Mapping[str, Axis]) -> Match:
+    fields = {**source.value("match")}
+    if isinstance(fields.get("to"), dict):
+        where = read_where(source, axes, "match", "to")
+        fields["to"] = {axis: options[0] for axis, options in where.items()}
+    with source.at("match"):
+        return Match.from_fields(fields)
 
 
-def _cells(grid: Grid, base: Any) -> list[Cell]:
-    cells = []
-    for seed, options in itertools.product(grid.seeds, grid.arms):
-        config = base.copy()
-        overrides = [
-            grid.set or {},
-            *(grid.axes[axis][option] for axis, option in options.items()),
-        ]
-        with at(arm_name(options)):
-            for key, value in itertools.chain(*(part.items() for part in overrides)):
-                _override(config, key, value)
-        for key in ("seed_everything", "data.init_args.seed"):
-            OmegaConf.update(config, key, seed, force_add=True)
-        cells.append(Cell(options, seed, config))
-    models = {cell.arm: _model(cell) for cell in cells if cell.seed == grid.seeds[0]}
-    if grid.window_arm:
-        arms = {c.arm for c in cells if grid.window_arm.items() <= c.options.items()}
-        reaches = {models[arm].reach() for arm in arms}
-        if len(reaches) > 1:
-            raise SpecError(
-                f"window_arm: its arms differ in reach ({'; '.join(sorted(arms))}); "
-                f"name an option of more axes"
-            )
-        (reach,) = reaches
-        if reach is None:
-            raise SpecError("window_arm: this arm's reach is unbounded: it defines no ceiling")
-        for cell in cells:
-            OmegaConf.update(cell.config, "data.init_args.reach", reach.back, force_add=True)
-            OmegaConf.update(cell.config, "data.init_args.sinks", reach.sinks, force_add=True)
-    return cells
+def _read_claim(source: Source, n: str, arms: Sequence[str]) -> Claim:
+    with source.at("expect", n):
+        claim = Claim.from_fields(source.value("expect", n))
+        if claim.arm not in arms:
+            raise SpecError(f"arm: no '{claim.arm}'; {suggest(claim.arm, arms)}")
+    return claim
 
 
-def _override(config: Any, key: str, value: Any) -> None:
-    """Set a dotted key whose parent exists: a mistyped section is an error, not a new section."""
-    parent, _, last = key.rpartition(".")
-    section = OmegaConf.select(config, parent) if parent else config
-    if not isinstance(section, DictConfig):
-        known = suggest(parent, map(str, config))
-        raise SpecError(f"{key}: the base config has no '{parent}'; {known}")
-    OmegaConf.update(section, last, value, force_add=True, merge=False)
-
-
-def _model(cell: Cell) -> LanguageModel:
-    """The cell's model without memory for its weights."""
-    with at(cell.arm):
-        try:
-            network = OmegaConf.to_container(cell.config.model.network, resolve=True)
-        except OmegaConfBaseException as error:
-            raise SpecError(str(error).splitlines()[0]) from None
-        with at("model.network"), torch.device("meta"):
-            assert isinstance(network, dict)
-            return LanguageModel(ModelConfig.from_fields({str(k): v for k, v in network.items()}))
+def _refuse_reserved(grid: Grid) -> None:
+    """Overrides of what other fields set."""
+    common = read_overrides(grid.source, "set") if grid.fields.set is not None else ()
+    options = [o for axis in grid.axes.values() for o in axis.options.values()]
+    own = [*common, *itertools.chain(*(option.overrides for option in options))]
+    tried = grid.tuning.every_override if grid.tuning else []
+    for overrides, budget in ((own, grid.budget("test")), (tried, grid.budget("val"))):
+        for place, key, _ in overrides:
+            if key in SEEDS:
+                raise grid.source.error(place, "the grid's seeds set it; drop it")
+            if key == MAX_STEPS and budget:
+                raise grid.source.error(place, "budget sets it; drop one of the two")

@@ -18,6 +18,8 @@ from .executor import Outcome
 from .folder import LOG
 
 Worker = subprocess.Popen[bytes]
+EXIT = 10.0
+"""Seconds in which a process that has raised must have gone."""
 
 
 def default_slots(threads: int) -> int:
@@ -79,34 +81,36 @@ class LocalExecutor:
                 self.idle.append(worker)
                 found.append((folder, Outcome(*json.loads(answer))))
             else:
-                self._release(worker)
+                self._release(worker, EXIT)
                 found.append((folder, Outcome("failed", _reason(folder / LOG, worker))))
         return found
 
-    def _release(self, worker: Worker) -> None:
+    def _release(self, worker: Worker, patience: float) -> None:
+        """Wait for it to go, then see to it that it and its loader's processes are gone."""
+        assert worker.stdin is not None and worker.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(patience)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)  # its loader's processes too
-        for pipe in (worker.stdin, worker.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+            os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
+        worker.stdout.close()
 
     def close(self, patience: float) -> None:
         workers = [*self.idle, *self.busy]
+        self.idle, self.busy = [], {}
+        until = time.monotonic() + patience
         try:
             for worker in workers:
-                if worker.stdin is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        worker.stdin.close()  # it saves a checkpoint and goes
-            until = time.monotonic() + patience
+                assert worker.stdin is not None
+                with contextlib.suppress(BrokenPipeError):
+                    worker.stdin.close()  # it saves a checkpoint and goes
             for worker in workers:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    worker.wait(max(0, until - time.monotonic()))
-        finally:  # of a second ^C too
+                self._release(worker, max(0, until - time.monotonic()))
+        finally:  # a second ^C came
             for worker in workers:
-                self._release(worker)
-            self.idle, self.busy = [], {}
+                self._release(worker, 0)
 
 
 def _reason(log: Path, worker: Worker) -> str:

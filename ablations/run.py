@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +31,10 @@ from .folder import (
 )
 from .grid import Grid, load_grid
 from .local import LocalExecutor, default_slots
-from .tune import choose
+from .tune import Choice, choose
 
-GRID = "grid.yaml"
-"""A copy of the grid file, beside the cells."""
+GRID, TUNING = "grid.yaml", "tuning.json"
+"""Beside the cells: a copy of the grid file, and what was tried for each arm and chosen."""
 PATIENCE = 15.0
 """Seconds that running cells get to save a checkpoint when a run is interrupted."""
 
@@ -94,7 +94,7 @@ class Run:
     def _shard(self, cells: Sequence[Cell]) -> Sequence[Cell]:
         """Every n-th cell; of a grid that tunes, arm, so that an arm is tuned where it runs."""
         part, parts = self.how.shard
-        if self.grid.tune is None:
+        if self.grid.tuning is None:
             return cells[part - 1 :: parts]
         arms = [*dict.fromkeys(cell.arm for cell in cells)][part - 1 :: parts]
         return [cell for cell in cells if cell.arm in arms]
@@ -103,8 +103,13 @@ class Run:
         return LocalExecutor(slots, self.how.threads, self.how.every)
 
     @property
-    def failed(self) -> dict[Path, str]:
-        return {f: end.reason for f, end in self.ends.items() if end.end == "failed"}
+    def failed(self) -> dict[str, str]:
+        """The reasons by path."""
+        return {
+            folder.relative_to(self.out).as_posix(): outcome.reason
+            for folder, outcome in self.ends.items()
+            if outcome.end == "failed"
+        }
 
 
 def run(name: str, how: How) -> int:
@@ -113,37 +118,64 @@ def run(name: str, how: How) -> int:
     Returns: the exit status, 0; 1 if cells failed, or a claim does not hold; 130 if interrupted.
     """
     grid = load_grid(name)
-    command = f"layerzoo ablate run {name}"
     out = how.out / grid.name
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / GRID).write_text(grid.text)
-    except OSError as error:
-        raise SpecError(f"--out {out}: {error.strerror}") from None
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    this = Run(grid, how, console)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
-    try:
-        tuning = grid.tune_cells()
-        if tuning:
-            this.stage(f"{grid.name}, tuning", tuning)
-        figures = {cell.path: figures_of(out / cell.path) for cell in tuning}
-        choices = choose(grid, {path: found for path, found in figures.items() if found != {}})
-        cells = grid.cells(choices)
-        write_json(out / CELLS, [{"path": c.path, **about_cell(c)} for c in (*tuning, *cells)])
-        this.stage(grid.name, cells)
+        return _run(Run(grid, how, console), f"layerzoo ablate run {name}")
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on where this one stopped")
         return 130
+    except OSError as error:
+        raise SpecError(f"--out {out}: {error.strerror}; the same command goes on") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    failed = {folder.relative_to(out).as_posix(): reason for folder, reason in this.failed.items()}
-    holds = compare(grid, cells, failed, command, out, console)
-    for path, reason in failed.items():
+
+
+def _run(this: Run, command: str) -> int:
+    grid, out = this.grid, this.out
+    tuning = grid.tune_cells()
+    choices: dict[str, Choice] = {}
+    if tuning:
+        _list(tuning, out)
+        this.stage(f"{grid.name}, tuning", tuning)
+        figures = {cell.path: figures_of(out / cell.path) for cell in tuning}
+        choices = choose(grid, {path: found for path, found in figures.items() if found != {}})
+        write_json(out / TUNING, {arm: asdict(choice) for arm, choice in choices.items()})
+        for line in said(choices, [*dict.fromkeys(cell.arm for cell in tuning)]):
+            this.console.print(line, markup=False, highlight=False)
+    cells = grid.cells(choices)
+    _list([*tuning, *cells], out)
+    holds = True
+    if cells:  # some arms are tuned
+        this.stage(grid.name, cells)
+        holds = compare(grid, cells, this.failed, command, out, this.console)
+    for path, reason in this.failed.items():
         print(f"failed: {path}: {reason} (see {out / path / LOG})", file=sys.stderr)
     if any(map(runner.disk_full, this.ends.values())):
         print("the disk is full: free some space; the same command goes on", file=sys.stderr)
-    return 0 if holds and not failed else 1
+    return 0 if holds and not this.failed else 1
+
+
+def _list(cells: Sequence[Cell], out: Path) -> None:
+    write_json(out / CELLS, [{"path": cell.path, **about_cell(cell)} for cell in cells])
+
+
+def said(choices: Mapping[str, Choice], arms: Sequence[str]) -> list[str]:
+    """What was chosen for each arm, and where there is reason to doubt it."""
+    lines = []
+    for arm in arms:
+        choice = choices.get(arm)
+        if choice is None:
+            lines.append(f"{arm}: is not tuned yet, its cells wait")
+        elif choice.best is None:
+            lines.append(f"{arm}: every tuning run diverged, it has no cells")
+        else:
+            edges = "".join(f"; {axis} is at its edge, try more" for axis in choice.edges)
+            lines.append(f"{arm}: tuned to {', '.join(choice.best.options.values())}{edges}")
+    return lines
 
 
 def figures_of(folder: Path) -> Mapping[str, Any] | None:

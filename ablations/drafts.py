@@ -1,0 +1,116 @@
+"""A base config under a grid's overrides, and which of them is to blame for an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from layerzoo.layer import Reach
+from layerzoo.spec import SpecError, suggest
+from layerzoo.training import config_path, read_yaml
+
+from .axes import Override
+from .cell import Seed
+from .configs import Tree, model, resolve, task
+from .source import Source
+
+SEEDS = ("seed_everything", "data.init_args.seed")
+MAX_STEPS = "trainer.max_steps"
+
+
+class Drafts:
+    """Makes the training configs of a grid from its base."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.file = source, ""
+        base = source.value("base")
+        with source.at("base"):
+            if isinstance(base, dict):
+                self.base = OmegaConf.create(base)
+            else:
+                local = source.path.parent / base
+                self.file = str(local) if local.is_file() else config_path(base)
+                self.base = read_yaml(self.file)
+        data = self.base.get("data")
+        if isinstance(data, str):
+            fault = "data: write it as class_path and init_args, which a grid sets"
+            raise self._in_base(SpecError(fault))
+        if isinstance(data, DictConfig) and data.get("init_args") is None:
+            data.init_args = {}
+        self._reaches: dict[str, Reach | None] = {}
+
+    def _in_base(self, error: SpecError) -> SpecError:
+        prefix = f"{self.file}: " if self.file else ""
+        return self.source.error(("base",), f"{prefix}{error}")
+
+    def draft(self, overrides: Sequence[Override]) -> DictConfig:
+        """The base with the overrides, of which a later one counts."""
+        config = self.base.copy()
+        for place, key, value in overrides:
+            with self.source.at(*place):
+                _override(config, key, value)
+        return config
+
+    def tree(self, draft: DictConfig, seed: Seed, budget: int | None) -> Tree:
+        """The draft, resolved, with the seeds. It validates at least once in its budget."""
+        for key, value in zip(SEEDS, seed, strict=True):
+            OmegaConf.update(draft, key, value, force_add=True)
+        tree = resolve(draft)
+        interval = tree.get("trainer", {}).get("val_check_interval")
+        if budget is not None and isinstance(interval, int) and interval > budget:
+            tree["trainer"]["val_check_interval"] = budget
+        return tree
+
+    def checked(
+        self, overrides: Sequence[Override], seed: Seed, budget: int | None
+    ) -> tuple[DictConfig, Tree]:
+        """The draft and its tree, whose model and task build and fit each other.
+
+        Raises:
+            SpecError: at the last override without which, and without those after it, the error
+                would be another or none; at the base, if there is no such override.
+        """
+        draft = self.draft(overrides)
+        try:
+            tree = self.tree(draft, seed, budget)
+            self.reach(tree)
+            return draft, tree
+        except SpecError as error:
+            message = str(error)
+        # Not inside `except`: the parser takes the error that is handled for the cause of its own.
+        raise self._blame(overrides, seed, message)
+
+    def reach(self, tree: Tree) -> Reach | None:
+        """Of the model, which is built, once for all trees that have it and its task."""
+        options = {k: v for k, v in tree["data"]["init_args"].items() if k != "seed"}
+        key = json.dumps([(tree.get("model") or {}).get("network"), {**tree["data"], "init_args": options}])
+        if key not in self._reaches:
+            built = model(tree)
+            task(tree).attach(built)
+            self._reaches[key] = built.reach()
+        return self._reaches[key]
+
+    def _blame(self, overrides: Sequence[Override], seed: Seed, error: str) -> SpecError:
+        for n in reversed(range(len(overrides))):
+            try:
+                self.reach(self.tree(self.draft(overrides[:n]), seed, None))
+            except SpecError as other:
+                if str(other) == error:
+                    continue
+            return self.source.error(overrides[n].place, error)
+        return self._in_base(SpecError(error))
+
+
+def _override(config: Any, key: str, value: Any) -> None:
+    """Set a dotted key whose parent exists: a mistyped section is an error, not a new section."""
+    parent, _, last = key.rpartition(".")
+    section = OmegaConf.select(config, parent) if parent else config
+    if isinstance(section, ListConfig):
+        raise SpecError(f"{parent} is a list; set all of it, or a field of an item")
+    if not isinstance(section, DictConfig):
+        known = suggest(parent, map(str, config))
+        raise SpecError(f"the base config has no '{parent}'; {known}")
+    OmegaConf.update(section, last, value, force_add=True, merge=False)

@@ -1,0 +1,112 @@
+"""A YAML file and where each of its fields stands, for errors that name the line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from layerzoo.spec import SpecError
+from layerzoo.training import read_yaml
+
+
+class Source:
+    """A grid file as read. A place in it is the keys that lead there; a list's are "0", "1", ..
+
+    text: of the file. tree: its fields, their keys as written: an option `1e-3` or `on` is named
+        just that; interpolations are unresolved.
+
+    Raises:
+        SpecError: it cannot be read, is not YAML, or names a key twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            fields = OmegaConf.to_container(read_yaml(path), resolve=False)
+        except SpecError as error:
+            raise SpecError(f"grid {error}") from None
+        self.text = path.read_text(encoding="utf-8")
+        self._lines: dict[tuple[str, ...], int] = {}
+        self._written: dict[tuple[str, ...], str] = {}
+        node = yaml.compose(self.text, yaml.SafeLoader)
+        self.tree: dict[str, Any] = self._read(node, fields, ())
+
+    def _read(self, node: Any, value: Any, place: tuple[str, ...]) -> Any:
+        """Note the lines of what is under a place; its value, with keys as written."""
+        if isinstance(node, yaml.MappingNode):
+            pairs = _pairs(node)
+            out = {}
+            for (key, child), item in zip(pairs.values(), value.values(), strict=True):
+                inner = (*place, key.value)
+                self._lines[inner] = key.start_mark.line + 1
+                out[key.value] = self._read(child, item, inner)
+            return out
+        if isinstance(node, yaml.SequenceNode):
+            out = []
+            for n, (child, item) in enumerate(zip(node.value, value, strict=True)):
+                inner = (*place, str(n))
+                self._lines[inner] = child.start_mark.line + 1
+                out.append(self._read(child, item, inner))
+            return out
+        self._written[place] = node.value
+        return value
+
+    def value(self, *place: str) -> Any:
+        """What stands at a place; None if nothing does."""
+        found: Any = self.tree
+        for key in place:
+            if isinstance(found, list):
+                found = found[int(key)]
+            else:
+                found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    def written(self, *place: str) -> str:
+        """The text of the scalar at a place: `on`, not True."""
+        return self._written.get(place, str(self.value(*place)))
+
+    def error(self, place: tuple[str, ...], message: object) -> SpecError:
+        """An error in the file, at the line of the place, or of what the message names there."""
+        deep = place
+        for name in _names(str(message)):
+            deep = (*deep, name) if (*deep, name) in self._lines else deep
+        while deep and deep not in self._lines:
+            deep = deep[:-1]
+        line = f":{self._lines[deep]}" if deep else ""
+        where = f"{'.'.join(place)}: " if place else ""
+        return SpecError(f"grid {self.path}{line}: {where}{message}")
+
+    @contextmanager
+    def at(self, *place: str) -> Iterator[None]:
+        """Put the file, the line and the place before any `SpecError` that is raised inside."""
+        try:
+            yield
+        except SpecError as error:
+            raise self.error(place, error) from None
+
+
+def _pairs(node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:
+    """Keys and values of a mapping by the text of the key, what `<<` merges first, as YAML has
+    them."""
+    merged: dict[str, tuple[Any, Any]] = {}
+    own: dict[str, tuple[Any, Any]] = {}
+    for key, child in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            parts = child.value if isinstance(child, yaml.SequenceNode) else [child]
+            for part in reversed(parts):  # the first of them counts
+                merged |= _pairs(part)
+        else:
+            own[key.value] = (key, child)
+    return merged | own
+
+
+def _names(message: str) -> list[str]:
+    """The fields that an error's message begins with: a.b of `a: b: expected ..`."""
+    start = re.match(r"(?:[^\s:']+: )*(?:unknown field '[^']+)?", message)
+    return re.findall(r"[^\s:.']+", start[0].replace("unknown field", "")) if start else []

@@ -1,0 +1,179 @@
+"""Tuning: what each arm is tried with, on seeds and a split of their own, and what is chosen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from layerzoo.spec import Config, SpecError, suggest
+
+from .axes import Axis, Override, read_axes
+from .cell import Seed
+from .schema import read_seeds
+from .source import Source
+
+if TYPE_CHECKING:
+    from .grid import Grid
+
+
+class Tune(Config):
+    """Of a grid: tries every arm with the product of some axes, and keeps what is best.
+
+    axes: in the forms of the grid's axes. seeds: of the tuning runs; none is one of the grid's.
+    metric: of the validation split, the mean over the seeds counts. mode: which is best.
+    budget: updates of a tuning run; null is the grid's.
+    """
+
+    axes: dict[str, Any]
+    seeds: tuple[int | dict[str, int], ...]
+    metric: str = "loss/held_out"
+    mode: Literal["min", "max"] = "min"
+    budget: int | None = None
+
+    def check(self) -> None:
+        if self.budget is not None and self.budget < 1:
+            raise SpecError(f"budget: must be at least 1, got {self.budget}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A `Tune` as read."""
+
+    fields: Tune
+    axes: dict[str, Axis]
+    seeds: tuple[Seed, ...]
+
+    @property
+    def options(self) -> list[dict[str, str]]:
+        """Tuning axis -> option, in order."""
+        rows = itertools.product(*(axis.options for axis in self.axes.values()))
+        return [dict(zip(self.axes, row, strict=True)) for row in rows]
+
+    @property
+    def every_override(self) -> list[Override]:
+        options = itertools.chain(*(axis.options.values() for axis in self.axes.values()))
+        return [*itertools.chain(*(option.overrides for option in options))]
+
+    def overrides(self, options: Mapping[str, str]) -> tuple[Override, ...]:
+        parts = (self.axes[axis].options[label].overrides for axis, label in options.items())
+        return tuple(itertools.chain(*parts))
+
+    def edges(self, options: Mapping[str, str]) -> tuple[str, ...]:
+        """The axes of three numbers or more on which this is the least or the greatest."""
+        out = []
+        for name, label in options.items():
+            numbers = self.axes[name].numbers
+            at = [*self.axes[name].options].index(label)
+            if len(numbers) > 2 and numbers[at] in (min(numbers), max(numbers)):
+                out.append(name)
+        return tuple(out)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One of the options that an arm was tried with.
+
+    mean: of the metric over the seeds that did not diverge; None if all did.
+    seeds: how many did not.
+    """
+
+    options: dict[str, str]
+    mean: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an arm was tried with, in order, and what was chosen.
+
+    best: of the trials in which the fewest seeds diverged, the one of the best mean, the first of
+        equals; None if every run of the arm diverged.
+    edges: the numeric tuning axes of which the best option is the first or last number: a wider
+        axis may hold a better one.
+    """
+
+    best: Trial | None
+    edges: tuple[str, ...] = ()
+    trials: list[Trial] = field(default_factory=list)
+
+
+def choose(grid: Grid, figures: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Choice]:
+    """What the tuning runs say is best for each arm.
+
+    Args:
+        figures: of the tuning runs that ended, by `Cell.path`; None for one that diverged.
+
+    Returns:
+        arm -> choice, of the arms all of whose tuning runs ended.
+
+    Raises:
+        SpecError: the figures of a run have no such metric.
+    """
+    if grid.tuning is None:
+        return {}
+    runs: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for cell in grid.tune_cells():
+        tried = runs.setdefault(cell.arm, {})
+        tried.setdefault((*cell.tuned.values(),), []).append(cell.path)
+    return {
+        arm: _choice(
+            grid.tuning,
+            [_trial(grid, grid.tuning, key, paths, figures) for key, paths in tried.items()],
+        )
+        for arm, tried in runs.items()
+        if all(path in figures for paths in tried.values() for path in paths)
+    }
+
+
+def _trial(
+    grid: Grid,
+    tuning: Tuning,
+    labels: tuple[str, ...],
+    paths: list[str],
+    figures: Mapping[str, Mapping[str, Any] | None],
+) -> Trial:
+    values, metric = [], tuning.fields.metric
+    for path in paths:
+        if (run := figures[path]) is None:
+            continue
+        if run.get(metric) is None:
+            message = f"{path} measured no '{metric}'; {suggest(metric, run)}"
+            raise grid.source.error(("tune", "metric"), message)
+        values.append(float(run[metric]))
+    values = [value for value in values if math.isfinite(value)]
+    mean = sum(values) / len(values) if values else None
+    return Trial(dict(zip(tuning.axes, labels, strict=True)), mean, len(values))
+
+
+def _choice(tuning: Tuning, trials: list[Trial]) -> Choice:
+    sign = 1 if tuning.fields.mode == "min" else -1
+    finished = [trial for trial in trials if trial.mean is not None]
+    # Without those that diverged, a mean would be of the luckier seeds.
+    best = min(finished, key=lambda t: (-t.seeds, sign * (t.mean or 0.0)), default=None)
+    return Choice(best, tuning.edges(best.options) if best else (), trials)
+
+
+def read_tuning(source: Source, axes: Mapping[str, Axis], reported: Sequence[Seed]) -> Tuning:
+    """The field `tune`, of a grid with these axes and seeds.
+
+    Raises:
+        SpecError: a tuning run would have an initialisation or the data of a reported one.
+    """
+    with source.at("tune"):
+        fields: Tune = Tune.from_fields(source.value("tune"))
+    tuning = Tuning(fields, read_axes(source, "tune", "axes"), read_seeds(source, "tune", "seeds"))
+    for name in tuning.axes:
+        if name in axes:
+            raise source.error(("tune", "axes", name), "is an axis of the grid; tune another")
+    for n, seed in enumerate(tuning.seeds):
+        for part in Seed._fields:
+            if getattr(seed, part) in {getattr(other, part) for other in reported}:
+                raise source.error(
+                    ("tune", "seeds", str(n)),
+                    f"{seed}: the grid's seeds have its {part} too; runs that are reported must "
+                    f"not choose; take another",
+                )
+    return tuning
