@@ -83,3 +83,9 @@ def turned(config: Tree, knob: str, value: int) -> tuple[Tree, float]:
         for spec in _having(specs, knob):
             spec[knob] = value
     return {**config, "model": {**config["model"], "network": network}}, setting
+
+
+def layer_names(config: Tree) -> tuple[str, ...]:
+    """The layers of the network, children too, each once."""
+    _, specs = _open(config["model"]["network"])
+    return tuple(sorted({spec["name"] for spec in specs if "name" in spec}))

@@ -136,8 +136,10 @@ def _found(by: Figure, config: Tree, knob: str, start: int, target: float) -> di
     """The figures of the values of a knob that `search` has come by."""
 
     def figure(value: int) -> float | None:
-        found = sizes(turned(config, knob, value)[0])
-        return None if found is None else getattr(found, by)
+        try:
+            return getattr(sizes(turned(config, knob, value)[0]), by)
+        except SpecError:  # it does not build
+            return None
 
     return {v: f for v, f in search(figure, start, target).items() if f is not None}
 

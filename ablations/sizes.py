@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from layerzoo.spec import SpecError
 
@@ -12,7 +12,6 @@ from . import configs
 from .configs import Tree
 
 Figure = Literal["parameters", "flops", "state_bytes"]
-FIGURES: tuple[Figure, ...] = get_args(Figure)
 
 
 class Sizes(NamedTuple):
@@ -43,15 +42,18 @@ def measure(config: Tree, length: int | None = None) -> Sizes:
     )
 
 
-def sizes(config: Tree, length: int | None = None) -> Sizes | None:
-    """`measure`, once for each network and length; None if it does not build."""
+def sizes(config: Tree, length: int | None = None) -> Sizes:
+    """`measure`, once for each network and length."""
     T = configs.task(config).length if length is None else length
-    return _sizes(json.dumps(config["model"]["network"]), T)
+    found = _sizes(json.dumps(config["model"]["network"]), T)
+    if isinstance(found, str):
+        raise SpecError(found)
+    return found
 
 
 @functools.cache
-def _sizes(network: str, T: int) -> Sizes | None:
+def _sizes(network: str, T: int) -> Sizes | str:
     try:
         return measure({"model": {"network": json.loads(network)}}, T)
-    except SpecError:
-        return None
+    except SpecError as error:
+        return str(error)
