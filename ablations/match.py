@@ -1,22 +1,186 @@
-"""Arms of equal size: a stub, which changes nothing."""
+"""Arms of equal size: a knob of each is turned until its model is as large as the reference's."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from layerzoo.spec import Config
+from layerzoo.spec import Config, SpecError, at, suggest
 
 from .configs import Tree
+from .knobs import NETWORK, fields, start_of, turned
+from .sizes import Figure, measure, sizes
+
+WALK = 64
+"""How far from a value to look for one whose model builds."""
 
 
 class Match(Config):
-    by: Literal["parameters", "flops", "state_bytes"]
-    to: dict[str, str] | str | float
+    """Make the arms' models equally large.
+
+    by: parameters; flops, of the forward pass, a token; or state_bytes, after as many tokens as a
+        sample of the arm's task has.
+    to: an arm, by its name or as {axis: option}, or a number; null is the first arm.
+    tolerance: how far from it an arm may be, as a share.
+    solve: what to change in an arm that is further away, each alone and in this order: `dim` and
+        `mlp` of the network, or a whole-numbered field of its layers, to one value in all of
+        them.
+    """
+
+    by: Figure
+    to: Any = None
     tolerance: float = 0.05
     solve: tuple[str, ...] = ("heads", "dim")
 
+    def check(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            raise SpecError(f"tolerance: must be at least 0 and below 1, got {self.tolerance}")
+        if not self.solve:
+            raise SpecError("solve: needs at least one name, such as dim")
+
 
 def matched(
-    match: Match, configs: dict[str, Tree], arms: dict[str, dict[str, str]]
+    match: Match, configs: Mapping[str, Tree], arms: Mapping[str, Mapping[str, str]]
 ) -> dict[str, tuple[Tree, dict[str, Any]]]:
-    return {arm: (config, {}) for arm, config in configs.items()}
+    """Every arm's config, with a network of the size that `match` asks for, and what was done:
+    {by, target, achieved, deviation, solved}, of which solved is {knob: value} or empty.
+
+    Args:
+        configs: resolved, by arm. arms: the options of each, axis -> option.
+
+    Raises:
+        SpecError: no such arm or knob, or an arm that cannot be made so.
+    """
+    known = {*NETWORK}.union(*map(fields, configs.values()))
+    for name in match.solve:
+        if name not in known:
+            raise SpecError(f"solve: no arm has such a knob, '{name}'; {suggest(name, known)}")
+    with at("to"):
+        target, name, reference = _target(match, configs, arms)
+    out = {}
+    for arm, config in configs.items():
+        solved: dict[str, float] = {}
+        if arm not in reference:
+            place = f"{arm}: {target:,.0f} {match.by} wanted{name}"
+            config, solved = _solved(match, config, target, place)
+        achieved = _figure(match, config)
+        record = {"by": match.by, "target": target, "achieved": achieved}
+        out[arm] = config, {**record, "deviation": achieved / target - 1, "solved": solved}
+    return out
+
+
+def _figure(match: Match, config: Tree) -> float:
+    return getattr(measure(config), match.by)
+
+
+def _target(
+    match: Match, configs: Mapping[str, Tree], arms: Mapping[str, Mapping[str, str]]
+) -> tuple[float, str, set[str]]:
+    """The figure to reach, whose it is, in words, and the arms that it is of."""
+    to = next(iter(configs)) if match.to is None else match.to
+    if isinstance(to, (int, float)) and not isinstance(to, bool):
+        if not 0 < to < math.inf:
+            raise SpecError(f"must be positive, got {to}")
+        return to, "", set()
+    if isinstance(to, Mapping):
+        wanted = {str(axis): str(option) for axis, option in to.items()}
+        names = [arm for arm, options in arms.items() if wanted.items() <= options.items()]
+        to = ",".join(f"{axis}: {option}" for axis, option in wanted.items())
+    else:
+        names = [arm for arm in configs if arm == str(to)]
+    if not names:
+        raise SpecError(f"no arm '{to}'; {suggest(to, configs)}")
+    figures = {_figure(match, configs[name]) for name in names}
+    if len(figures) > 1:
+        raise SpecError(
+            f"the arms of {to} differ in {match.by} ({'; '.join(names)}); name one of them"
+        )
+    return figures.pop(), f" (of {names[0]})", {*names}
+
+
+def _solved(
+    match: Match, config: Tree, target: float, place: str
+) -> tuple[Tree, dict[str, float]]:
+    """The config with the first knob that comes near enough at its best value."""
+
+    def share(figure: float) -> float:
+        return figure / target - 1
+
+    here = _figure(match, config)
+    if abs(share(here)) <= match.tolerance:
+        return config, {}
+    tried = []
+    for knob in match.solve:
+        start = start_of(config, knob)
+        if start is None:
+            tried.append(f"{knob}: none of its layers has it")
+            continue
+        found = _found(match.by, config, knob, start, target)
+        if len(found) < 2 or {*found.values()} == {here}:
+            tried.append(f"{knob}: {'changes nothing' if found else 'no value builds'}")
+            continue
+        value = min(found, key=lambda v, start=start: (abs(found[v] - target), abs(v - start)))
+        whole, setting = turned(config, knob, value)
+        if abs(share(_figure(match, whole))) <= match.tolerance:
+            return whole, {knob: setting}
+        nearest = f"{found[value]:,.0f} at {setting:g} ({share(found[value]):+.1%})"
+        tried.append(f"{knob}: nearest {nearest}")
+    raise SpecError(
+        f"{place}, not {here:,.0f}; {'; '.join(tried)}; tolerance {match.tolerance:.0%}; give "
+        f"another solve, match by another figure, or a larger tolerance"
+    )
+
+
+def _found(by: Figure, config: Tree, knob: str, start: int, target: float) -> dict[int, float]:
+    """The figures of the values of a knob that `search` has come by."""
+
+    def figure(value: int) -> float | None:
+        try:
+            return getattr(sizes(turned(config, knob, value)[0]), by)
+        except SpecError:  # it does not build
+            return None
+
+    return {v: f for v, f in search(figure, start, target).items() if f is not None}
+
+
+def search(
+    figure: Callable[[int], float | None], start: int, target: float
+) -> dict[int, float | None]:
+    """The figures of the values, from 0 on, that lead to the target, in steps of twice and half
+    and then by bisection: figures rise or fall with the value, where there is one."""
+    seen: dict[int, float | None] = {}
+
+    def near(value: int, low: float, high: float) -> int | None:
+        """The nearest value between the two that has a figure."""
+        for step in range(WALK):
+            for v in (value - step, value + step):
+                if low < v < high:
+                    if v not in seen:
+                        seen[v] = figure(v)
+                    if seen[v] is not None:
+                        return v
+        return None
+
+    def off(value: int) -> float:
+        found = seen[value]
+        assert found is not None
+        return found - target
+
+    first = near(start, -1, math.inf)
+    for up in (True, False):
+        last = first
+        while last is not None:
+            there = near(max(1, 2 * last), last, math.inf) if up else near(last // 2, -1, last)
+            if there is None or (abs(off(there)) >= abs(off(last)) and off(there) * off(last) > 0):
+                break
+            if off(there) * off(last) <= 0:
+                low, high = sorted((last, there))
+                while (middle := near((low + high) // 2, low, high)) is not None:
+                    if off(middle) * off(low) > 0:
+                        low = middle
+                    else:
+                        high = middle
+                return seen
+            last = there
+    return seen

@@ -17,7 +17,7 @@ from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
 from .heads import Attention, HeadsConfig, append, attend_one, check_heads, empty_cache
-from .sliding import check_window
+from .sliding import check_window, covering
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -271,3 +271,7 @@ class Forgetting(Attention, name="forgetting"):
 
     def reach(self) -> Reach | None:
         return None if self.config.window is None else Reach(self.config.window - 1)
+
+    def cautions(self, T: int) -> list[str]:
+        window = self.config.window
+        return [] if window is None else covering(self.name, window, 0, T)

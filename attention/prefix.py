@@ -190,3 +190,13 @@ class Prefix(Composition, name="prefix"):
         twice = [m for m in self.memory.modules() if isinstance(m, nn.Linear)]
         again = sum(2 * m.in_features * m.out_features for m in (*twice, self.k, self.v))
         return super().flops_per_token(T) + again
+
+    def cautions(self, T: int) -> list[str]:
+        S = self.config.segment
+        if T > S:
+            return super().cautions(T)
+        return [
+            f"{self.name}: a segment of {S} covers all of a sequence of {T} tokens, so nothing is "
+            f"ever retrieved from an earlier one; set segment to {max(1, T // 4)} or less",
+            *super().cautions(T),
+        ]

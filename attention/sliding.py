@@ -80,6 +80,16 @@ def check_window(window: int, sinks: int = 0) -> None:
         raise SpecError(f"sinks: must not be negative, got {sinks}")
 
 
+def covering(name: str, window: int, sinks: int, T: int) -> list[str]:
+    """A caution if the window of a layer hides nothing in sequences of T tokens."""
+    if T > window + sinks:
+        return []
+    return [
+        f"{name}: a window of {window} covers all of a sequence of {T} tokens, so this is full "
+        f"attention; set window to {max(1, T // 4)} or less"
+    ]
+
+
 def cached_sinks(position: int, window: int, sinks: int) -> int:
     """How many sinks have left the window before `position`, and so stand apart in the cache."""
     return max(0, min(sinks, position - (window - 1)))
@@ -225,3 +235,6 @@ class Sliding(Attention, name="sliding"):
 
     def reach(self) -> Reach:
         return Reach(self.config.window - 1, self.config.sinks)
+
+    def cautions(self, T: int) -> list[str]:
+        return covering(self.name, self.config.window, self.config.sinks, T)

@@ -254,3 +254,33 @@ def test_latent_refuses_what_it_cannot_run() -> None:
         build("latent", dim=8, rotary_dim=3)
     with pytest.raises(SpecError, match="latent: kv_rank: must be at least 1, got 0"):
         build("latent", dim=8, kv_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "least"),
+    [
+        ({"name": "sliding", "heads": 2, "window": 8}, 9),
+        ({"name": "sliding", "heads": 2, "window": 8, "sinks": 3}, 12),
+        ({"name": "forgetting", "heads": 2, "window": 8}, 9),
+        ({"name": "prefix", "heads": 2, "segment": 8, "children": ["gated_delta"]}, 9),
+    ],
+)
+def test_a_window_without_effect_is_told(spec: Any, least: int) -> None:
+    """From `least` tokens on the last one no longer sees the first as in full attention."""
+    layer = build(spec, dim=8)
+    assert layer.cautions(least) == []
+    (line,) = layer.cautions(least - 1)
+    assert line.startswith(f"{spec['name']}: a ") and "of 8 covers all of a sequence of" in line
+    assert line.endswith(f"to {(least - 1) // 4} or less")
+
+
+def test_full_attention_has_no_window_to_warn_of() -> None:
+    assert build("forgetting", dim=8, heads=2).cautions(4) == []
+    window = {"name": "sliding", "heads": 2, "window": 8}
+    x = torch.randn(1, 9, 8)
+    for sinks, same in ((0, False), (1, True)):
+        layer = build({**window, "sinks": sinks}, dim=8)
+        whole = build({"name": "softmax", "heads": 2}, dim=8)
+        whole.load_state_dict(layer.state_dict())
+        assert torch.allclose(layer(x)[0], whole(x)[0], atol=1e-6) == same
+        assert (layer.cautions(9) != []) == same

@@ -98,7 +98,8 @@ def test_cautions() -> None:
         "allmem: a mini-batch of 512 never fills in sequences of 64 tokens, so nothing is ever "
         "written; set mini_batch to 16 or less"
     )
-    layer = build("parallel", dim=16, children=["sliding", "titans", "titans"])
+    window = {"name": "sliding", "window": 8}
+    layer = build("parallel", dim=16, children=[window, "titans", "titans"])
     assert len(layer.cautions(15)) == 2 and layer.cautions(16) == []
     config: Any = {"layers": ["titans"], "vocab_size": 8, "dim": 16, "depth": 3}
     assert len(LanguageModel(**config).cautions(8)) == 1

@@ -1,0 +1,59 @@
+"""Sizes of a config's model at its task's length."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Literal, NamedTuple
+
+from layerzoo.spec import SpecError
+
+from . import configs
+from .configs import Tree
+
+Figure = Literal["parameters", "flops", "state_bytes"]
+
+
+class Sizes(NamedTuple):
+    """parameters; flops: of the forward pass, a token; state_bytes: after `length` tokens."""
+
+    parameters: int
+    flops: float
+    state_bytes: int
+    length: int
+
+
+def measure(config: Tree, length: int | None = None) -> Sizes:
+    """Build the model, without memory for its weights.
+
+    Args:
+        length: T in place of the task's own.
+
+    Raises:
+        SpecError: it does not build.
+    """
+    T = configs.task(config).length if length is None else length
+    model = configs.model(config)
+    return Sizes(
+        sum(p.numel() for p in model.parameters()),
+        model.flops_per_token(T),
+        model.state_bytes(T).total,
+        T,
+    )
+
+
+def sizes(config: Tree, length: int | None = None) -> Sizes:
+    """`measure`, once for each network and length."""
+    T = configs.task(config).length if length is None else length
+    found = _sizes(json.dumps(config["model"]["network"]), T)
+    if isinstance(found, str):
+        raise SpecError(found)
+    return found
+
+
+@functools.cache
+def _sizes(network: str, T: int) -> Sizes | str:
+    try:
+        return measure({"model": {"network": json.loads(network)}}, T)
+    except SpecError as error:
+        return str(error)
