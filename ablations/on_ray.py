@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +32,8 @@ class RayExecutor:
         slots: how many cells run at a time; None is as many as the nodes have room for. More
             wait in Ray's queue, for nodes that join.
         threads: CPUs that a cell takes.
-        gpus: GPUs that a cell takes, below 1 a share of one. 0 takes none, and hides none.
+        gpus: GPUs that a cell takes, below 1 a share of one; 0 takes none, and hides none. None
+            is one, if a node has any.
 
     Raises:
         SpecError: ray is not installed, no cluster answers, or no node has room for a cell.
@@ -42,17 +44,20 @@ class RayExecutor:
         run: Callable[[Path], Outcome],
         slots: int | None = None,
         threads: int = 1,
-        gpus: float = 0.0,
+        gpus: float | None = None,
     ) -> None:
-        if gpus > 1 and gpus % 1:
+        if gpus is not None and gpus > 1 and gpus % 1:
             raise SpecError(f"gpus: must be whole above 1, got {gpus}")
         self._ray = _import_ray()
         self._run, self._running = run, dict[Any, Path]()
         self._ours = not self._ray.is_initialized()
         if self._ours:
             _connect(self._ray)
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if gpus is None:
+            gpus = float(any(node.get("GPU") for node in nodes))
         needs = {"CPU": threads, "GPU": gpus} if gpus else {"CPU": threads}
-        room = sum(_room(node["Resources"], needs) for node in self._ray.nodes() if node["Alive"])
+        room = sum(_room(node, needs) for node in nodes)
         if not room:
             self.close(0)
             wanted = " and ".join(f"{number:g} {what}" for what, number in needs.items())
@@ -95,6 +100,18 @@ class RayExecutor:
         self._running.clear()
         if self._ours:
             self._ray.shutdown()
+
+
+def run_task(folder: Path, every: float, threads: int) -> Outcome:
+    """`worker.run_cell`, which a SIGINT asks to stop."""
+    from .worker import run_cell  # lightning, on the node
+
+    stop = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        return run_cell(folder, every, threads, stop.is_set)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _call(run: Callable[[Path], Outcome], folder: Path) -> Outcome:

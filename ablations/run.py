@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from .folder import (
 )
 from .grid import Grid, load_grid
 from .local import LocalExecutor, default_slots
+from .on_ray import RayExecutor, run_task
 from .tune import Choice, choose
 
 GRID, TUNING = "grid.yaml", "tuning.json"
@@ -93,8 +95,12 @@ class Run:
         """One for all stages: its processes are kept."""
         if self._executor is None:
             how = self.how
-            slots = how.jobs or default_slots(how.threads)
-            self._executor = LocalExecutor(slots, how.threads, how.every)
+            if how.executor == "ray":
+                task = partial(run_task, every=how.every, threads=how.threads)
+                self._executor = RayExecutor(task, how.jobs, how.threads)
+            else:
+                slots = how.jobs or default_slots(how.threads)
+                self._executor = LocalExecutor(slots, how.threads, how.every)
         return self._executor
 
     def close(self) -> None:
