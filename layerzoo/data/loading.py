@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -75,9 +76,13 @@ def _identity(batch: Any) -> Any:
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that Lightning saves in a checkpoint: a resumed run sees the next batch."""
+    """A DataLoader that Lightning saves in a checkpoint: a resumed run sees the next batch.
+
+    Its pass ends after `limit` batches, where the trainer has such a limit.
+    """
 
     done = 0
+    limit: int | None = None
 
     def __iter__(self) -> Any:
         self.done = getattr(self.sampler, "start", 0)
@@ -86,7 +91,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"done": self.done % len(self)}
+        return {"done": self.done % (self.limit or len(self))}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         assert isinstance(self.sampler, Deal)
@@ -97,5 +102,11 @@ def loader(batches: Batches, rank: int, world: int, num_workers: int) -> Resumab
     deal = Deal(batches, rank, world, training=batches.split == "train")
     workers = num_workers if batches.split == "train" else 0
     return ResumableLoader(
-        batches, batch_size=None, sampler=deal, collate_fn=_identity, num_workers=workers
+        batches,
+        batch_size=None,
+        sampler=deal,
+        collate_fn=_identity,
+        num_workers=workers,
+        # Its own, else every pass would draw from the random state that the model draws from.
+        generator=torch.Generator(),
     )
