@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
@@ -21,13 +22,25 @@ from layerzoo.lit import read_checkpoint
 from layerzoo.spec import SpecError
 
 
-class RandomState(Callback):
-    """Keeps the random state of torch (CPU and every CUDA device), NumPy and Python in every
-    checkpoint, one of each process. It is put back just before the first batch of a resumed run,
-    because what starts a run draws random numbers, too."""
+class Resume(Callback):
+    """What Lightning lacks for a resumed run to be the uninterrupted one, bit by bit.
+
+    The random state of torch (CPU and every CUDA device), NumPy and Python is in every checkpoint,
+    one of each process. It is put back just before the first batch, because what starts a run
+    draws random numbers, too."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.states: Sequence[dict[str, Any]] = []  # of an earlier run; a resumed one loads after
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        loop = trainer.fit_loop
+        # The schedule asks how many steps there will be, which makes the loader before its state
+        # is known. (The loader's pass has not begun yet.)
+        loop._load_combined_loader_states()
+        epochs = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
+            # It was saved after an epoch's last batch, so that another begins, and is counted.
+            loop.reset_restart_stage()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, n: int) -> None:
         if trainer.global_rank < len(self.states):
@@ -77,9 +90,11 @@ class AtomicIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
+        whole = io.BytesIO()
+        torch.save(checkpoint, whole)  # into a full disk it would not raise the OSError
         try:
             with open(part, "wb") as file:
-                torch.save(checkpoint, file)
+                file.write(whole.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -119,7 +134,7 @@ class Checkpoints(Checkpoint):
                 part.unlink()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.last, self.due, self.step = time.monotonic(), False, -1
+        self.last, self.due, self.step = time.monotonic(), False, trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -168,8 +183,8 @@ class Checkpoints(Checkpoint):
         self.step = trainer.global_step
         if trainer.is_global_zero:
             others = {file: file.stat().st_mtime_ns for file in self.folder.glob("step=*.ckpt")}
-            del others[path]
-            for old in sorted(others, key=others.__getitem__)[: len(others) - self.keep + 1]:
+            del others[path]  # which is one of those that stay
+            for old in sorted(others, key=others.__getitem__, reverse=True)[self.keep - 1 :]:
                 old.unlink()
         return True
 

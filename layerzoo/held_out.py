@@ -39,6 +39,7 @@ class Figures(Callback):
             self._show(trainer, "val", prefix="")
         elif not trainer.sanity_checking:
             self.last = _figures(trainer, "")
+            self.last.pop("tokens/s", None)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         self._show(trainer, "test", prefix="test/")

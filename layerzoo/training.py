@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
-from layerzoo.checkpoints import AtomicIO, RandomState, newest_checkpoint
+from layerzoo.checkpoints import AtomicIO, Resume, newest_checkpoint
 from layerzoo.data import Task, list_tasks
 from layerzoo.held_out import Figures
 from layerzoo.layer import EXECUTION
@@ -142,7 +142,7 @@ class TrainCLI(LightningCLI):
             "class_path": f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__qualname__}",
             "init_args": {"save_dir": "runs", "name": "layerzoo", "default_hp_metric": False},
         }
-        callbacks = [RandomState(), TokensPerSecond(), Summary(), Figures(), PredictionWriter()]
+        callbacks = [Resume(), TokensPerSecond(), Summary(), Figures(), PredictionWriter()]
         super().__init__(
             LitModel,
             Task,

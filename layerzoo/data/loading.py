@@ -67,8 +67,7 @@ class Deal(DistributedSampler[int]):
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[int]:
-        start, self.start = self.start, 0
-        return iter(self.numbers[start:])
+        return iter(self.numbers[self.start :])
 
 
 def _identity(batch: Any) -> Any:
@@ -86,7 +85,10 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         self.done = getattr(self.sampler, "start", 0)
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        if isinstance(self.sampler, Deal):
+            self.sampler.start = 0  # only now: with worker processes it has been iterated twice
+        for batch in batches:
             self.done += 1
             yield batch
 
