@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run goes on from, exactly: random state, atomic files, when to save."""
+"""What a killed run goes on from, exactly: random state, atomic files, when to save."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class Resume(Callback):
             # It was saved after an epoch's last batch, so that another begins, and is counted.
             loop.reset_restart_stage()
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, n: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_rank < len(self.states):
             _set_random(self.states[trainer.global_rank])
         self.states = []

@@ -37,7 +37,7 @@ def quiet() -> None:
     """Silence adverts, and advice that does not apply: batches are made by vectorised hashing,
     faster than a worker process could hand them over."""
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    tips.addFilter(lambda record: "Tip:" not in record.getMessage())
+    tips.addFilter(_no_tip)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Predictions are saved with their labels; nothing needs their indices.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
@@ -49,6 +49,10 @@ def quiet() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     # Lightning 2.6 asks for a leaf of a pytree in a way that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def named_configs() -> dict[str, Path]:
@@ -193,6 +197,8 @@ class TrainCLI(LightningCLI):
         trainer = super().instantiate_trainer(**options)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
             trainer.strategy.checkpoint_io = AtomicIO()
+        # First, because others may draw random numbers.
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Resume))
         return trainer
 
     def instantiate_classes(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from layerzoo.data.loading import IGNORE, Batches, loader
+from layerzoo.data.loading import IGNORE, Batches, ResumableLoader, loader
 from layerzoo.data.random import bits
 from layerzoo.metrics.accuracy import extrapolation
 from layerzoo.spec import SpecError, suggest
@@ -253,7 +253,8 @@ class Task(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         loader = self._loader([*self.parts("train").values()], "train", self.order())
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
-        loader.limit = int(len(loader) * limit) if isinstance(limit, float) else limit
+        whole = len(loader)
+        loader.limit = int(whole * limit) if isinstance(limit, float) else min(whole, limit)
         return loader
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
