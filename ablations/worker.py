@@ -30,7 +30,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from layerzoo.callbacks import record
-from layerzoo.checkpoints import Checkpoints, newest_checkpoint, purge_step
+from layerzoo.checkpoints import Checkpoints, first_step, log_missing, newest_checkpoint
 from layerzoo.training import TrainCLI
 
 from .executor import Outcome
@@ -93,8 +93,15 @@ class Watch(Callback):
             }
             with suppress(OSError):  # a full disk is told by what matters
                 write_json(self.folder / PROGRESS, progress)
-        if self.stop():
-            self.checkpoints.save(trainer)
+        self._stop(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._stop(trainer)
+
+    def _stop(self, trainer: Any) -> None:
+        """Stop where a checkpoint can be, if asked to."""
+        if self.stop() and self.checkpoints.save(trainer):
             raise Stopped
 
 
@@ -139,8 +146,10 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     options = (f"--config={folder / CONFIG}", *(f"--trainer.{name}=false" for name in quiet))
     cli = TrainCLI(options, run=False)
     trainer: Any = cli.trainer
-    trainer.logger = _logger(folder, purge_step=purge_step(resume))
-    keep = Checkpoints(seconds=every, folder=checkpoints)
+    trainer.logger = logger = _logger(folder, purge_step=first_step(resume))
+    if resume is not None:
+        log_missing(resume, logger)
+    keep = Checkpoints(str(checkpoints), seconds=every)
     ours = (Checkpoint, SaveConfigCallback)
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ours)]
     trainer.callbacks += [Watch(folder, keep, stop), keep]

@@ -16,7 +16,9 @@ import torch
 from lightning import Callback
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo.lit import read_checkpoint
 from layerzoo.spec import SpecError
@@ -125,6 +127,7 @@ class Checkpoints(Checkpoint):
             if value < 1:
                 raise SpecError(f"Checkpoints: {name}: must be at least 1, got {value}")
         self.given, self.seconds, self.steps, self.keep = folder, seconds, steps, keep
+        self.unlogged: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         folder = self.given or os.path.join(
@@ -156,7 +159,10 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.step != trainer.global_step:
-            self._write(trainer)
+            self._write(trainer, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unlogged": self.unlogged}
 
     def save(self, trainer: Any) -> bool:
         """Save now, for a callback that asks in `on_train_batch_end` or `on_validation_end`.
@@ -171,11 +177,11 @@ class Checkpoints(Checkpoint):
             return False
         if trainer.training and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             return False
-        return self._write(trainer)
+        return self._write(trainer, _unlogged(trainer))
 
-    def _write(self, trainer: Any) -> bool:
+    def _write(self, trainer: Any, unlogged: dict[str, Any]) -> bool:
         path = self.folder / f"step={trainer.global_step}.ckpt"
-        self.last, self.due = time.monotonic(), False
+        self.last, self.due, self.unlogged = time.monotonic(), False, unlogged
         try:
             trainer.save_checkpoint(path)
         except OSError as error:
@@ -189,6 +195,34 @@ class Checkpoints(Checkpoint):
             for old in sorted(others, key=others.__getitem__, reverse=True)[self.keep - 1 :]:
                 old.unlink()
         return True
+
+
+def _unlogged(trainer: Any) -> dict[str, Any]:
+    """What Lightning logs once the callbacks of a batch, or of a validation, have returned: a
+    process that is killed before never does. {step, values}, or empty."""
+    logs = trainer._logger_connector
+    if trainer.training and not logs.should_update_logs:
+        return {}
+    values = {name: float(value) for name, value in logs.metrics["log"].items()}
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return {"step": step, "values": {**values, "epoch": float(trainer.current_epoch)}}
+
+
+def log_missing(checkpoint: Path, logger: TensorBoardLogger) -> None:
+    """Log what the run that saved a checkpoint was killed before it could log, into the same
+    folder."""
+    unlogged = torch.load(checkpoint, weights_only=True)["callbacks"]["Checkpoints"]["unlogged"]
+    if not unlogged:
+        return
+    events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
+    logged = {
+        tag
+        for tag in events.Tags()["scalars"]
+        if unlogged["step"] in (event.step for event in events.Scalars(tag))
+    }
+    values = {tag: value for tag, value in unlogged["values"].items() if tag not in logged}
+    logger.log_metrics(values, unlogged["step"])
+    logger.save()
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
