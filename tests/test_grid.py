@@ -97,11 +97,13 @@ def test_an_option_merged_from_an_anchor(tmp_path: Path) -> None:
     axes = """
   layer:
     a: &a {model.network.layers: [linear], model.network.dim: 16}
-    1e-2: {<<: *a, model.network.dim: 32}
+    b: &b {model.network.depth: 1, model.network.dim: 64}
+    1e-2: {<<: [*a, *b], model.lr: 1}
 """
     grid = read(tmp_path, axes=axes)
-    assert names(grid) == ["a", "1e-2"]
-    assert [cell.config["model"]["network"]["dim"] for cell in grid.cells()[:2]] == [16, 32]
+    assert names(grid) == ["a", "b", "1e-2"]
+    network = grid.cells()[2].config["model"]["network"]
+    assert (network["layers"], network["dim"], network["depth"]) == (["linear"], 16, 1)
 
 
 THREE = (
@@ -202,7 +204,8 @@ def test_the_matched_network_is_of_all_seeds(tmp_path: Path, monkeypatch: Any) -
 
     monkeypatch.setattr(grids, "matched", matched)
     match = "{by: parameters, to: {layer: window}}"
-    grid = read(tmp_path, match=match, tune="{axes: {model.lr: [1, 2]}, seeds: [9]}")
+    own = '{trainer.default_root_dir: "${seed_everything}"}'
+    grid = read(tmp_path, set=own, match=match, tune="{axes: {model.lr: [1, 2]}, seeds: [9]}")
     for cell in (*grid.cells(), *grid.tune_cells()):
         assert cell.config["model"]["network"]["dim"] == 24 and cell.matched == {"dim": 24}
     arms = {"window": {"layer": "window"}, "memory": {"layer": "memory"}}
