@@ -53,17 +53,15 @@ def matched(
         SpecError: no such arm or knob, or an arm that cannot be made so.
     """
     known = {*NETWORK}.union(*map(fields, configs.values()))
-    for name in match.solve:
-        if name not in known:
-            raise SpecError(f"solve: no arm has such a knob, '{name}'; {suggest(name, known)}")
+    for knob in match.solve:
+        if knob not in known:
+            raise SpecError(f"solve: no arm has such a knob, '{knob}'; {suggest(knob, known)}")
     with at("to"):
-        target, name, reference = _target(match, configs, arms)
+        target, whose = _target(match, configs, arms)
     out = {}
     for arm, config in configs.items():
-        solved: dict[str, float] = {}
-        if arm not in reference:
-            place = f"{arm}: {target:,.0f} {match.by} wanted{name}"
-            config, solved = _solved(match, config, target, place)
+        place = f"{arm}: {target:,.0f} {match.by} wanted{whose}"
+        config, solved = _solved(match, config, target, place)
         achieved = _figure(match, config)
         record = {"by": match.by, "target": target, "achieved": achieved}
         out[arm] = config, {**record, "deviation": achieved / target - 1, "solved": solved}
@@ -76,13 +74,13 @@ def _figure(match: Match, config: Tree) -> float:
 
 def _target(
     match: Match, configs: Mapping[str, Tree], arms: Mapping[str, Mapping[str, str]]
-) -> tuple[float, str, set[str]]:
-    """The figure to reach, whose it is, in words, and the arms that it is of."""
+) -> tuple[float, str]:
+    """The figure to reach, and whose it is, in words."""
     to = next(iter(configs)) if match.to is None else match.to
     if isinstance(to, (int, float)) and not isinstance(to, bool):
         if not 0 < to < math.inf:
             raise SpecError(f"must be positive, got {to}")
-        return to, "", set()
+        return to, ""
     if isinstance(to, Mapping):
         wanted = {str(axis): str(option) for axis, option in to.items()}
         names = [arm for arm, options in arms.items() if wanted.items() <= options.items()]
@@ -96,7 +94,7 @@ def _target(
         raise SpecError(
             f"the arms of {to} differ in {match.by} ({'; '.join(names)}); name one of them"
         )
-    return figures.pop(), f" (of {names[0]})", {*names}
+    return figures.pop(), f" (of {names[0]})"
 
 
 def _solved(

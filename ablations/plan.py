@@ -25,9 +25,9 @@ from .probe import Speed, shape, speeds
 from .sizes import Sizes, sizes
 from .work import work
 
-PROCESS, CELL = 6.0, 1.5
+PROCESS, CELL = 6.0, 1.0
 """Seconds that a worker process takes to start, and a cell beside its updates and measurements:
-to read its config, build, log and save. Measured on one core of a laptop."""
+to read its config, build, log and save. Measured on one core of a server."""
 
 
 @dataclass(frozen=True)
