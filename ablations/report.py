@@ -20,6 +20,8 @@ from .statistics import Estimate, mean_interval, window_bound
 
 SUCCESS = 0.9
 """Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
+SHARES = ("accuracy/", "recall/accuracy", "recall/beyond_window", "recall_lag/")
+"""How the names of figures begin that are shown in %."""
 
 
 def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
@@ -65,7 +67,7 @@ def table(name: str, rows: Sequence[Row]) -> Table:
     for n, head in enumerate(heads):
         out.add_column(head, justify="right" if n else "left", no_wrap=True)
     for row in rows:
-        accuracy = row.values(row.headline)
+        accuracy = row.values(row.headline) if row.headline.startswith(SHARES) else []
         out.add_row(
             row.arm + _missing(row),
             shown(row.headline, row.estimate(row.headline)),
@@ -89,7 +91,7 @@ def _missing(row: Row) -> str:
 
 def shown(name: str, estimate: Estimate) -> str:
     """A figure with its interval; what is a share, in %."""
-    if {"accuracy", "recall"} & {*name.split("/")}:
+    if name.startswith(SHARES):
         return _percent(estimate)
     half = "" if math.isnan(estimate.half) else f" ±{estimate.half:.3g}"
     return _mean(estimate, f"{{:.4g}}{half}")
