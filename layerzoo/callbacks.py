@@ -55,9 +55,16 @@ class Summary(Callback):
     """When training ends: prints the first and the last held-out figures, and writes
     `record.json` beside the logs: what ran, and on what."""
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self.history: dict[str, list[tuple[int, float]]] = {}
-        pl_module.model.forget_choices()
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.history: dict[str, list[tuple[int, float]]] = {}  # a resumed run loads its own after
+        if stage == "fit":
+            pl_module.model.forget_choices()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:

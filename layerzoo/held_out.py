@@ -21,13 +21,25 @@ class Figures(Callback):
     training ends; after `validate` and `test` also prints their table, logs it as text, and saves
     the pictures beside the logs."""
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.last: dict[str, float] = {}  # a resumed run loads its own after
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last = state_dict["last"]
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            self._draw(trainer, "", _figures(trainer, ""), None)
+            self._draw(trainer, "", self.last, None)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
             self._show(trainer, "val", prefix="")
+        elif not trainer.sanity_checking:
+            self.last = _figures(trainer, "")
+            self.last.pop("tokens/s", None)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         self._show(trainer, "test", prefix="test/")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
+from layerzoo.checkpoints import AtomicIO, Resume, newest_checkpoint
 from layerzoo.data import Task, list_tasks
 from layerzoo.held_out import Figures
 from layerzoo.layer import EXECUTION
@@ -35,7 +37,7 @@ def quiet() -> None:
     """Silence adverts, and advice that does not apply: batches are made by vectorised hashing,
     faster than a worker process could hand them over."""
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    tips.addFilter(lambda record: "Tip:" not in record.getMessage())
+    tips.addFilter(_no_tip)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Predictions are saved with their labels; nothing needs their indices.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
@@ -47,6 +49,10 @@ def quiet() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     # Lightning 2.6 asks for a leaf of a pytree in a way that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def named_configs() -> dict[str, Path]:
@@ -140,7 +146,7 @@ class TrainCLI(LightningCLI):
             "class_path": f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__qualname__}",
             "init_args": {"save_dir": "runs", "name": "layerzoo", "default_hp_metric": False},
         }
-        callbacks = [TokensPerSecond(), Summary(), Figures(), PredictionWriter()]
+        callbacks = [Resume(), TokensPerSecond(), Summary(), Figures(), PredictionWriter()]
         super().__init__(
             LitModel,
             Task,
@@ -179,11 +185,21 @@ class TrainCLI(LightningCLI):
             raise SpecError(f"{self.config.subcommand}: needs --ckpt_path, a checkpoint of `fit`")
         if path is None or path in ("last", "best", "hpc", "registry"):
             return
+        if Path(path).is_dir():
+            options["ckpt_path"] = path = _newest(path)
         trained = read_checkpoint(path)["hyper_parameters"]
         if self.config.subcommand == "fit":
             asked = ModelConfig.from_fields(options["model"]["network"].as_dict()).to_fields()
             _same_hyperparameters({**options["model"].as_dict(), "network": asked}, trained)
         options["model"]["network"] = jsonargparse.Namespace(**trained["network"])
+
+    def instantiate_trainer(self, **options: Any) -> Any:
+        trainer: Any = super().instantiate_trainer(**options)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
+            trainer.strategy.checkpoint_io = AtomicIO()
+        # First, because others may draw random numbers.
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Resume))
+        return trainer
 
     def instantiate_classes(self) -> None:
         try:
@@ -195,6 +211,16 @@ class TrainCLI(LightningCLI):
         options = self.config[self.subcommand] if self.subcommand else self.config
         with at("model.network"):
             ModelConfig.from_fields(options["model"]["network"].as_dict())
+
+
+def _newest(folder: str) -> str:
+    path = newest_checkpoint(folder)
+    if path is None:
+        raise SpecError(
+            f"--ckpt_path {folder}: no checkpoint to read in it or its folder checkpoints; "
+            f"give a run's folder, or a .ckpt file"
+        )
+    return str(path)
 
 
 def _same_hyperparameters(asked: dict[str, Any], trained: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -66,8 +67,7 @@ class Deal(DistributedSampler[int]):
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[int]:
-        start, self.start = self.start, 0
-        return iter(self.numbers[start:])
+        return iter(self.numbers[self.start :])
 
 
 def _identity(batch: Any) -> Any:
@@ -75,18 +75,25 @@ def _identity(batch: Any) -> Any:
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that Lightning saves in a checkpoint: a resumed run sees the next batch."""
+    """A DataLoader that Lightning saves in a checkpoint: a resumed run sees the next batch.
+
+    Its pass ends after `limit` batches, where the trainer has such a limit.
+    """
 
     done = 0
+    limit: int | None = None
 
     def __iter__(self) -> Any:
         self.done = getattr(self.sampler, "start", 0)
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        if isinstance(self.sampler, Deal):
+            self.sampler.start = 0  # only now: with worker processes it has been iterated twice
+        for batch in batches:
             self.done += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"done": self.done % len(self)}
+        return {"done": self.done % (self.limit or len(self))}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         assert isinstance(self.sampler, Deal)
@@ -97,5 +104,11 @@ def loader(batches: Batches, rank: int, world: int, num_workers: int) -> Resumab
     deal = Deal(batches, rank, world, training=batches.split == "train")
     workers = num_workers if batches.split == "train" else 0
     return ResumableLoader(
-        batches, batch_size=None, sampler=deal, collate_fn=_identity, num_workers=workers
+        batches,
+        batch_size=None,
+        sampler=deal,
+        collate_fn=_identity,
+        num_workers=workers,
+        # Its own, else every pass would draw from the random state that the model draws from.
+        generator=torch.Generator(),
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from layerzoo.data.loading import IGNORE, Batches, loader
+from layerzoo.data.loading import IGNORE, Batches, ResumableLoader, loader
 from layerzoo.data.random import bits
 from layerzoo.metrics.accuracy import extrapolation
 from layerzoo.spec import SpecError, suggest
@@ -239,7 +239,7 @@ class Task(LightningDataModule):
             arrays["tokens"] = np.where(self.question(arrays), arrays["tokens"], other)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def _loader(self, parts: list[Task], split: str, order: NDArray[np.int64]) -> DataLoader[Any]:
+    def _loader(self, parts: list[Task], split: str, order: NDArray[np.int64]) -> ResumableLoader:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         return loader(Batches(parts, split, order), rank, world, self.num_workers)
@@ -251,7 +251,11 @@ class Task(LightningDataModule):
         ]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader([*self.parts("train").values()], "train", self.order())
+        loader = self._loader([*self.parts("train").values()], "train", self.order())
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        whole = len(loader)
+        loader.limit = int(whole * limit) if isinstance(limit, float) else min(whole, limit)
+        return loader
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return self._held_out("val")

@@ -1,0 +1,217 @@
+"""What a killed run goes on from, exactly: random state, atomic files, when to save."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from layerzoo.lit import read_checkpoint
+from layerzoo.spec import SpecError
+
+
+class Resume(Callback):
+    """What Lightning lacks for a resumed run to be the uninterrupted one, bit by bit.
+
+    The random state of torch (CPU and every CUDA device), NumPy and Python is in every checkpoint,
+    one of each process. It is put back just before the first batch, because what starts a run
+    draws random numbers, too."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.states: Sequence[dict[str, Any]] = []  # of an earlier run; a resumed one loads after
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        loop = trainer.fit_loop
+        # The schedule asks how many steps there will be, which makes the loader before its state
+        # is known. (The loader's pass has not begun yet.)
+        loop._load_combined_loader_states()
+        epochs = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
+            # It was saved after an epoch's last batch, so that another begins, and is counted.
+            loop.reset_restart_stage()
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_rank < len(self.states):
+            _set_random(self.states[trainer.global_rank])
+        self.states = []
+
+    def state_dict(self) -> dict[str, Any]:
+        states = [_random()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, states[0])
+        return {"states": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.states = state_dict["states"]
+
+
+def _random() -> dict[str, Any]:
+    """In types that torch.load reads with weights_only."""
+    numpy: Any = np.random.get_state(legacy=False)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
+        "python": random.getstate(),
+    }
+
+
+def _set_random(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    for device, cuda in zip(range(devices), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda, device)
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, down to the disk, and then renames it: whatever
+    happens meanwhile, the place holds the old file or the new one, whole."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        if "://" in str(path):  # another file system than the disk's
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        whole = io.BytesIO()
+        torch.save(checkpoint, whole)  # into a full disk it would not raise the OSError
+        try:
+            with open(part, "wb") as file:
+                file.write(whole.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+class Checkpoints(Checkpoint):
+    """Saves what a killed run goes on from, and only where a resumed run does what an
+    uninterrupted one does: after an optimiser step, and if a validation follows, after that.
+
+    folder: of `step=<N>.ckpt`, the number of optimiser steps (default `checkpoints` beside the
+    logs). seconds: of wall clock between two checkpoints. steps: optimiser steps after which to
+    save, too. keep: how many of the newest stay. The end of training is always saved. A disk that
+    is full is a warning; training goes on, with the older checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        seconds: float = 60.0,
+        steps: int | None = None,
+        keep: int = 2,
+    ) -> None:
+        for name, value in (("steps", 1 if steps is None else steps), ("keep", keep)):
+            if value < 1:
+                raise SpecError(f"Checkpoints: {name}: must be at least 1, got {value}")
+        self.given, self.seconds, self.steps, self.keep = folder, seconds, steps, keep
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        folder = self.given or os.path.join(
+            trainer.log_dir or trainer.default_root_dir, "checkpoints"
+        )
+        self.folder = Path(trainer.strategy.broadcast(str(folder)))
+        if stage == "fit" and trainer.is_global_zero:
+            for part in self.folder.glob(".step=*.ckpt.part"):  # of a process that was killed
+                part.unlink()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.last, self.due, self.step = time.monotonic(), False, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self.due |= trainer.strategy.broadcast(time.monotonic() - self.last >= self.seconds)
+        if self.steps is not None and not trainer.fit_loop._should_accumulate():
+            self.due |= step % self.steps == 0
+        # What ends a run at `max_steps` also ends Lightning's epoch, which a longer run does not.
+        self.due |= step == trainer.max_steps
+        if self.due:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.due:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.step != trainer.global_step:
+            self._write(trainer)
+
+    def save(self, trainer: Any) -> bool:
+        """Save now, for a callback that asks in `on_train_batch_end` or `on_validation_end`.
+
+        Returns:
+            whether there is a checkpoint of this step. There is none where a resumed run would
+            lose accumulated gradients or a validation that is due (ask again at the next of
+            these hooks), nor if the disk is full.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate() or trainer.sanity_checking:
+            return False
+        if trainer.training and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            return False
+        return self._write(trainer)
+
+    def _write(self, trainer: Any) -> bool:
+        path = self.folder / f"step={trainer.global_step}.ckpt"
+        self.last, self.due = time.monotonic(), False
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:
+            rank_zero_warn(f"checkpoint {path}: {error.strerror}: not saved; training goes on")
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
+            return False
+        self.step = trainer.global_step
+        if trainer.is_global_zero:
+            others = {file: file.stat().st_mtime_ns for file in self.folder.glob("step=*.ckpt")}
+            del others[path]  # which is one of those that stay
+            for old in sorted(others, key=others.__getitem__, reverse=True)[self.keep - 1 :]:
+                old.unlink()
+        return True
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The readable checkpoint of most steps in a folder or its `checkpoints`, None without any;
+    warns of each that it skips because it is damaged."""
+    named: list[tuple[int, float, Path]] = []
+    for path in (p for where in (".", "checkpoints") for p in Path(folder, where).glob("*.ckpt")):
+        step = re.search(r"step=(\d+)", path.name)
+        if (number := int(step[1]) if step else _step(path)) is not None:
+            named.append((number, path.stat().st_mtime, path))
+    return next((p for _, _, p in sorted(named, reverse=True) if _step(p) is not None), None)
+
+
+def _step(path: Path) -> int | None:
+    try:
+        return read_checkpoint(path)["global_step"]
+    except SpecError as error:
+        rank_zero_warn(f"skipped: {error}")
+        return None
+
+
+def first_step(checkpoint: Path | None) -> int:
+    """The step that a run logs first when it goes on from a checkpoint, or starts anew. Where the
+    killed run has logged into the same folder: `TensorBoardLogger(.., purge_step=first_step(c))`
+    hides what it logged from there on."""
+    return 0 if checkpoint is None else read_checkpoint(checkpoint)["global_step"]
