@@ -93,9 +93,8 @@ def read_yaml(path: str | Path) -> Any:
     except (MarkedYAMLError, OmegaConfBaseException, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        key = f"{key}: " if (key := getattr(error, "full_key", None)) else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise SpecError(f"{path}{line}: {key}{problem}") from None
+        raise SpecError(f"{path}{line}: {problem}") from None
     if not isinstance(tree, DictConfig) or not tree:
         raise SpecError(f"{path}: expected fields, key: value")
     return tree
@@ -195,7 +194,7 @@ class TrainCLI(LightningCLI):
         options["model"]["network"] = jsonargparse.Namespace(**trained["network"])
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        trainer = super().instantiate_trainer(**options)
+        trainer: Any = super().instantiate_trainer(**options)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
             trainer.strategy.checkpoint_io = AtomicIO()
         # First, because others may draw random numbers.
