@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def grid_file(folder: Path, seeds: int) -> Path:
     return path
 
 
-def start(grid: Path, out: Path) -> subprocess.Popen[bytes]:
-    how = ("--jobs", "2", "--retries", "99", "--checkpoint-every", "0.3")
+def start(grid: Path, out: Path, executor: str = "local") -> subprocess.Popen[bytes]:
+    how = ("--jobs", "2", "--retries", "99", "--checkpoint-every", "0.3", "--executor", executor)
     command = (sys.executable, "-m", "layerzoo", "ablate", "run", str(grid), "--out", str(out))
     return subprocess.Popen([*command, *how], stdout=subprocess.DEVNULL)
 
@@ -125,3 +126,29 @@ def test_killed_runs_come_to_the_same_results(tmp_path: Path, kills: int, seeds:
     disturb(grid, tmp_path / "disturbed", kills, random.Random(kills))
     assert start(grid, tmp_path / "undisturbed").wait() == 0
     compare(tmp_path / "disturbed", tmp_path / "undisturbed", 2 * seeds)
+
+
+def test_a_node_of_a_cluster_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="ray is of the ray extra: pip install '.[ray]'")
+    from ray.cluster_utils import Cluster
+
+    grid, disturbed = grid_file(tmp_path, 2), tmp_path / "disturbed"
+    terminate = signal.getsignal(signal.SIGTERM)
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)  # a short path
+        nodes = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        try:
+            doomed, _ = (nodes.add_node(num_cpus=1) for _ in range(2))
+            runner = start(grid, disturbed, "ray")
+            while len(progress(disturbed)) < 2:  # one on each
+                time.sleep(0.05)
+                assert runner.poll() is None
+            nodes.remove_node(doomed, allow_graceful=False)
+            assert len([*disturbed.rglob("metrics.json")]) < 4
+            assert runner.wait() == 0
+        finally:
+            nodes.shutdown()
+            signal.signal(signal.SIGTERM, terminate)
+    assert start(grid, tmp_path / "undisturbed").wait() == 0
+    compare(disturbed, tmp_path / "undisturbed", 4)

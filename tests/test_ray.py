@@ -83,7 +83,7 @@ def make(cluster: Any) -> Iterator[Callable[..., RayExecutor]]:
     made: list[RayExecutor] = []
 
     def executor(**options: Any) -> RayExecutor:
-        made.append(RayExecutor(cell, **options))
+        made.append(RayExecutor(cell, **{"gpus": 0, **options}))
         return made[-1]
 
     yield executor
@@ -137,6 +137,10 @@ def test_ends(
         "raises": Outcome("failed", "the last line"),
         "leaves": Outcome("failed", "its worker died"),
     }
+
+
+def test_a_cell_takes_a_gpu_of_a_cluster_that_has_any(make: Callable[..., RayExecutor]) -> None:
+    assert make(gpus=None).slots == 1
 
 
 def test_room(make: Callable[..., RayExecutor]) -> None:

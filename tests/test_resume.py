@@ -25,7 +25,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from layerzoo.callbacks import Summary
-from layerzoo.checkpoints import AtomicIO, Checkpoints, Resume, first_step, log_missing, newest_checkpoint
+from layerzoo.checkpoints import (
+    AtomicIO,
+    Checkpoints,
+    Resume,
+    first_step,
+    log_missing,
+    newest_checkpoint,
+)
 from layerzoo.cli import main
 from layerzoo.data import MQAR
 from layerzoo.held_out import Figures
