@@ -79,6 +79,8 @@ COUNTED = {"train_samples": 27, "val_samples": 10, "test_samples": 6}
         ({"max_epochs": 3, "accumulate_grad_batches": 4, "limit_train_batches": 5}, {}),
         ({"max_steps": 5, "accumulate_grad_batches": 4, "val_check_interval": 0.4}, {}),
         ({"max_epochs": 5, "check_val_every_n_epoch": 2, "val_check_interval": 4}, {}),
+        ({"max_steps": 15, "check_val_every_n_epoch": 2, "val_check_interval": 2}, {}),
+        ({"max_steps": 9, "check_val_every_n_epoch": 2, "val_check_interval": 2}, {}),
         ({"max_epochs": 2, "max_steps": 99, "limit_test_batches": 0.5}, {"test_samples": 25}),
         ({"max_steps": 3, "num_sanity_val_steps": 1}, {"lengths": [16, 24]}),
         ({"max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None}, PHASES),
