@@ -227,7 +227,7 @@ def test_what_is_not_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(probe, "probe", fake)
     monkeypatch.setattr(probe, "SHAPES", 3)
-    delta = {"layers": [{"name": "delta", "heads": 2}]}
+    delta = {"layers": [{"name": "delta", "heads": 2}], "dim": 128}
     linear = {dim: cell(network={"dim": dim}).config for dim in (8, 32, 64, 128)}
     trees = [*linear.values(), cell(network=delta).config]
     found = speeds(trees, threads=2)
