@@ -223,7 +223,7 @@ def test_what_is_not_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fake(config: Any, threads: int) -> Speed:
         probed.append((config["model"]["network"]["layers"][0]["name"], threads))
-        return Speed(1.0 if probed[-1][0] == "linear" else 100.0, 3.0)
+        return Speed(0.01 if probed[-1][0] == "linear" else 1.0, 3.0)
 
     monkeypatch.setattr(probe, "probe", fake)
     monkeypatch.setattr(probe, "SHAPES", 3)
@@ -235,10 +235,10 @@ def test_what_is_not_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found[shape(tree)].probed for tree in trees] == [True, True, False, False, True]
     flops = {dim: sizes.sizes(tree).flops for dim, tree in linear.items()}
     want = flops[64] / flops[32]
-    assert found[shape(linear[64])] == pytest.approx(Speed(want, 3 * want, False))
+    assert found[shape(linear[64])] == pytest.approx(Speed(0.01 * want, 3 * want, False))
 
     probed.clear()
-    monkeypatch.setattr(probe, "SECONDS", 2.0)  # three updates of a second would not fit
+    monkeypatch.setattr(probe, "SECONDS", 0.02)  # three updates would not fit
     assert [speed.probed for speed in speeds(trees).values()].count(True) == len(probed) == 1
 
 
