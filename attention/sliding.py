@@ -82,7 +82,7 @@ def check_window(window: int, sinks: int = 0) -> None:
 
 def covering(name: str, window: int, sinks: int, T: int) -> list[str]:
     """A caution if the window of a layer hides nothing in sequences of T tokens."""
-    if T > window + sinks:
+    if window + sinks < T:
         return []
     return [
         f"{name}: a window of {window} covers all of a sequence of {T} tokens, so this is full "

@@ -79,6 +79,8 @@ COUNTED = {"train_samples": 27, "val_samples": 10, "test_samples": 6}
         ({"max_epochs": 3, "accumulate_grad_batches": 4, "limit_train_batches": 5}, {}),
         ({"max_steps": 5, "accumulate_grad_batches": 4, "val_check_interval": 0.4}, {}),
         ({"max_epochs": 5, "check_val_every_n_epoch": 2, "val_check_interval": 4}, {}),
+        ({"max_steps": 15, "check_val_every_n_epoch": 2, "val_check_interval": 2}, {}),
+        ({"max_steps": 9, "check_val_every_n_epoch": 2, "val_check_interval": 2}, {}),
         ({"max_epochs": 2, "max_steps": 99, "limit_test_batches": 0.5}, {"test_samples": 25}),
         ({"max_steps": 3, "num_sanity_val_steps": 1}, {"lengths": [16, 24]}),
         ({"max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None}, PHASES),
@@ -221,11 +223,11 @@ def test_what_is_not_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fake(config: Any, threads: int) -> Speed:
         probed.append((config["model"]["network"]["layers"][0]["name"], threads))
-        return Speed(1.0 if probed[-1][0] == "linear" else 100.0, 3.0)
+        return Speed(0.01 if probed[-1][0] == "linear" else 1.0, 3.0)
 
     monkeypatch.setattr(probe, "probe", fake)
     monkeypatch.setattr(probe, "SHAPES", 3)
-    delta = {"layers": [{"name": "delta", "heads": 2}]}
+    delta = {"layers": [{"name": "delta", "heads": 2}], "dim": 128}
     linear = {dim: cell(network={"dim": dim}).config for dim in (8, 32, 64, 128)}
     trees = [*linear.values(), cell(network=delta).config]
     found = speeds(trees, threads=2)
@@ -233,10 +235,10 @@ def test_what_is_not_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found[shape(tree)].probed for tree in trees] == [True, True, False, False, True]
     flops = {dim: sizes.sizes(tree).flops for dim, tree in linear.items()}
     want = flops[64] / flops[32]
-    assert found[shape(linear[64])] == pytest.approx(Speed(want, 3 * want, False))
+    assert found[shape(linear[64])] == pytest.approx(Speed(0.01 * want, 3 * want, False))
 
     probed.clear()
-    monkeypatch.setattr(probe, "SECONDS", 2.0)  # three updates of a second would not fit
+    monkeypatch.setattr(probe, "SECONDS", 0.02)  # three updates would not fit
     assert [speed.probed for speed in speeds(trees).values()].count(True) == len(probed) == 1
 
 
