@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,11 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/pytest
+
+# The slow tests too, and those of the optional executor: about an hour.
+test-all: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/pytest -m ''
 
 lint: .venv/installed
 	$(BIN)/ruff check .
