@@ -7,12 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from layerzoo.spec import suggest
+
 from .cell import Cell
 from .claims import claims_table, judge
+from .folder import RECORD, read_json
 from .grid import Grid
 from .plot import plot
 from .report import contrasts_table, notes, table, write_summary
-from .rows import pooled, read_rows
+from .rows import Row, pooled, read_rows
 from .tensorboard import write_hparams
 
 
@@ -35,7 +38,7 @@ def compare(
     console.print(table(grid.name, rows))
     if report and report.by:
         console.print(table(f"{grid.name} by {', '.join(report.by)}", pooled(rows, report.by)))
-    for line in notes(rows):
+    for line in (*notes(rows), *_doubts(rows, out)):
         console.print(line, markup=False)
     if report and report.contrasts:
         console.print(contrasts_table(report.contrasts, rows))
@@ -47,3 +50,18 @@ def compare(
     console.print(f"tensorboard: tensorboard --logdir {out}", markup=False)
     ended = all(len(row.metrics) + row.diverged == row.planned for row in rows)
     return not ended or all(verdict.holds for verdict in verdicts)
+
+
+def _doubts(rows: Sequence[Row], out: Path) -> list[str]:
+    """What the cells have not in common, and a metric that none has."""
+    records = [read_json(out / cell.path / RECORD) for row in rows for cell in row.cells]
+    lines = []
+    for what in ("layerzoo", "commit", "torch"):
+        found = {str(record.get("versions", {}).get(what)) for record in records}
+        if len(found) > 1:
+            lines.append(f"warning: cells ran with different {what}: {', '.join(sorted(found))}")
+    metrics = [m for row in rows for m in row.metrics]
+    name = rows[0].metric
+    if name and metrics and not any(name in m for m in metrics):
+        lines.append(f"warning: no cell measured '{name}'; {suggest(name, metrics[0])}")
+    return lines

@@ -40,6 +40,9 @@ def resolve(config: DictConfig) -> Tree:
         for name in config.get(section) or {}:
             if name not in options:
                 raise SpecError(f"{section}.{name}: no such option; {suggest(name, options)}")
+    for name in ("devices", "num_nodes"):
+        if (value := (config.get("trainer") or {}).get(name)) not in (None, 1, "1", "auto"):
+            raise SpecError(f"trainer.{name}: {value}, but a cell runs on one device; drop it")
     written: Any = config.get("data")
     if not OmegaConf.is_dict(written) or "class_path" not in written:
         raise SpecError("data: expected class_path and init_args")

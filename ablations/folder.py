@@ -29,7 +29,7 @@ DIVERGED = "diverged.json"
 FAILED = "failed.json"
 """The reason of the last failure; the next run tries again."""
 PROGRESS = "progress.json"
-"""Step and loss, written about once a second while it runs."""
+"""Step, loss and seconds spent, written about once a second while it runs."""
 CELLS = "cells.json"
 """In the grid's folder: all its cells, each what CELL holds and its path."""
 CHECKPOINTS, LOG, LOCK = "checkpoints", "log.txt", ".lock"
@@ -110,10 +110,20 @@ def state(folder: Path) -> State:
         return "finished"
     if (folder / DIVERGED).is_file():
         return "diverged"
-    if (folder / LOCK).is_file():
-        with locked(folder) as free:
-            if not free:
-                return "running"
+    if _held(folder / LOCK):
+        return "running"
     if (folder / FAILED).is_file():
         return "failed"
     return "started" if any((folder / CHECKPOINTS).glob("*.ckpt")) else "pending"
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds the lock. Reading is enough to tell."""
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -35,8 +35,9 @@ class Row:
     """An arm, or the tuning runs of one; sizes are None where its runs differ.
 
     cells: runs. updates: of one. flops_per_token: of the forward pass. training_flops: of all
-    its runs, 3 times the forward passes. deviation: from what its size is matched to.
-    seconds: of one run; None if nothing was probed. probed: or else scaled from another's speed.
+    its runs, 3 times the forward passes. deviation: from what its size is matched to. solved:
+    what was changed for that. seconds: of one run; None if nothing was probed. probed: or else
+    scaled from another's speed.
     """
 
     arm: str
@@ -48,6 +49,7 @@ class Row:
     state_bytes: int | None
     training_flops: float
     deviation: float | None
+    solved: dict[str, float]
     seconds: float | None
     probed: bool
 
@@ -154,6 +156,7 @@ def _row(arm: str, runs: Sequence[tuple[Cell, Run]]) -> Row:
         state_bytes=sizes and sizes.state_bytes,
         training_flops=sum(run.training_flops for run in each),
         deviation=cell.matched.get("deviation"),
+        solved=cell.matched.get("solved", {}),
         seconds=None if first.seconds is None else fmean(run.seconds or 0.0 for run in each),
         probed=all(run.probed for run in each),
     )
@@ -197,12 +200,15 @@ HEADS = ("arm", "cells", "updates", "parameters", "FLOPs/token", "training FLOPs
 def show(found: Plan, console: Console) -> None:
     """Print a plan as a table, its totals and its warnings."""
     matched = any(row.deviation is not None for row in found.rows)
-    heads = [*HEADS, *(["matched"] if matched else []), "time a cell"]
+    heads = [*HEADS, *(["matched"] if matched else [])]
+    heads += [] if found.seconds is None else ["time a cell"]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for n, head in enumerate(heads):
         table.add_column(head, justify="right" if n else "left", no_wrap=True)
     for row in found.rows:
-        deviation = [] if row.deviation is None else [f"{row.deviation:+.1%}"]
+        cells = [_matched(row)] if matched else []
+        if row.seconds is not None:
+            cells.append(("" if row.probed else "~") + say(row.seconds))
         table.add_row(
             f"{row.arm} (tuning)" if row.tuning else row.arm,
             f"{row.cells}",
@@ -210,8 +216,7 @@ def show(found: Plan, console: Console) -> None:
             *map(_size, (row.parameters, row.flops_per_token)),
             f"{row.training_flops:.2e}",
             _size(row.state_bytes),
-            *(deviation or [""] if matched else []),
-            ("" if row.probed else "~") + say(row.seconds) if row.seconds is not None else "",
+            *cells,
         )
     console.print(table)
     time = "" if found.seconds is None else f", {say(found.seconds)} at {found.jobs} at a time"
@@ -224,6 +229,13 @@ def show(found: Plan, console: Console) -> None:
         console.print("~ scaled by FLOPs from the nearest arm that was probed")
     for line in found.warnings:
         console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _matched(row: Row) -> str:
+    """+1.2%, and what was changed for it: +0.1% dim=128."""
+    if row.deviation is None:
+        return ""
+    return " ".join([f"{row.deviation:+.1%}", *(f"{n}={v:g}" for n, v in row.solved.items())])
 
 
 def _size(value: float | None) -> str:

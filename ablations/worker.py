@@ -68,9 +68,11 @@ class Diverged(Exception):
 class Watch(Callback):
     """Writes the cell's progress about once a second; ends a run that diverged, or must stop."""
 
-    def __init__(self, folder: Path, checkpoints: Checkpoints, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, folder: Path, spent: float, checkpoints: Checkpoints, stop: Callable[[], bool]
+    ) -> None:
         self.folder, self.checkpoints, self.stop = folder, checkpoints, stop
-        self.last = 0.0
+        self.last, self.spent, self.started = 0.0, spent, time.monotonic()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.since, self.first = time.monotonic(), trainer.global_step
@@ -89,6 +91,7 @@ class Watch(Callback):
                 "loss": float(outputs["loss"]),
                 "first": self.first,
                 "seconds": self.last - self.since,
+                "spent": self.spent + self.last - self.started,
                 "host": socket.gethostname(),
             }
             with suppress(OSError):  # a full disk is told by what matters
@@ -138,8 +141,8 @@ def run_cell(
 
 
 def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
-    started = time.perf_counter()
-    about, before = read_json(folder / CELL), read_json(folder / RECORD)
+    started, about = time.monotonic(), read_json(folder / CELL)
+    spent = read_json(folder / PROGRESS).get("spent", 0.0)  # by runs that were killed
     checkpoints = folder / CHECKPOINTS
     resume = newest_checkpoint(checkpoints)
     quiet = ("logger", "enable_progress_bar", "enable_model_summary")
@@ -152,7 +155,7 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     keep = Checkpoints(str(checkpoints), seconds=every)
     ours = (Checkpoint, SaveConfigCallback)
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ours)]
-    trainer.callbacks += [Watch(folder, keep, stop), keep]
+    trainer.callbacks += [Watch(folder, spent, keep, stop), keep]
     trainer.fit(cli.model, cli.datamodule, ckpt_path=resume)
     for stale in folder.glob(f"events.*{MEASURED}"):  # of a run that was killed while it measured
         stale.unlink()
@@ -160,10 +163,7 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     measure = trainer.test if about["split"] == "test" else trainer.validate
     figures, *_ = measure(cli.model, cli.datamodule, verbose=False)  # each part has all
     facts = record(cli.model.model, trainer)
-    write_json(
-        folder / RECORD,
-        {**facts, "seconds": before.get("seconds", 0) + time.perf_counter() - started},
-    )
+    write_json(folder / RECORD, {**facts, "seconds": spent + time.monotonic() - started})
     write_json(
         folder / METRICS,
         {

@@ -198,5 +198,6 @@ def record(model: LanguageModel, trainer: Any) -> dict[str, Any]:
         "length": length,
         "impl": model.choices(),
         "versions": versions(),
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }

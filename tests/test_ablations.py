@@ -20,7 +20,7 @@ from layerzoo.ablations import plot as plotting
 from layerzoo.ablations.cell import Cell, Seed
 from layerzoo.ablations.claims import Claim, judge
 from layerzoo.ablations.command import main
-from layerzoo.ablations.folder import METRICS, prepare
+from layerzoo.ablations.folder import METRICS, RECORD, prepare
 from layerzoo.ablations.grid import load_grid
 from layerzoo.ablations.report import bound_of, paired
 from layerzoo.ablations.rows import Row, pooled
@@ -211,6 +211,21 @@ def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: An
     out = capsys.readouterr().out
     assert re.search(r"65.000 ±0.5 +64.000 +fails", out)
     assert re.search(r"recall/queriez +64.000 ±0 +- +not measured", out)
+
+
+def test_doubts_are_told(tmp_path: Path, capsys: Any) -> None:
+    path = grid_file(tmp_path, report={"metric": "loss/heldout"})
+    for cell in load_grid(str(path)).cells():  # as if it had run, one arm on another commit
+        folder = prepare(cell, tmp_path / "tiny")
+        sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
+        (folder / METRICS).write_text(json.dumps({"loss/held_out": 1.0} | sizes))
+        versions = {"layerzoo": "0.1", "commit": cell.arm, "torch": "2"}
+        (folder / RECORD).write_text(json.dumps({"versions": versions, "seconds": 1}))
+    assert go(path, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "warning: cells ran with different commit: memory, window" in out
+    assert "different torch" not in out and "different layerzoo" not in out
+    assert "warning: no cell measured 'loss/heldout'; did you mean 'loss/held_out'?" in out
 
 
 def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> None:

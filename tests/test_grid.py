@@ -363,6 +363,7 @@ ARMS = [
 ]
 
 CONFIGS = [
+    ({"set": "{trainer.devices: 2} # <-"}, "trainer.devices: 2, but a cell runs on one device"),
     ({"base": "mqarr # <-"}, "base: --config mqarr: no such file or shipped config; did you mean"),
     ({"base": "\n  model: {}\n  data: MQAR # <-"}, "base: data: write it as class_path"),
     (
