@@ -9,7 +9,7 @@ from pathlib import Path
 
 from layerzoo.spec import SpecError
 
-from .grid import shipped_grids
+from .cells.grid import shipped_grids
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -19,7 +19,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from .plan import plan_command
+    from .planning.plan import plan_command
 
     return plan_command(options.grid, not options.no_probe, options.jobs, options.json)
 
@@ -41,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from .status import status
+    from .running.status import status
 
     return status(options.dir, options.json)
 

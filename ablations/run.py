@@ -15,12 +15,14 @@ from rich.console import Console
 
 from layerzoo.spec import SpecError
 
-from . import runner
-from .cell import Cell
-from .compare import compare
-from .display import Display
-from .executor import Executor, Outcome
-from .folder import (
+from .cells.cell import Cell
+from .cells.grid import Grid, load_grid
+from .cells.tune import Choice
+from .reporting.compare import compare
+from .running import runner
+from .running.display import Display
+from .running.executor import Executor, Outcome
+from .running.folder import (
     CELLS,
     DIVERGED,
     LOG,
@@ -31,10 +33,8 @@ from .folder import (
     state,
     write_json,
 )
-from .grid import Grid, load_grid
-from .local import LocalExecutor, default_slots
-from .on_ray import RayExecutor, run_task
-from .tune import Choice, choose
+from .running.local import LocalExecutor, default_slots
+from .running.on_ray import RayExecutor, run_task
 
 GRID, TUNING = "grid.yaml", "tuning.json"
 """Beside the cells: a copy of the grid file, and what was tried for each arm and chosen."""
@@ -160,7 +160,7 @@ def _run(this: Run, command: str) -> int:
         _list(tuning, out)
         this.stage(f"{grid.name}, tuning", tuning)
         figures = {cell.path: figures_of(out / cell.path) for cell in tuning}
-        choices = choose(grid, {path: found for path, found in figures.items() if found != {}})
+        choices = grid.choose({path: found for path, found in figures.items() if found != {}})
         write_json(out / TUNING, {arm: asdict(choice) for arm, choice in choices.items()})
         for line in said(choices, [*dict.fromkeys(cell.arm for cell in tuning)]):
             this.console.print(line, markup=False, highlight=False)

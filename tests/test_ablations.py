@@ -16,16 +16,17 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
-from layerzoo.ablations import plot as plotting
-from layerzoo.ablations.cell import Cell, Seed
-from layerzoo.ablations.claims import Claim, judge
+from layerzoo.ablations.cells.cell import Cell, Seed
+from layerzoo.ablations.cells.claims import Claim
+from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.ablations.command import main
-from layerzoo.ablations.folder import METRICS, RECORD, prepare
-from layerzoo.ablations.grid import load_grid
-from layerzoo.ablations.report import bound_of, paired
-from layerzoo.ablations.rows import Row, pooled
+from layerzoo.ablations.reporting import plot as plotting
+from layerzoo.ablations.reporting.report import bound_of, paired
+from layerzoo.ablations.reporting.rows import Row, pooled
+from layerzoo.ablations.reporting.statistics import mean_interval, window_bound
+from layerzoo.ablations.reporting.verdicts import judge
 from layerzoo.ablations.run import How, run
-from layerzoo.ablations.statistics import mean_interval, window_bound
+from layerzoo.ablations.running.folder import METRICS, RECORD, prepare
 from layerzoo.training import main as train
 
 

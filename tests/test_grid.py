@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from layerzoo import SpecError
-from layerzoo.ablations import grid as grids
-from layerzoo.ablations.cell import Seed
-from layerzoo.ablations.grid import Grid, load_grid, shipped_grids
-from layerzoo.ablations.tune import choose
+from layerzoo.ablations.cells import grid as grids
+from layerzoo.ablations.cells.cell import Seed
+from layerzoo.ablations.cells.grid import Grid, load_grid, shipped_grids
 from layerzoo.training import config_path
 
 LAYER = """
@@ -235,7 +234,7 @@ def test_tuning_runs_and_what_they_choose(tmp_path: Path) -> None:
         return {"loss/held_out": 5.0 + noise - best}
 
     figures = {cell.path: loss(cell) for cell in runs}
-    choices = choose(grid, figures)
+    choices = grid.choose(figures)
     window, memory = (choices[arm] for arm in ("window", "memory"))
     assert window.best is not None and memory.best is not None
     assert window.best.options == {"model.lr": "lr=0.01", "warm": "b"}
@@ -262,18 +261,18 @@ def test_arms_without_a_choice(tmp_path: Path) -> None:
     memory = [cell.path for cell in grid.tune_cells() if cell.arm == "memory"]
     figures: dict[str, Any] = {path: {"acc": n} for n, path in enumerate(window)}
     figures |= dict.fromkeys(memory)  # all diverged
-    choices = choose(grid, figures)
+    choices = grid.choose(figures)
     assert choices["memory"].best is None and len(choices["memory"].trials) == 6
     assert choices["window"].best is not None
     assert choices["window"].best.options == {"model.lr": "lr=0.1", "warm": "b"}
     assert {cell.arm for cell in grid.cells(choices)} == {"window"}
     del figures[memory[3]]  # has not ended
-    assert choose(grid, figures).keys() == {"window"}
+    assert grid.choose(figures).keys() == {"window"}
     figures[window[0]] = {"accu": 1.0}
     with pytest.raises(SpecError, match=r"tune.metric: tune/window/.* did you mean 'accu'"):
-        choose(grid, figures)
+        grid.choose(figures)
     untuned = read(tmp_path)
-    assert choose(untuned, {}) == {} and len(untuned.cells({})) == 4
+    assert untuned.choose({}) == {} and len(untuned.cells({})) == 4
 
 
 LAYERS = "model.network.layers"

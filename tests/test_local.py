@@ -14,11 +14,19 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from layerzoo.ablations.cell import Cell, Seed
-from layerzoo.ablations.configs import resolve
-from layerzoo.ablations.executor import Outcome
-from layerzoo.ablations.folder import LOG, METRICS, PROGRESS, locked, prepare, read_json, state
-from layerzoo.ablations.local import LocalExecutor
+from layerzoo.ablations.cells.cell import Cell, Seed
+from layerzoo.ablations.cells.configs import resolve
+from layerzoo.ablations.running.executor import Outcome
+from layerzoo.ablations.running.folder import (
+    LOG,
+    METRICS,
+    PROGRESS,
+    locked,
+    prepare,
+    read_json,
+    state,
+)
+from layerzoo.ablations.running.local import LocalExecutor
 from layerzoo.training import config_path, read_yaml
 
 TINY = {

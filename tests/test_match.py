@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.ablations.configs import resolve
-from layerzoo.ablations.match import Match, matched, search
+from layerzoo.ablations.cells.configs import resolve
+from layerzoo.ablations.cells.match import Match, matched, search
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
 from layerzoo.training import config_path, read_yaml

@@ -14,13 +14,14 @@ from lightning import Callback, Trainer
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from layerzoo.ablations import cautions as cautions_module
-from layerzoo.ablations import configs, probe, sizes
-from layerzoo.ablations.cautions import cautions
-from layerzoo.ablations.cell import Cell, Seed
-from layerzoo.ablations.plan import CELL, PROCESS, makespan, plan, plan_command, show
-from layerzoo.ablations.probe import Speed, shape, speeds
-from layerzoo.ablations.work import work
+from layerzoo.ablations.cells import configs, sizes
+from layerzoo.ablations.cells.cell import Cell, Seed
+from layerzoo.ablations.planning import cautions as cautions_module
+from layerzoo.ablations.planning import probe
+from layerzoo.ablations.planning.cautions import cautions
+from layerzoo.ablations.planning.plan import CELL, PROCESS, makespan, plan, plan_command, show
+from layerzoo.ablations.planning.probe import Speed, shape, speeds
+from layerzoo.ablations.planning.work import work
 from layerzoo.lit import LitModel
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from layerzoo.ablations.executor import Outcome
-from layerzoo.ablations.on_ray import RayExecutor, _room
+from layerzoo.ablations.running.executor import Outcome
+from layerzoo.ablations.running.on_ray import RayExecutor, _room
 from layerzoo.spec import SpecError
 
 FINISHED = Outcome("finished")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from layerzoo import SpecError
-from layerzoo.ablations import runner
-from layerzoo.ablations.cell import Cell, Seed, identity
-from layerzoo.ablations.executor import Outcome
-from layerzoo.ablations.folder import (
+from layerzoo.ablations.cells.cell import Cell, Seed, identity
+from layerzoo.ablations.running import runner
+from layerzoo.ablations.running.executor import Outcome
+from layerzoo.ablations.running.folder import (
     CELL,
     DIVERGED,
     FAILED,
@@ -29,7 +29,7 @@ from layerzoo.ablations.folder import (
     state,
     write_json,
 )
-from layerzoo.ablations.pace import Pace, say
+from layerzoo.ablations.running.pace import Pace, say
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,

@@ -14,7 +14,7 @@ import yaml
 
 from layerzoo.spec import SpecError
 
-from .cell import Cell
+from ..cells.cell import Cell
 
 CONFIG = "config.yaml"
 """What `layerzoo fit --config` takes."""

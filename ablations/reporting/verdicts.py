@@ -1,52 +1,16 @@
-"""Claims: what a grid should find, by a published figure or a theory, and whether it did."""
+"""Whether a grid found what it claims."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from layerzoo.spec import Config, SpecError, suggest
-
+from ..cells.claims import Claim
 from .rows import Row
-from .source import Source
 from .statistics import mean_interval, window_bound
-
-
-class Claim(Config):
-    """An arm's figure, expected.
-
-    arm: as the table names it. metric: of its test split, the mean over seeds counts.
-    value: expected, or window_bound: what an arm recalls that answers all in its reach and
-        guesses the rest, `ceiling + (1 - ceiling) chance` of its own cells.
-    tolerance: the largest absolute difference with which the claim holds.
-    source: where the value is from.
-    """
-
-    arm: str
-    metric: str
-    value: float | Literal["window_bound"]
-    tolerance: float
-    source: str
-
-    def check(self) -> None:
-        if not self.tolerance >= 0:
-            raise SpecError(f"tolerance: must not be negative, got {self.tolerance}")
-
-
-def read_claims(source: Source, arms: Sequence[str]) -> list[Claim]:
-    """The claims of a grid file, about these arms."""
-    claims = []
-    for n, fields in enumerate(source.value("expect") or []):
-        with source.at("expect", str(n)):
-            claim: Claim = Claim.from_fields(fields)
-            if claim.arm not in arms:
-                raise SpecError(f"arm: no '{claim.arm}'; {suggest(claim.arm, arms)}")
-        claims.append(claim)
-    return claims
 
 
 @dataclass(frozen=True)
@@ -66,7 +30,7 @@ class Verdict:
 
 def judge(claims: Sequence[Claim], rows: Sequence[Row]) -> list[Verdict]:
     arms = {row.arm: row for row in rows}
-    return [_verdict(claim, arms[claim.arm]) for claim in claims]
+    return [_verdict(claim, arms.get(claim.arm, Row(claim.arm, {}))) for claim in claims]
 
 
 def _verdict(claim: Claim, row: Row) -> Verdict:

@@ -9,14 +9,14 @@ from rich.console import Console
 
 from layerzoo.spec import suggest
 
-from .cell import Cell
-from .claims import claims_table, judge
-from .folder import RECORD, read_json
-from .grid import Grid
+from ..cells.cell import Cell
+from ..cells.grid import Grid
+from ..running.folder import RECORD, read_json
 from .plot import plot
 from .report import contrasts_table, notes, table, write_summary
 from .rows import Row, pooled, read_rows
 from .tensorboard import write_hparams
+from .verdicts import claims_table, judge
 
 
 def compare(

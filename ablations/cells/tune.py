@@ -6,17 +6,17 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from layerzoo.spec import Config, SpecError, suggest
 
 from .axes import Axis, Override, read_axes
-from .cell import Seed
+from .cell import Cell, Seed
 from .schema import read_seeds
 from .source import Source
 
-if TYPE_CHECKING:
-    from .grid import Grid
+Figures = Mapping[str, Mapping[str, Any] | None]
+"""Of runs, by `Cell.path`; None of one that diverged."""
 
 
 class Tune(Config):
@@ -42,6 +42,7 @@ class Tune(Config):
 class Tuning:
     """A `Tune` as read."""
 
+    source: Source
     fields: Tune
     axes: dict[str, Axis]
     seeds: tuple[Seed, ...]
@@ -100,11 +101,11 @@ class Choice:
     trials: list[Trial] = field(default_factory=list)
 
 
-def choose(grid: Grid, figures: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Choice]:
+def choose(tuning: Tuning, cells: Sequence[Cell], figures: Figures) -> dict[str, Choice]:
     """What the tuning runs say is best for each arm.
 
     Args:
-        figures: of the tuning runs that ended, by `Cell.path`; None for one that diverged.
+        cells: the tuning runs. figures: of those that ended.
 
     Returns:
         arm -> choice, of the arms all of whose tuning runs ended.
@@ -112,36 +113,25 @@ def choose(grid: Grid, figures: Mapping[str, Mapping[str, Any] | None]) -> dict[
     Raises:
         SpecError: the figures of a run have no such metric.
     """
-    if grid.tuning is None:
-        return {}
     runs: dict[str, dict[tuple[str, ...], list[str]]] = {}
-    for cell in grid.tune_cells():
+    for cell in cells:
         tried = runs.setdefault(cell.arm, {})
         tried.setdefault((*cell.tuned.values(),), []).append(cell.path)
     return {
-        arm: _choice(
-            grid.tuning,
-            [_trial(grid, grid.tuning, key, paths, figures) for key, paths in tried.items()],
-        )
+        arm: _choice(tuning, [_trial(tuning, key, paths, figures) for key, paths in tried.items()])
         for arm, tried in runs.items()
         if all(path in figures for paths in tried.values() for path in paths)
     }
 
 
-def _trial(
-    grid: Grid,
-    tuning: Tuning,
-    labels: tuple[str, ...],
-    paths: list[str],
-    figures: Mapping[str, Mapping[str, Any] | None],
-) -> Trial:
+def _trial(tuning: Tuning, labels: tuple[str, ...], paths: list[str], figures: Figures) -> Trial:
     values, metric = [], tuning.fields.metric
     for path in paths:
         if (run := figures[path]) is None:
             continue
         if run.get(metric) is None:
             message = f"{path} measured no '{metric}'; {suggest(metric, run)}"
-            raise grid.source.error(("tune", "metric"), message)
+            raise tuning.source.error(("tune", "metric"), message)
         values.append(float(run[metric]))
     values = [value for value in values if math.isfinite(value)]
     mean = sum(values) / len(values) if values else None
@@ -164,7 +154,9 @@ def read_tuning(source: Source, axes: Mapping[str, Axis], reported: Sequence[See
     """
     with source.at("tune"):
         fields: Tune = Tune.from_fields(source.value("tune"))
-    tuning = Tuning(fields, read_axes(source, "tune", "axes"), read_seeds(source, "tune", "seeds"))
+    tuning = Tuning(
+        source, fields, read_axes(source, "tune", "axes"), read_seeds(source, "tune", "seeds")
+    )
     for name in tuning.axes:
         if name in axes:
             raise source.error(("tune", "axes", name), "is an axis of the grid; tune another")

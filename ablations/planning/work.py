@@ -11,8 +11,8 @@ import numpy as np
 from layerzoo.data import Task
 from layerzoo.spec import SpecError
 
-from . import configs
-from .cell import Cell
+from ..cells import configs
+from ..cells.cell import Cell
 
 Options = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cell import Cell
-from .folder import DIVERGED, METRICS, read_json
+from ..cells.cell import Cell
+from ..running.folder import DIVERGED, METRICS, read_json
 from .statistics import Estimate, mean_interval
 
 ACCURACIES = ("recall/accuracy", "accuracy/all")

@@ -20,10 +20,10 @@ from layerzoo.layer import EXECUTION
 from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
 
-from . import configs
-from .configs import Tree
-from .knobs import layer_names
-from .sizes import sizes
+from ..cells import configs
+from ..cells.configs import Tree
+from ..cells.knobs import layer_names
+from ..cells.sizes import sizes
 
 SHAPES, SECONDS = 20, 60.0
 """How many shapes are probed, and for how long in all."""

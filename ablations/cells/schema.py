@@ -17,7 +17,7 @@ class Fields(Config):
 
     name: of the grid and its folder of results.
     base: a shipped config's name, a path relative to the grid file, or the training config.
-    axes: axis -> options, in one of three forms (see `layerzoo.ablations.axes`).
+    axes: axis -> options, in one of three forms (see `ablations/README.md`).
     seeds: each arm runs with each: a number for initialisation and data, or {init: 0, data: 10};
         cells of one seed are paired.
     set: overrides for every cell, dotted config keys and their values.

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from layerzoo.spec import at
 
+from ..cells.cell import Cell
+from ..cells.grid import load_grid
+from ..cells.sizes import Sizes, sizes
+from ..running.local import default_slots
+from ..running.pace import say
 from .cautions import cautions
-from .cell import Cell
-from .grid import load_grid
-from .local import default_slots
-from .pace import say
 from .probe import Speed, shape, speeds
-from .sizes import Sizes, sizes
 from .work import work
 
 PROCESS, CELL = 6.0, 1.0

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from layerzoo.metrics import SuccessRate
 
-from .claims import Verdict, plain_verdicts
-from .grid import Grid
+from ..cells.grid import Grid
 from .rows import Row
 from .statistics import Estimate, mean_interval, window_bound
+from .verdicts import Verdict, plain_verdicts
 
 SUCCESS = 0.9
 """Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
@@ -104,8 +104,9 @@ def contrasts_table(contrasts: Sequence[Sequence[str]], rows: Sequence[Row]) -> 
     for n, head in enumerate(("contrast", "difference ± 95% t interval", "pairs")):
         out.add_column(head, justify="right" if n else "left")
     for first, second in contrasts:
-        found = paired(arms[first], arms[second])
-        difference = shown(arms[first].headline, mean_interval(found))
+        one, other = (arms.get(name, Row(name, {})) for name in (first, second))
+        found = paired(one, other)
+        difference = shown(one.headline, mean_interval(found))
         out.add_row(f"{first} - {second}", difference, str(len(found)))
     return out
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from layerzoo.data.recall import RecallTask
 
-from . import configs
-from .cell import Cell
+from ..cells import configs
+from ..cells.cell import Cell
 
 SAMPLE = 256
 """Samples that tell whether any answer lies beyond a reach."""

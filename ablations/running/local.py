@@ -58,7 +58,7 @@ class LocalExecutor:
         self.started += 1
         options = (f"--every={self.every}", f"--threads={self.threads}")
         return subprocess.Popen(
-            [sys.executable, "-m", "layerzoo.ablations.worker", *options],
+            [sys.executable, "-m", "layerzoo.ablations.running.worker", *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -23,7 +23,7 @@ from .drafts import MAX_STEPS, SEEDS, Drafts
 from .match import Match, matched
 from .schema import Fields, Report, read_report, read_seeds
 from .source import Source
-from .tune import Choice, Tuning, read_tuning
+from .tune import Choice, Figures, Tuning, choose, read_tuning
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Grid:
     def tune_cells(self) -> list[Cell]:
         """The tuning runs: every arm with every option of the tuning axes and tuning seed."""
         return [*self._tuning_runs]
+
+    def choose(self, figures: Figures) -> dict[str, Choice]:
+        """What the tuning runs say is best for each arm, see `choose`."""
+        return {} if self.tuning is None else choose(self.tuning, self._tuning_runs, figures)
 
     @cached_property
     def _untuned(self) -> list[Cell]:

@@ -1,0 +1,1 @@
+"""Runs cells: their folders, processes and display."""
