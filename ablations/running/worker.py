@@ -160,6 +160,8 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     for stale in folder.glob(f"events.*{MEASURED}"):  # of a run that was killed while it measured
         stale.unlink()
     trainer.logger = _logger(folder, filename_suffix=MEASURED)
+    # The step of what is logged now, which a run that was killed after its training lacks.
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     measure = trainer.test if about["split"] == "test" else trainer.validate
     figures, *_ = measure(cli.model, cli.datamodule, verbose=False)  # each part has all
     facts = record(cli.model.model, trainer)
