@@ -85,9 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+LEAST = (
+    ("jobs", 1),
+    ("threads", 1),
+    ("retries", 0),
+    ("limit_cells", 1),
+    ("checkpoint_every", 0),
+)
+
+
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    for name, least in (("jobs", 1), ("threads", 1), ("retries", 0), ("limit_cells", 1)):
+    for name, least in LEAST:
         value = getattr(options, name, None)
         if value is not None and value < least:
             flag = name.replace("_", "-")

@@ -74,8 +74,9 @@ class Run:
     def stage(self, title: str, cells: Sequence[Cell]) -> None:
         """Run the cells that have not ended."""
         folders = [prepare(cell, self.out) for cell in self._shard(cells)]
-        todo = [f for f in folders if state(f) not in ("finished", "diverged")]
-        done = [f for f in folders if f not in set(todo)]
+        states = {folder: state(folder) for folder in folders}
+        done = [f for f, now in states.items() if now in ("finished", "diverged")]
+        todo = [f for f, now in states.items() if now not in ("finished", "diverged")]
         todo = todo[: self.budget]
         if self.budget is not None:
             self.budget -= len(todo)

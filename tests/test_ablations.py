@@ -152,7 +152,7 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     where = ("save_dir", str(rerun)), ("name", ""), ("version", "")
     options = [x for n, v in where for x in (f"--trainer.logger.init_args.{n}", v)]
     assert train(["fit", "--config", str(folder / "config.yaml"), *options]) == 0
-    (mine,) = (folder / "checkpoints").glob("*.ckpt")
+    (mine,) = (folder / "checkpoints").glob("*.ckpt")  # the last alone
     ours, theirs = (
         torch.load(p, weights_only=True)["state_dict"]
         for p in (mine, rerun / "checkpoints" / "last.ckpt")

@@ -96,9 +96,10 @@ def progress(out: Path) -> list[Path]:
 
 
 def figures(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All that the cell logged, but for its speed."""
+    """All that the cell logged, but for its speed, and the epoch, of which Lightning counts one
+    more in the process that ends the training."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = {*events.Tags()["scalars"]} - {"tokens/s"}
+    tags = {*events.Tags()["scalars"]} - {"tokens/s", "epoch"}
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +127,20 @@ def test_a_killed_worker_is_replaced_and_a_raised_error_is_told(
     assert wait(shared) == [(quick, Outcome("finished"))]
     metrics = json.loads((quick / METRICS).read_text())
     assert {f"recall/ceiling/length={n}" for n in (32, 64)} <= metrics.keys()
+
+
+def test_a_process_that_does_not_start_is_told(tmp_path: Path, monkeypatch: Any) -> None:
+    (folder,) = cells(1, tmp_path)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    executor = LocalExecutor(slots=1, threads=1, every=30)
+    executor.start(folder)
+    assert wait(executor) == [(folder, Outcome("failed", "its process ended with status 1"))]
+    (tmp_path / "broken").write_text("#!/bin/sh\necho no module named torch >&2; exit 3\n")
+    (tmp_path / "broken").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "broken"))
+    executor.start(folder)
+    assert wait(executor) == [(folder, Outcome("failed", "no module named torch"))]
+    executor.close(1)
 
 
 def test_a_run_that_is_stopped_saves_a_checkpoint(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +41,8 @@ class LocalExecutor:
         self.idle: list[Worker] = []
         self.busy: dict[Worker, Path] = {}
         self.started = 0
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as its processes)
+        """What a process says that dies of something else than a cell."""
 
     def start(self, folder: Path) -> None:
         worker = self.idle.pop() if self.idle else self._spawn()
@@ -61,7 +64,7 @@ class LocalExecutor:
             [sys.executable, "-m", "layerzoo.ablations.running.worker", *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             env=environment,
             start_new_session=True,  # ^C reaches us alone, and we end the workers
         )
@@ -82,7 +85,7 @@ class LocalExecutor:
                 found.append((folder, Outcome(*json.loads(answer))))
             else:
                 self._release(worker, EXIT)
-                found.append((folder, Outcome("failed", _reason(folder / LOG, worker))))
+                found.append((folder, Outcome("failed", self._reason(folder / LOG, worker))))
         return found
 
     def _release(self, worker: Worker, patience: float) -> None:
@@ -111,10 +114,14 @@ class LocalExecutor:
         finally:  # a second ^C came
             for worker in workers:
                 self._release(worker, 0)
+            self.errors.close()
 
-
-def _reason(log: Path, worker: Worker) -> str:
-    if worker.returncode < 0:
-        return f"killed by signal {-worker.returncode}"
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return next((line for line in reversed(lines) if line.strip()), "nothing was logged")
+    def _reason(self, log: Path, worker: Worker) -> str:
+        if worker.returncode < 0:
+            return f"killed by signal {-worker.returncode}"
+        self.errors.seek(0)
+        for text in (log.read_bytes() if log.is_file() else b"", self.errors.read()):
+            lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
+            if lines:
+                return lines[-1]
+        return f"its process ended with status {worker.returncode}"

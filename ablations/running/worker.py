@@ -175,8 +175,10 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
             **{name: facts[name] for name in SIZES},
         },
     )
-    for name in (FAILED, PROGRESS):
-        (folder / name).unlink(missing_ok=True)
+    last = checkpoints / f"step={trainer.global_step}.ckpt"
+    older = [path for path in checkpoints.glob("*.ckpt") if path != last and last.is_file()]
+    for path in (folder / FAILED, folder / PROGRESS, *older):
+        path.unlink(missing_ok=True)
 
 
 def _logger(folder: Path, **options: Any) -> TensorBoardLogger:
