@@ -285,6 +285,8 @@ def test_contrasts_are_paired_by_seed_and_groups_are_pooled() -> None:
 
     rows = [row("a", "s", 1.0, 2.0), row("a", "m", 3.0, 5.0), row("b", "s", 1.5)]
     assert paired(rows[1], rows[0]) == [2.0, 3.0] and paired(rows[0], rows[2]) == [-0.5]
+    late = Row("c", {}, made(2)[1:], [{"loss/held_out": 1.5}])  # its seed 0 diverged
+    assert paired(rows[0], late) == [0.5]
     both, other = pooled(rows, ["layer"])
     assert both.values("loss/held_out") == [1.0, 2.0, 3.0, 5.0] and both.options == {"layer": "a"}
     assert (both.planned, both.diverged, other.planned) == (6, 2, 3)
