@@ -87,7 +87,7 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     broken = {"model.network.layers": ["linear"], "model.impl": "triton"}  # fails when it runs
     tree = yaml.safe_load(grid_file(tmp_path).read_text())
     path = grid_file(tmp_path, axes={"layer": {**tree["axes"]["layer"], "broken": broken}})
-    assert go(path, tmp_path, jobs=2, retries=0) == 1
+    assert go(path, tmp_path, jobs=2, retries=0, every=0) == 1
     out, err = capsys.readouterr()
     assert "6 of 6 cells to run" in out
     assert "failed: broken/seed-0-" in err and "no Triton kernel yet" in err
@@ -214,6 +214,16 @@ def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: An
     assert re.search(r"recall/queriez +64.000 ±0 +- +not measured", out)
 
 
+def test_a_part_of_a_grid_fails_no_claim(tmp_path: Path, capsys: Any) -> None:
+    path = grid_file(tmp_path, expect=[claim(value=65)])
+    cell, *_ = load_grid(str(path)).cells()
+    sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
+    metrics = prepare(cell, tmp_path / "tiny") / METRICS
+    metrics.write_text(json.dumps({"recall/queries": 64} | sizes))
+    assert go(path, tmp_path, limit=0) == 0
+    assert re.search(r"65.000 ±0 +64.000 +fails", capsys.readouterr().out)
+
+
 def test_doubts_are_told(tmp_path: Path, capsys: Any) -> None:
     path = grid_file(tmp_path, report={"metric": "loss/heldout"})
     for cell in load_grid(str(path)).cells():  # as if it had run, one arm on another commit
@@ -248,6 +258,8 @@ def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> 
     assert [verdict.expected for verdict in verdicts] == pytest.approx(expected)
     assert [verdict.holds for verdict in verdicts] == [True, True, False, False]
     assert verdicts[3].measured is None
+    (untuned,) = judge([Claim.from_fields(claim(arm="64"))], rows)
+    assert untuned.measured is None and not untuned.holds
     # The table's line about one bound for all is for arms that share a ceiling.
     assert bound_of(rows) is None
     assert bound_of(rows[:1]) == pytest.approx(window_bound(0.5, 0.1, 99))

@@ -21,10 +21,11 @@ STEPS = 120
 
 
 def grid_file(folder: Path, seeds: int) -> Path:
-    """Two arms, one of which draws random numbers while it trains."""
+    """Two arms, one of which draws random numbers while it trains, on batches of a loader's
+    process."""
     window, memory = {"name": "sliding", "heads": 2, "window": 8}, {"name": "linear", "heads": 2}
     both = {"name": "parallel", "children": [window, memory], "drop": 0.3}
-    layers = "model.network.layers"
+    layers, workers = "model.network.layers", "data.init_args.num_workers"
     tree = {
         "name": "faults",
         "base": "mqar",
@@ -38,7 +39,7 @@ def grid_file(folder: Path, seeds: int) -> Path:
             "data.init_args.batch_size": 8,
             "model.network.dim": 16,
         },
-        "axes": {"layer": {"memory": {layers: [memory]}, "both": {layers: [both]}}},
+        "axes": {"layer": {"memory": {layers: [memory]}, "both": {layers: [both], workers: 1}}},
         "seeds": [*range(seeds)],
     }
     path = folder / "grid.yaml"

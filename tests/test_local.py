@@ -110,14 +110,20 @@ def test_cells_in_a_row_leave_nothing_behind(
 def test_a_killed_worker_is_replaced_and_a_raised_error_is_told(
     tmp_path: Path, shared: LocalExecutor
 ) -> None:
-    (endless,) = cells(1, tmp_path / "endless", **ENDLESS)
+    loader = {"data.init_args.num_workers": 1}
+    (endless,) = cells(1, tmp_path / "endless", **ENDLESS, **loader)
     (broken,) = cells(1, tmp_path / "broken", **{"model.impl": "triton"})
     (quick,) = cells(1, tmp_path / "quick", **{"data.init_args.lengths": [32, 64]})
     shared.start(endless)
     until_it_trains(endless)
     (worker,) = shared.busy
+    lists = [path.read_text() for path in Path(f"/proc/{worker.pid}/task").glob("*/children")]
+    children = [Path("/proc", pid) for text in lists for pid in text.split()]
     worker.kill()
     assert wait(shared) == [(endless, Outcome("failed", "killed by signal 9"))]
+    time.sleep(1)  # its loader would notice in five
+    ended = (not c.exists() or "State:\tZ" in (c / "status").read_text() for c in children)
+    assert children and all(ended)
     assert not shared.idle and state(endless) == "pending"
     shared.start(broken)
     ((_, outcome),) = wait(shared)

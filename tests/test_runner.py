@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from layerzoo import SpecError
 from layerzoo.ablations.cells.cell import Cell, Seed, identity
@@ -30,6 +31,7 @@ from layerzoo.ablations.running.folder import (
     write_json,
 )
 from layerzoo.ablations.running.pace import Pace, say
+from layerzoo.ablations.running.worker import run_cell
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,
@@ -206,6 +208,16 @@ def test_states_of_a_folder(tmp_path: Path) -> None:
     assert state(folder) == "diverged"
     write_json(folder / METRICS, {})
     assert state(folder) == "finished"
+
+
+def test_a_cell_has_the_threads_that_it_is_given(tmp_path: Path) -> None:
+    folder, before = prepare(cell(), tmp_path), torch.get_num_threads()
+    write_json(folder / METRICS, {})
+    try:
+        torch.set_num_threads(2)
+        assert run_cell(folder, 30, 1) == Outcome("finished") and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_json_file_is_written_whole_or_not_at_all(

@@ -213,9 +213,14 @@ def main() -> None:
     folders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     ended = threading.Event()
 
+    # Raw, and not as sys.stdin: a loader's process closes that when it is forked, and would wait
+    # for the lock with which a thread here reads.
+    commands = os.fdopen(os.dup(0), "rb", buffering=0)
+    sys.stdin = open(os.devnull)  # noqa: SIM115 (for good)
+
     def read() -> None:
-        for line in sys.stdin:
-            folders.put(line.rstrip("\n"))
+        for line in commands:
+            folders.put(line.decode().rstrip("\n"))
         ended.set()
         folders.put(None)
 
