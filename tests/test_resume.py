@@ -147,6 +147,13 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.fixture
+def ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads the files of a second in the order of this number, as text."""
+    count = itertools.count(1000)
+    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda: next(count)))
+
+
 @pytest.fixture(scope="module", params=CASES)
 def whole(request: Any, tmp_path_factory: Any) -> tuple[Path, dict[str, Any], Watch]:
     """An uninterrupted run with a checkpoint of every step."""
@@ -171,13 +178,10 @@ def test_a_run_goes_on_from_any_step(
 
 
 def test_a_run_that_is_killed_again_and_again(
-    whole: tuple[Path, dict[str, Any], Watch], tmp_path: Path, monkeypatch: Any
+    whole: tuple[Path, dict[str, Any], Watch], tmp_path: Path, ordered: None
 ) -> None:
     """A checkpoint every other step, from which each next process goes on, in one folder."""
     folder, options, _ = whole
-    # TensorBoard reads the files of a second in the order of this number, as text.
-    count = itertools.count(1000)
-    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda: next(count)))
     last = saved(folder)[-1]
     for kill in range(3, step(last), 2):  # what is lost is a step or two, and they were logged
         with pytest.raises(Killed):
@@ -190,11 +194,9 @@ def test_a_run_that_is_killed_again_and_again(
 
 
 def test_what_a_run_was_about_to_log_is_logged(
-    whole: tuple[Path, dict[str, Any], Watch], tmp_path: Path, monkeypatch: Any
+    whole: tuple[Path, dict[str, Any], Watch], tmp_path: Path, ordered: None
 ) -> None:
     folder, options, _ = whole
-    count = itertools.count(1000)
-    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda: next(count)))
     save = Checkpoints.save
 
     def fatal(self: Checkpoints, trainer: Any) -> bool:
@@ -203,12 +205,12 @@ def test_what_a_run_was_about_to_log_is_logged(
             raise Killed
         return False
 
-    monkeypatch.setattr(Checkpoints, "save", fatal)
-    for n in range(1, step(saved(folder)[-1]) + 1):
-        with pytest.raises(Killed):
-            fit(tmp_path, options, newest_checkpoint(tmp_path), steps=1)
-        assert step(saved(tmp_path)[-1]) == n
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", fatal)
+        for n in range(1, step(saved(folder)[-1]) + 1):
+            with pytest.raises(Killed):
+                fit(tmp_path, options, newest_checkpoint(tmp_path), steps=1)
+            assert step(saved(tmp_path)[-1]) == n
     fit(tmp_path, options, newest_checkpoint(tmp_path), steps=1)
     assert scalars(tmp_path) == scalars(folder)
 

@@ -49,10 +49,6 @@ class Grid:
         return self.fields.name
 
     @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
     def text(self) -> str:
         """The file as read."""
         return self.source.text

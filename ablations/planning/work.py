@@ -18,11 +18,10 @@ Options = Mapping[str, Any]
 
 
 class Work(NamedTuple):
-    """updates: of the optimiser. batches: of training. tokens: trained on, by the length of their
-    sequences. held_out: batches that are measured, by length; all validations count."""
+    """updates: of the optimiser. tokens: trained on, by the length of their sequences. held_out:
+    batches that are measured, by length; all validations count."""
 
     updates: int
-    batches: int
     tokens: dict[int, float]
     held_out: dict[int, int]
 
@@ -54,7 +53,7 @@ def work(cell: Cell) -> Work:
         held_out[length] += count if sanity == -1 else min(sanity, count)
     for length, count in last:
         held_out[length] += count
-    return Work(updates, batches, dict(tokens), dict(held_out))
+    return Work(updates, dict(tokens), dict(held_out))
 
 
 def _limited(limit: float | None, batches: int) -> int:

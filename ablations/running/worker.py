@@ -194,10 +194,9 @@ def _logged(path: Path) -> Iterator[None]:
             os.dup2(log.fileno(), fd)
     try:
         yield
-    except Exception:
-        traceback.print_exc()
-        raise
     finally:
+        if sys.exception() is not None:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         for fd, old in zip((1, 2), kept, strict=True):
@@ -216,7 +215,6 @@ def main() -> None:
     # Raw, and not as sys.stdin: a loader's process closes that when it is forked, and would wait
     # for the lock with which a thread here reads.
     commands = os.fdopen(os.dup(0), "rb", buffering=0)
-    sys.stdin = open(os.devnull)  # noqa: SIM115 (for good)
 
     def read() -> None:
         for line in commands:
@@ -225,7 +223,8 @@ def main() -> None:
         folders.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    with os.fdopen(os.dup(1), "w") as answers, open(os.devnull, "w") as nothing:
+    answers = os.fdopen(os.dup(1), "w")
+    with open(os.devnull) as sys.stdin, open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)  # what a library prints between cells is no answer
         while (folder := folders.get()) is not None:
             outcome = run_cell(Path(folder), options.every, options.threads, ended.is_set)
