@@ -21,7 +21,9 @@ def _list(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from .planning.plan import plan_command
 
-    return plan_command(options.grid, not options.no_probe, options.jobs, options.json)
+    return plan_command(
+        options.grid, not options.no_probe, options.jobs, options.json, options.size
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -37,7 +39,7 @@ def _run(options: argparse.Namespace) -> int:
         limit=options.limit_cells,
         every=options.checkpoint_every,
     )
-    return run(options.grid, how)
+    return run(options.grid, how, options.size)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     plan, runner, status = (commands.choices[name] for name in ("plan", "run", "status"))
     for command in (plan, runner):
         command.add_argument("grid", help="a shipped grid's name, or a YAML file")
+        command.add_argument("--size", help="of those that the grid has (default: its first)")
         command.add_argument("--jobs", type=int, help="cells at a time (default: cores or GPUs)")
     plan.add_argument("--no-probe", action="store_true", help="estimate no time: train no step")
     add = runner.add_argument

@@ -19,6 +19,7 @@ from .cells.cell import Cell
 from .cells.grid import Grid, load_grid
 from .cells.tune import Choice
 from .reporting.compare import compare
+from .reporting.results import GRID
 from .running import runner
 from .running.display import Display
 from .running.executor import Executor, Outcome
@@ -36,8 +37,8 @@ from .running.folder import (
 from .running.local import LocalExecutor, default_slots
 from .running.on_ray import RayExecutor, run_task
 
-GRID, TUNING = "grid.yaml", "tuning.json"
-"""Beside the cells: a copy of the grid file, and what was tried for each arm and chosen."""
+TUNING = "tuning.json"
+"""In the grid's folder: what was tried for each arm, and what was chosen."""
 PATIENCE = 15.0
 """Seconds that running cells get to save a checkpoint when a run is interrupted."""
 
@@ -126,20 +127,23 @@ class Run:
         }
 
 
-def run(name: str, how: How) -> int:
+def run(name: str, how: How, size: str | None = None) -> int:
     """Run the unfinished cells of a grid, then compare all that have ended.
+
+    Args:
+        size: of those that the grid file has.
 
     Returns: the exit status, 0; 1 if cells failed, or a claim does not hold; 130 if interrupted.
     """
-    grid = load_grid(name)
+    grid = load_grid(name, size)
     out = how.out / grid.name
     console = Console(width=None if sys.stdout.isatty() else 120)
     this = Run(grid, how, console)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / GRID).write_text(grid.text)
-        return _run(this, f"layerzoo ablate run {name}")
+        (out / GRID).write_text(grid.source.copy)
+        return _run(this)
     except KeyboardInterrupt:
         console.print("interrupted; saving checkpoints (^C again: at once, without)")
         with suppress(KeyboardInterrupt):
@@ -153,7 +157,7 @@ def run(name: str, how: How) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(this: Run, command: str) -> int:
+def _run(this: Run) -> int:
     grid, out = this.grid, this.out
     tuning = grid.tune_cells()
     choices: dict[str, Choice] = {}
@@ -170,7 +174,7 @@ def _run(this: Run, command: str) -> int:
     holds = True
     if cells:  # some arms are tuned
         this.stage(grid.name, cells)
-        holds = compare(grid, cells, this.failed, command, out, this.console)
+        holds = compare(out, this.console)
     for path, reason in this.failed.items():
         print(f"failed: {path}: {reason} (see {out / path / LOG})", file=sys.stderr)
     if any(map(runner.disk_full, this.ends.values())):

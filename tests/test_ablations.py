@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
-from layerzoo.ablations.cells.cell import Cell, Seed
+from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.claims import Claim
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.ablations.command import main
 from layerzoo.ablations.reporting import plot as plotting
-from layerzoo.ablations.reporting.report import bound_of, paired
-from layerzoo.ablations.reporting.rows import Row, pooled
+from layerzoo.ablations.reporting.report import bound_of
+from layerzoo.ablations.reporting.results import Result
+from layerzoo.ablations.reporting.rows import Row, differences, pooled, rows_of
 from layerzoo.ablations.reporting.statistics import mean_interval, window_bound
 from layerzoo.ablations.reporting.verdicts import judge
 from layerzoo.ablations.run import How, run
@@ -188,8 +190,17 @@ def test_an_arm_is_tuned_on_other_seeds_and_the_validation_split(
     assert config["model"]["lr"] == 0.01 and config["trainer"]["max_steps"] == 2
 
 
-def made(count: int) -> list[Cell]:
-    return [Cell({}, Seed(n, n), {"data": {}}) for n in range(count)]
+def cell(arm: str, seed: int, **options: str) -> Result:
+    """A cell that has not run."""
+    return Result(arm, options, Seed(seed, seed), "", "pending", {}, {}, {})
+
+
+def ended(arm: str, options: dict[str, str], *metrics: dict[str, float]) -> list[Result]:
+    """Cells of an arm, with seeds 0, 1, .., each as it finished; {} diverged."""
+    return [
+        replace(cell(arm, n, **options), state="finished" if found else "diverged", metrics=found)
+        for n, found in enumerate(metrics)
+    ]
 
 
 def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: Any) -> None:
@@ -245,7 +256,7 @@ def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> 
             {"recall/ceiling": c, "recall/accuracy": a, "recall/queries": 99, "chance": 0.1}
             for c, a in cells
         ]
-        return Row(arm, {"window": arm}, made(len(cells)), metrics)
+        return Row(arm, {"window": arm}, ended(arm, {"window": arm}, *metrics))
 
     rows = [row("8", (0.4, 0.4), (0.6, 0.6)), row("16", (0.8, 0.9), (0.8, 0.9)), row("32")]
     claims = [
@@ -268,40 +279,48 @@ def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> 
 def test_a_grid_of_two_axes_is_drawn_as_a_map(tmp_path: Path, monkeypatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(plotting, "heat_map", lambda axes, *rest: drawn.append(rest))
-    rows = [
-        Row(
-            f"{task},{layer}",
-            {"task": task, "layer": layer},
-            made(2),
-            [{name: 0.25}, {name: 0.75}],
-        )
-        for task, name in (("recall", "recall/accuracy"), ("parity", "accuracy/all"))
-        for layer in ("a", "b", "c")
-    ]
-    rows[4].metrics.clear()  # has not run
+    rows = rows_of(
+        [
+            each
+            for task, name in (("recall", "recall/accuracy"), ("parity", "accuracy/all"))
+            for layer in ("a", "b", "c")
+            for each in ended(
+                f"{task},{layer}", {"task": task, "layer": layer}, {name: 0.25}, {name: 0.75}
+            )
+        ]
+    )
+    rows[4].cells.clear()  # has not run
     assert plotting.plot("title", rows, None, tmp_path / "map.png")
     ((values, down, along),) = drawn
     assert (down, along) == (["recall", "parity"], ["a", "b", "c"])
     assert np.array_equal(values, [[0.5] * 3, [0.5, np.nan, 0.5]], equal_nan=True)
     assert (tmp_path / "map.png").is_file()
-    assert not plotting.plot(
-        "title", [Row("x", {"layer": "x"}, [], [])], None, tmp_path / "no.png"
-    )
+    assert not plotting.plot("title", [Row("x", {"layer": "x"})], None, tmp_path / "no.png")
 
 
-def test_contrasts_are_paired_by_seed_and_groups_are_pooled() -> None:
-    def row(layer: str, size: str, *values: float) -> Row:
-        metrics = [{"loss/held_out": value} for value in values]
-        options = {"layer": layer, "size": size}
-        return Row(f"{layer},{size}", options, made(len(values)), metrics, 3, 1, "loss/held_out")
+def test_contrasts_are_paired_and_groups_count_seeds() -> None:
+    name = "loss/held_out"
 
-    rows = [row("a", "s", 1.0, 2.0), row("a", "m", 3.0, 5.0), row("b", "s", 1.5)]
-    assert paired(rows[1], rows[0]) == [2.0, 3.0] and paired(rows[0], rows[2]) == [-0.5]
-    late = Row("c", {}, made(2)[1:], [{"loss/held_out": 1.5}])  # its seed 0 diverged
-    assert paired(rows[0], late) == [0.5]
-    both, other = pooled(rows, ["layer"])
-    assert both.values("loss/held_out") == [1.0, 2.0, 3.0, 5.0] and both.options == {"layer": "a"}
-    assert (both.planned, both.diverged, other.planned) == (6, 2, 3)
+    def arm(layer: str, size: str, *values: float | None) -> list[Result]:
+        found = [{} if value is None else {name: value} for value in values]
+        return ended(f"{layer},{size}", {"layer": layer, "size": size}, *found)
+
+    cells = [
+        *arm("a", "s", 1.0, 2.0, 7.0),
+        *arm("a", "m", 3.0, 5.0, None),
+        *arm("b", "s", None, 1.5, 2.5),
+        *arm("b", "m", 0.5, 2.5, 0.0),
+    ]
+    assert differences(cells, [("a,m", "a,s")], name) == [2.0, 3.0]
+    assert differences(cells, [("a,s", "b,s")], name) == [0.5, 4.5]
+    # Of several pairs the mean, at seeds that all of them have.
+    assert differences(cells, [("a,s", "b,s"), ("a,m", "b,m")], name) == [(0.5 + 2.5) / 2]
+    # A group has a value a seed, the mean over its arms; without a seed that one of them lacks.
+    a, b = pooled(cells, ["layer"], name)
+    assert (a.arm, a.options, a.headline) == ("a", {"layer": "a"}, name)
+    assert a.values(name) == [2.0, 3.5] and b.values(name) == [2.0, 1.25]
+    assert (a.planned, a.diverged, len(a.cells)) == (6, 1, 4)
+    assert [row.values(name) for row in rows_of(cells, name)][:2] == [[1.0, 2.0, 7.0], [3.0, 5.0]]
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

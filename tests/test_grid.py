@@ -46,7 +46,7 @@ def at(config: Any, key: str) -> Any:
 @pytest.mark.parametrize("name", shipped_grids())
 def test_shipped_grids_build(name: str) -> None:
     grid = load_grid(name)
-    assert grid.name == name and grid.text == grid.source.path.read_text()
+    assert grid.name == name and grid.source.question.endswith((".", "?"))
     assert len(grid.cells()) == len(grid.arms) * len(grid.seeds)
 
 

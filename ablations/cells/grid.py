@@ -21,7 +21,8 @@ from .claims import Claim, read_claims
 from .configs import Tree, task
 from .drafts import MAX_STEPS, SEEDS, Drafts
 from .match import Match, matched
-from .schema import Fields, Report, read_report, read_seeds
+from .report import Report, read_report
+from .schema import Fields, read_seeds
 from .source import Source
 from .tune import Choice, Figures, Tuning, choose, read_tuning
 
@@ -46,12 +47,8 @@ class Grid:
 
     @property
     def name(self) -> str:
-        return self.fields.name
-
-    @property
-    def text(self) -> str:
-        """The file as read."""
-        return self.source.text
+        """Of the grid and its folder; a size but the first of the file's adds its own."""
+        return grid_name(self.source)
 
     def cells(self, choices: Mapping[str, Choice] | None = None) -> list[Cell]:
         """The reported cells, seed by seed.
@@ -191,9 +188,17 @@ def shipped_grids() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_grid(name: str) -> Grid:
+def grid_name(source: Source) -> str:
+    name, first = source.tree["name"], next(iter(source.sizes), None)
+    return name if source.size == first else f"{name}-{source.size}"
+
+
+def load_grid(name: str, size: str | None = None) -> Grid:
     """Read a grid by its shipped name or its path, and check every arm before any runs: that its
     model and task build, and fit each other.
+
+    Args:
+        size: of the file's `sizes`, by default the first.
 
     Raises:
         SpecError: no such grid, or a fault in it, at its line.
@@ -201,7 +206,7 @@ def load_grid(name: str) -> Grid:
     path = Path(name) if Path(name).is_file() else shipped_grids().get(name)
     if path is None:
         raise SpecError(f"no grid '{name}'; {suggest(name, shipped_grids())}")
-    grid = read_grid(Source(path))
+    grid = read_grid(Source(path, size))
     grid.cells()
     grid.tune_cells()
     return grid
@@ -223,7 +228,7 @@ def read_grid(source: Source) -> Grid:
         seeds,
         tuning=None if fields.tune is None else read_tuning(source, axes, seeds),
         match=None if fields.match is None else _read_match(source, axes),
-        report=None if fields.report is None else read_report(source, axes, names),
+        report=None if fields.report is None else read_report(source, axes, arms),
         claims=read_claims(source, names),
     )
     _refuse_reserved(grid)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, Literal
 
-from layerzoo.spec import Config, SpecError, at, suggest
+from layerzoo.spec import Config, SpecError, at
 
 from .axes import folder_name
 from .cell import Seed
@@ -28,6 +27,7 @@ class Fields(Config):
         differs from it in one axis.
     window_arm: axis -> option of the arms whose models' reach defines the ceiling of all.
     match: the fields of `Match`. tune: of `Tune`. report: of `Report`. expect: of `Claim`s.
+    sizes: names, and the fields that each changes, see `Source`. size: the one that is meant.
     """
 
     name: str
@@ -44,43 +44,14 @@ class Fields(Config):
     tune: dict[str, Any] | None = None
     report: dict[str, Any] | None = None
     expect: tuple[dict[str, Any], ...] = ()
+    sizes: dict[str, Any] | None = None
+    size: str | None = None
 
     def check(self) -> None:
         with at("name"):
             folder_name(self.name)
         if self.budget is not None and self.budget < 1:
             raise SpecError(f"budget: must be at least 1, got {self.budget}")
-
-
-class Report(Config):
-    """What the closing table of a grid shows.
-
-    metric: of the held-out split; null is the accuracy that the task has.
-    by: the axes to group by. contrasts: pairs of arms to compare seed by seed.
-    """
-
-    metric: str | None = None
-    by: tuple[str, ...] = ()
-    contrasts: tuple[Any, ...] = ()
-
-
-def read_report(source: Source, axes: Collection[str], arms: Collection[str]) -> Report:
-    with source.at("report"):
-        report: Report = Report.from_fields(source.value("report"))
-    for n, axis in enumerate(report.by):
-        if axis not in axes:
-            raise source.error(("report", "by", str(n)), f"no such axis; {suggest(axis, axes)}")
-    pairs = []
-    for n, pair in enumerate(report.contrasts):
-        place = ("report", "contrasts", str(n))
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise source.error(place, f"expected two arms, [arm, arm], got {pair!r}")
-        names = tuple(source.written(*place, side) for side in "01")
-        for arm in names:
-            if arm not in arms:
-                raise source.error(place, f"no arm '{arm}'; {suggest(arm, arms)}")
-        pairs.append(names)
-    return Report(metric=report.metric, by=report.by, contrasts=tuple(pairs))
 
 
 def read_seeds(source: Source, *place: str) -> tuple[Seed, ...]:

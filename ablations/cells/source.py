@@ -11,31 +11,78 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from layerzoo.spec import SpecError
+from layerzoo.spec import SpecError, suggest
 from layerzoo.training import read_yaml
+
+Place = tuple[str, ...]
 
 
 class Source:
     """A grid file as read. A place in it is the keys that lead there; a list's are "0", "1", ..
 
+    A file may have `sizes`: names, and the fields that each changes. The fields of a size replace
+    the file's; of those that are mappings, entry by entry.
+
     text: of the file. tree: its fields, their keys as written: an option `1e-3` or `on` is named
         just that; interpolations are unresolved.
+    size: of the file's sizes the one that is meant, by default the file's `size`, or the first.
 
     Raises:
-        SpecError: it cannot be read, is not YAML, or names a key twice.
+        SpecError: it cannot be read, is not YAML, names a key twice, or has no such size.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: str | None = None) -> None:
         self.path = path
         try:
             fields = OmegaConf.to_container(read_yaml(path), resolve=False)
         except SpecError as error:
             raise SpecError(f"grid {error}") from None
         self.text = path.read_text(encoding="utf-8")
-        self._lines: dict[tuple[str, ...], int] = {}
-        self._written: dict[tuple[str, ...], str] = {}
+        self._lines: dict[Place, int] = {}
+        self._written: dict[Place, str] = {}
         node = yaml.compose(self.text, yaml.SafeLoader)
         self.tree: dict[str, Any] = self._read(node, fields, ())
+        self.sizes = self._sizes()
+        self.size = size or self.tree.get("size") or next(iter(self.sizes), None)
+        if self.size is not None:
+            self._resize(str(self.size))
+
+    @property
+    def copy(self) -> str:
+        """The text of a file that is this one at this size."""
+        text = re.sub(r"(?m)^size:.*\n?", "", self.text)
+        return self.text if self.size is None else f"{text.rstrip()}\nsize: {self.size}\n"
+
+    @property
+    def question(self) -> str:
+        """The file's first line, if it is a comment: what the grid is for."""
+        first, *_ = self.text.splitlines() or [""]
+        return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+    def _sizes(self) -> list[str]:
+        sizes = self.tree.get("sizes") or {}
+        if not isinstance(sizes, dict):
+            raise self.error(("sizes",), f"expected sizes, name: {{field: value}}, got {sizes!r}")
+        for name, fields in sizes.items():
+            if not isinstance(fields, dict):
+                raise self.error(("sizes", name), f"expected field: value, got {fields!r}")
+        return [*sizes]
+
+    def _resize(self, size: str) -> None:
+        """Put the fields of a size where the file's are, in values, lines and texts."""
+        if size not in self.sizes:
+            raise self.error(("sizes",), f"no size '{size}'; {suggest(size, self.sizes)}")
+        for field, value in self.tree["sizes"][size].items():
+            old, place = self.tree.get(field), ("sizes", size, field)
+            if isinstance(old, dict) and isinstance(value, dict):
+                self.tree[field] = {**old, **value}
+                moves = [((*place, key), (field, key)) for key in value]
+            else:
+                self.tree[field] = value
+                moves = [(place, (field,))]
+            for start, end in moves:
+                _move(self._lines, start, end)
+                _move(self._written, start, end)
 
     def _read(self, node: Any, value: Any, place: tuple[str, ...]) -> Any:
         """Note the lines of what is under a place; its value, with keys as written."""
@@ -89,6 +136,15 @@ class Source:
             yield
         except SpecError as error:
             raise self.error(place, error) from None
+
+
+def _move(facts: dict[Place, Any], start: Place, end: Place) -> None:
+    """What is known of a place, and of those under it, is known of another in its stead."""
+    n, m = len(start), len(end)
+    moved = {(*end, *place[n:]): fact for place, fact in facts.items() if place[:n] == start}
+    for stale in [place for place in facts if place[:m] == end]:
+        del facts[stale]
+    facts.update(moved)
 
 
 def _pairs(node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:

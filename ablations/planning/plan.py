@@ -175,9 +175,11 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
 # Shown
 
 
-def plan_command(name: str, probe: bool, jobs: int | None, as_json: bool) -> int:
+def plan_command(
+    name: str, probe: bool, jobs: int | None, as_json: bool, size: str | None = None
+) -> int:
     """`layerzoo ablate plan`."""
-    grid = load_grid(name)
+    grid = load_grid(name, size)
     compared = bool(grid.claims or (grid.report and grid.report.contrasts))
     found = plan(
         grid.name,

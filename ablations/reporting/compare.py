@@ -2,66 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from layerzoo.spec import suggest
 
-from ..cells.cell import Cell
-from ..cells.grid import Grid
-from ..running.folder import RECORD, read_json
 from .plot import plot
 from .report import contrasts_table, notes, table, write_summary
-from .rows import Row, pooled, read_rows
+from .results import Results, read_results
+from .rows import Row, pooled, rows_of
 from .tensorboard import write_hparams
 from .verdicts import claims_table, judge
 
 
-def compare(
-    grid: Grid,
-    cells: Sequence[Cell],
-    failed: Mapping[str, str],
-    command: str,
-    out: Path,
-    console: Console,
-) -> bool:
+def compare(out: Path, console: Console) -> bool:
     """Write and print it all; False if all cells have ended and a claim does not hold."""
-    report = grid.report
-    rows = read_rows(cells, out, report and report.metric)
-    verdicts = judge(grid.claims, rows)
-    write_summary(grid, rows, verdicts, failed, command, out / "summary.json")
+    results = read_results(out)
+    report = results.report
+    rows = rows_of(results.cells, report.metric)
+    verdicts = judge(results.claims, rows)
+    write_summary(results, rows, verdicts, out / "summary.json")
     write_hparams(rows, out)
-    reach = cells[0].config["data"].get("init_args", {}).get("reach")
-    drawn = plot(f"{grid.name} ({command})", rows, reach, out / "plot.png")
-    console.print(table(grid.name, rows))
-    if report and report.by:
-        console.print(table(f"{grid.name} by {', '.join(report.by)}", pooled(rows, report.by)))
-    for line in (*notes(rows), *_doubts(rows, out)):
+    reach = results.config(results.cells[0])["data"].get("init_args", {}).get("reach")
+    drawn = plot(results.name, rows, reach, out / "plot.png")
+    console.print(table(results.name, rows))
+    if report.by:
+        groups = pooled(results.cells, report.by, report.metric)
+        console.print(table(f"{results.name} by {', '.join(report.by)}", groups))
+    for line in (*notes(rows), *_doubts(results, rows)):
         console.print(line, markup=False)
-    if report and report.contrasts:
-        console.print(contrasts_table(report.contrasts, rows))
+    if report.contrasts:
+        console.print(contrasts_table(results, rows[0].headline))
     if verdicts:
         console.print(claims_table(verdicts))
     if drawn:
         console.print(f"plot:        {out / 'plot.png'}", markup=False)
     console.print(f"summary:     {out / 'summary.json'}", markup=False)
     console.print(f"tensorboard: tensorboard --logdir {out}", markup=False)
-    ended = all(len(row.metrics) + row.diverged == row.planned for row in rows)
-    return not ended or all(verdict.holds for verdict in verdicts)
+    return not results.ended or all(verdict.holds for verdict in verdicts)
 
 
-def _doubts(rows: Sequence[Row], out: Path) -> list[str]:
+def _doubts(results: Results, rows: Sequence[Row]) -> list[str]:
     """What the cells have not in common, and a metric that none has."""
-    records = [read_json(out / cell.path / RECORD) for row in rows for cell in row.cells]
+    cells = [cell for row in rows for cell in row.cells]
+    records = [results.record(cell) for cell in cells]
     lines = []
     for what in ("layerzoo", "commit", "torch"):
         found = {str(record.get("versions", {}).get(what)) for record in records}
         if len(found) > 1:
             lines.append(f"warning: cells ran with different {what}: {', '.join(sorted(found))}")
-    metrics = [m for row in rows for m in row.metrics]
-    name = rows[0].metric
-    if name and metrics and not any(name in m for m in metrics):
-        lines.append(f"warning: no cell measured '{name}'; {suggest(name, metrics[0])}")
+    name = results.report.metric
+    if name and cells and not any(name in cell.metrics for cell in cells):
+        lines.append(f"warning: no cell measured '{name}'; {suggest(name, cells[0].metrics)}")
     return lines

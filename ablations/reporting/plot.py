@@ -25,7 +25,7 @@ def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool
     axes = [
         [*dict.fromkeys(names)] for names in zip(*(r.options.values() for r in rows), strict=True)
     ]
-    if len(axes) == 2 and min(map(len, axes)) > 1 and any(row.metrics for row in rows):
+    if len(axes) == 2 and min(map(len, axes)) > 1 and any(row.cells for row in rows):
         _by_both(title, rows, axes, path)
         return True
     return _by_arm(title, rows, reach, path)
@@ -56,7 +56,7 @@ def _by_arm(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> b
         seeds, y = row.values("recall/accuracy"), len(rows) - 1 - n
         left.scatter(seeds, [y] * len(seeds), color=colour, alpha=0.45, s=28, zorder=2)
         left.plot([row.estimate("recall/accuracy").mean], [y], "|", color=colour, ms=22, mew=3)
-        lags = row.lags()
+        lags = row.curve("recall_lag")
         right.plot(
             list(lags),
             [lags[edge].mean for edge in lags],
@@ -78,7 +78,7 @@ def _by_arm(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> b
             fontsize=9,
             annotation_clip=False,
         )
-    edges = sorted({edge for row in rows for edge in row.lags()})
+    edges = sorted({edge for row in rows for edge in row.curve("recall_lag")})
     right.set_xscale("log", base=2)
     right.xaxis.set_major_locator(FixedLocator(edges))
     right.xaxis.set_minor_locator(NullLocator())

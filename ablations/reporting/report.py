@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +12,9 @@ from rich.table import Table
 
 from layerzoo.metrics import SuccessRate
 
-from ..cells.grid import Grid
-from .rows import Row
+from ..running.folder import write_json
+from .results import Results
+from .rows import Row, differences
 from .statistics import Estimate, mean_interval, window_bound
 from .verdicts import Verdict, plain_verdicts
 
@@ -28,10 +28,10 @@ def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
     """The window's bound on accuracy and its standard error, if the grid has one ceiling for
     all arms."""
     shown = [
-        (cell.seed, m)
+        (cell.seed, cell.metrics)
         for row in rows
-        for cell, m in zip(row.cells, row.metrics, strict=True)
-        if m.get("chance") and "recall/ceiling" in m
+        for cell in row.cells
+        if cell.metrics.get("chance") and "recall/ceiling" in cell.metrics
     ]
     ceilings = {(seed, m["recall/ceiling"]) for seed, m in shown}
     if not shown or len(ceilings) > len({seed for seed, _ in shown}):  # arms differ in reach
@@ -84,7 +84,7 @@ def table(name: str, rows: Sequence[Row]) -> Table:
 def _missing(row: Row) -> str:
     """What a row does not say of all its cells."""
     parts = [f"{row.diverged} diverged"] if row.diverged else []
-    if (ended := len(row.metrics) + row.diverged) < row.planned:
+    if (ended := len(row.cells) + row.diverged) < row.planned:
         parts.append(f"{ended} of {row.planned} cells")
     return f" ({', '.join(parts)})" if parts else ""
 
@@ -97,28 +97,15 @@ def shown(name: str, estimate: Estimate) -> str:
     return _mean(estimate, f"{{:.4g}}{half}")
 
 
-def contrasts_table(contrasts: Sequence[Sequence[str]], rows: Sequence[Row]) -> Table:
-    """Differences between two arms, paired by seed."""
-    arms = {row.arm: row for row in rows}
-    out = Table(title="contrasts, paired by seed", box=SIMPLE_HEAD, padding=(0, 1))
+def contrasts_table(results: Results, headline: str) -> Table:
+    """Differences of the headline, paired by seed."""
+    out = Table(title=f"contrasts of {headline}, paired by seed", box=SIMPLE_HEAD, padding=(0, 1))
     for n, head in enumerate(("contrast", "difference ± 95% t interval", "pairs")):
         out.add_column(head, justify="right" if n else "left")
-    for first, second in contrasts:
-        one, other = (arms.get(name, Row(name, {})) for name in (first, second))
-        found = paired(one, other)
-        difference = shown(one.headline, mean_interval(found))
-        out.add_row(f"{first} - {second}", difference, str(len(found)))
+    for contrast in results.report.contrasts:
+        found = differences(results.cells, contrast.pairs, headline)
+        out.add_row(contrast.label, shown(headline, mean_interval(found)), str(len(found)))
     return out
-
-
-def paired(first: Row, second: Row) -> list[float]:
-    """Differences of the headline at the seeds that both arms have."""
-    name = first.headline
-    values = [
-        {cell.seed: m[name] for cell, m in zip(row.cells, row.metrics, strict=True) if name in m}
-        for row in (first, second)
-    ]
-    return [values[0][seed] - values[1][seed] for seed in values[0] if seed in values[1]]
 
 
 def _percent(estimate: Estimate) -> str:
@@ -138,8 +125,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
             f"A model that answers all that its window shows and guesses the rest recalls "
             f"{bound[0]:.1%} (standard error of one run {bound[1]:.1%})."
         )
-    if rows and rows[0].metrics:
-        length = rows[0].metrics[0]["length"]
+    if rows and rows[0].cells:
+        length = rows[0].cells[0].metrics["length"]
         lines.append(f"State: bytes of all layers after {length} tokens, batch 1, float32.")
     lines += _matched(rows)
     return lines
@@ -159,12 +146,7 @@ def _matched(rows: Sequence[Row]) -> list[str]:
 
 
 def write_summary(
-    grid: Grid,
-    rows: Sequence[Row],
-    verdicts: Sequence[Verdict],
-    failed: Mapping[str, str],
-    command: str,
-    path: Path,
+    results: Results, rows: Sequence[Row], verdicts: Sequence[Verdict], path: Path
 ) -> None:
     """One JSON file with every arm's estimates, every cell's metrics and every claim."""
     names = ("recall/accuracy", "accuracy/all", "recall/beyond_window", "recall/ceiling")
@@ -174,23 +156,21 @@ def write_summary(
         {
             "arm": row.arm,
             "options": row.options,
-            "seeds": row.seeds,
+            "seeds": [str(cell.seed) for cell in row.cells],
             "diverged": row.diverged,
             "matched": row.cells[0].matched if row.cells else {},
             **{name: row.estimate(name)._asdict() for name in names if row.values(name)},
             "success_rate": success_rate(v) if (v := row.values(row.headline)) else None,
-            "cells": row.metrics,
+            "cells": [cell.metrics for cell in row.cells],
             "folders": [cell.path for cell in row.cells],
         }
         for row in rows
     ]
     bound = bound_of(rows)
     summary = {
-        "grid": grid.source.tree,
-        "command": command,
+        "grid": results.fields.to_fields(),
         "window_bound": {"mean": bound[0], "standard_error": bound[1]} if bound else None,
-        "failed": failed,
         "claims": plain_verdicts(verdicts),
         "arms": arms,
     }
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(path, summary)

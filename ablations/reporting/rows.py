@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from ..cells.cell import Cell
-from ..running.folder import DIVERGED, METRICS, read_json
+from ..cells.cell import Seed
+from .results import Result
 from .statistics import Estimate, mean_interval
 
 ACCURACIES = ("recall/accuracy", "accuracy/all")
@@ -20,24 +19,28 @@ ACCURACIES = ("recall/accuracy", "accuracy/all")
 class Row:
     """An arm, or several, over seeds.
 
-    cells, metrics: of the finished ones, in the same order. planned: how many there are in all.
-    diverged: how many of them diverged. metric: the headline, where it is not an accuracy.
+    cells: of the finished ones. planned: how many there are in all. diverged: how many of them
+    diverged. metric: the headline, where it is not an accuracy.
     """
 
     arm: str
     options: dict[str, str]
-    cells: list[Cell] = field(default_factory=list)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    cells: list[Result] = field(default_factory=list)
     planned: int = 0
     diverged: int = 0
     metric: str | None = None
 
-    @property
-    def seeds(self) -> list[str]:
-        return [str(cell.seed) for cell in self.cells]
+    def by_seed(self, name: str) -> dict[Seed, float]:
+        """A figure at each seed that has it: of several arms their mean, so that seeds, which are
+        drawn, are counted, and arms, which are chosen, are not."""
+        found: dict[Seed, list[float]] = {}
+        for cell in self.cells:
+            if cell.metrics.get(name) is not None:
+                found.setdefault(cell.seed, []).append(cell.metrics[name])
+        return {seed: fmean(values) for seed, values in found.items()}
 
     def values(self, name: str) -> list[float]:
-        return [m[name] for m in self.metrics if m.get(name) is not None]
+        return [*self.by_seed(name).values()]
 
     @property
     def headline(self) -> str:
@@ -49,41 +52,59 @@ class Row:
     def estimate(self, name: str) -> Estimate:
         return mean_interval(self.values(name))
 
-    def lags(self) -> dict[int, Estimate]:
-        """Recall by the lower edge of the lag's bin."""
-        names = {n for m in self.metrics for n in m if re.fullmatch(r"recall_lag/\d+", n)}
-        edges = sorted(int(name.split("/")[1]) for name in names)
-        return {edge: self.estimate(f"recall_lag/{edge}") for edge in edges}
+    def curve(self, family: str) -> dict[int, Estimate]:
+        """Figures `family/<number>` by their numbers."""
+        names = {n for c in self.cells for n in c.metrics if re.fullmatch(rf"{family}/\d+", n)}
+        numbers = sorted(int(name.rpartition("/")[2]) for name in names)
+        return {n: self.estimate(f"{family}/{n}") for n in numbers}
 
 
-def read_rows(cells: Sequence[Cell], out: Path, metric: str | None = None) -> list[Row]:
-    """The cells' metrics, grouped by arm, in the grid's order."""
-    rows = []
-    for arm in dict.fromkeys(cell.arm for cell in cells):
-        mine = [cell for cell in cells if cell.arm == arm]
-        found = [(cell, read_json(out / cell.path / METRICS)) for cell in mine]
-        finished = [(cell, metrics) for cell, metrics in found if metrics]
-        diverged = sum((out / cell.path / DIVERGED).is_file() for cell in mine)
-        row = Row(arm, mine[0].options, planned=len(mine), diverged=diverged, metric=metric)
-        row.cells.extend(cell for cell, _ in finished)
-        row.metrics.extend(metrics for _, metrics in finished)
-        rows.append(row)
-    return rows
+def rows_of(cells: Sequence[Result], metric: str | None = None) -> list[Row]:
+    """The cells by arm, in the grid's order."""
+    groups: dict[str, list[Result]] = {}
+    for cell in cells:
+        groups.setdefault(cell.arm, []).append(cell)
+    return [_row(arm, mine[0].options, mine, metric) for arm, mine in groups.items()]
 
 
-def pooled(rows: Sequence[Row], by: Sequence[str]) -> list[Row]:
-    """The arms with the same options of these axes, as one row each."""
-    groups: dict[tuple[tuple[str, str], ...], Row] = {}
-    for row in rows:
-        options = {axis: row.options[axis] for axis in by if axis in row.options}
-        group = groups.get((*options.items(),), Row(",".join(options.values()), options))
-        groups[(*options.items(),)] = Row(
-            group.arm,
-            options,
-            [*group.cells, *row.cells],
-            [*group.metrics, *row.metrics],
-            group.planned + row.planned,
-            group.diverged + row.diverged,
-            row.metric,
-        )
-    return [*groups.values()]
+def pooled(cells: Sequence[Result], by: Sequence[str], metric: str | None = None) -> list[Row]:
+    """The cells with the same options of these axes, as one row each. At a seed that not all of
+    its arms have, a row has nothing: the mean would be of other arms than at the others."""
+    groups: dict[str, tuple[dict[str, str], list[Result]]] = {}
+    for cell in cells:
+        options = {axis: cell.options[axis] for axis in by if axis in cell.options}
+        groups.setdefault(",".join(options.values()), (options, []))[1].append(cell)
+    return [_row(name, *group, metric, whole=True) for name, group in groups.items()]
+
+
+def _row(
+    name: str,
+    options: Mapping[str, str],
+    cells: Sequence[Result],
+    metric: str | None,
+    whole: bool = False,
+) -> Row:
+    lacking = {cell.seed for cell in cells if not cell.metrics} if whole else set()
+    return Row(
+        name,
+        {**options},
+        [cell for cell in cells if cell.metrics and cell.seed not in lacking],
+        len(cells),
+        sum(cell.state == "diverged" for cell in cells),
+        metric,
+    )
+
+
+def differences(
+    cells: Sequence[Result], pairs: Sequence[tuple[str, str]], name: str
+) -> list[float]:
+    """A figure of the first arm of each pair minus that of the second, at each seed that all of
+    them have; of several pairs the mean."""
+    at = {(cell.arm, cell.seed): cell.metrics.get(name) for cell in cells}
+    out = []
+    for seed in dict.fromkeys(cell.seed for cell in cells):
+        both = [(at.get((a, seed)), at.get((b, seed))) for a, b in pairs]
+        found = [a - b for a, b in both if a is not None and b is not None]
+        if len(found) == len(pairs):
+            out.append(fmean(found))
+    return out

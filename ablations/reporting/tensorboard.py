@@ -28,23 +28,23 @@ def write_hparams(rows: Sequence[Row], out: Path) -> None:
     """Write the records anew; earlier ones are removed."""
     for stale in out.rglob(f"events.*{SUFFIX}"):
         stale.unlink()
-    finished = [(row, *cell) for row in rows for cell in zip(row.cells, row.metrics, strict=True)]
+    finished = [cell for row in rows for cell in row.cells]
     if not finished:
         return
-    seen = {name for _, _, metrics in finished for name in metrics}
+    seen = {name for cell in finished for name in cell.metrics}
     columns = {f"test/{name}": 0.0 for name in COLUMNS if name in seen}
     domain: dict[str, list[bool | float | str]] = {}
-    for row, _, _ in finished:
-        for axis, option in row.options.items():
+    for cell in finished:
+        for axis, option in cell.options.items():
             options = domain.setdefault(axis, [])
             if option not in options:
                 options.append(option)
-    for n, (row, cell, metrics) in enumerate(finished):
+    for n, cell in enumerate(finished):
         values = {
-            **row.options,
+            **cell.options,
             "seed": cell.seed.init,
-            "parameters": metrics["parameters"],
-            "state_bytes": metrics["state_bytes"],
+            "parameters": cell.metrics["parameters"],
+            "state_bytes": cell.metrics["state_bytes"],
         }
         experiment, start, end = hparams(values, columns, domain)
         if n == 0:

@@ -38,7 +38,7 @@ def _verdict(claim: Claim, row: Row) -> Verdict:
     if expected == "window_bound":
         bounds = [
             window_bound(m["recall/ceiling"], m["chance"], m["recall/queries"])[0]
-            for m in row.metrics
+            for m in (cell.metrics for cell in row.cells)
             if m.get("chance") and "recall/ceiling" in m
         ]
         return Verdict(claim, _mean(bounds), measured)

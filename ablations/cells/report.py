@@ -1,0 +1,151 @@
+"""The `report` of a grid file: what its cells are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerzoo.spec import Config, SpecError, suggest
+
+from .arms import Arm, arm_name, meets
+from .axes import Axis
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A difference, first minus second, of arms that are paired: of each pair at each seed."""
+
+    label: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+class ScalingLaw(Config):
+    """A figure as a power law of sizes, see `reporting.scaling.fit_scaling`.
+
+    y: a figure of the test split. x: one or two sizes, as metrics.json names them.
+    by: axes; each of their options has a law of its own.
+    rises: y grows with x.
+    """
+
+    y: str
+    x: tuple[str, ...]
+    by: tuple[str, ...] = ()
+    rises: bool = False
+
+    def check(self) -> None:
+        if len(self.x) not in (1, 2):
+            raise SpecError(f"x: needs one size or two, got {len(self.x)}")
+
+
+class Report(Config):
+    """What the report of a grid shows, beside what it finds by itself.
+
+    metric: the headline; null is the accuracy that the task has.
+    by: the axes to group by.
+    baseline: an arm that every other is compared with, seed by seed.
+    contrasts: others: two arms, [arm, arm]; or {axis: [option, option], ..}, which are all pairs
+        of arms that differ in this axis alone; further axes, each with one option, say in which.
+    scaling: the fields of `ScalingLaw`s.
+    """
+
+    metric: str | None = None
+    by: tuple[str, ...] = ()
+    baseline: str | None = None
+    contrasts: tuple[Any, ...] = ()
+    scaling: tuple[Any, ...] = ()
+
+
+def read_report(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm]) -> Report:
+    """The report, its baseline and its contrasts as `Contrast`s, its scaling as `ScalingLaw`s."""
+    with source.at("report"):
+        report: Report = Report.from_fields(source.value("report"))
+    _require_axes(source, axes, report.by, "report", "by")
+    names = [arm_name(arm) for arm in arms]
+    contrasts: list[Contrast] = []
+    if report.baseline is not None:
+        base = _arm(source, names, "report", "baseline")
+        contrasts += [Contrast(f"{n} - {base}", ((n, base),)) for n in names if n != base]
+    for n, item in enumerate(report.contrasts):
+        place = ("report", "contrasts", str(n))
+        read = _by_axis if isinstance(item, dict) else _by_arms
+        contrasts.append(read(source, axes, arms, *place))
+    laws = []
+    for n, fields in enumerate(report.scaling):
+        place = ("report", "scaling", str(n))
+        if not isinstance(fields, dict):
+            raise source.error(place, f"expected y, x, .., got {fields!r}")
+        with source.at(*place):
+            law: ScalingLaw = ScalingLaw.from_fields(fields)
+        _require_axes(source, axes, law.by, *place, "by")
+        laws.append(law)
+    return Report(
+        metric=report.metric,
+        by=report.by,
+        baseline=report.baseline,
+        contrasts=tuple(contrasts),
+        scaling=tuple(laws),
+    )
+
+
+def _require_axes(
+    source: Source, axes: Mapping[str, Axis], names: Sequence[str], *place: str
+) -> None:
+    for n, axis in enumerate(names):
+        if axis not in axes:
+            raise source.error((*place, str(n)), f"no such axis; {suggest(axis, axes)}")
+
+
+def _arm(source: Source, names: Sequence[str], *place: str) -> str:
+    name = source.written(*place)
+    if name not in names:
+        raise source.error(place, f"no arm '{name}'; {suggest(name, names)}")
+    return name
+
+
+def _by_arms(
+    source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm], *place: str
+) -> Contrast:
+    pair = source.value(*place)
+    if not isinstance(pair, list) or len(pair) != 2:
+        fault = f"expected two arms, [arm, arm], or {{axis: [option, option]}}, got {pair!r}"
+        raise source.error(place, fault)
+    names = [arm_name(arm) for arm in arms]
+    first, second = (_arm(source, names, *place, side) for side in "01")
+    return Contrast(f"{first} - {second}", ((first, second),))
+
+
+def _by_axis(
+    source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm], *place: str
+) -> Contrast:
+    """Of `{axis: [option, option], other: option}`."""
+    varied: dict[str, list[str]] = {}
+    where: dict[str, tuple[str, ...]] = {}
+    for name, options in source.value(*place).items():
+        inner = (*place, name)
+        if name not in axes:
+            raise source.error(inner, f"no such axis; {suggest(name, axes)}")
+        if isinstance(options, list):
+            sides = [(*inner, str(n)) for n in range(len(options))]
+            varied[name] = [axes[name].find(source, side) for side in sides]
+        else:
+            where[name] = (axes[name].find(source, inner),)
+    if len(varied) != 1:
+        raise source.error(place, "expected one axis with two options, [option, option]")
+    ((axis, options),) = varied.items()
+    if len(options) != 2 or options[0] == options[1]:
+        raise source.error((*place, axis), "expected two different options")
+    first, second = options
+    pairs = tuple(
+        (arm_name(arm), arm_name({**arm, axis: second}))
+        for arm in arms
+        if arm.get(axis) == first and meets(arm, where) and {**arm, axis: second} in arms
+    )
+    if not pairs:
+        fault = f"no two arms differ in {axis} alone, {first} and {second}; name two arms"
+        raise source.error(place, fault)
+    if len(pairs) == 1:
+        return Contrast(" - ".join(pairs[0]), pairs)
+    told = "".join(f", {name}={only}" for name, (only,) in where.items())
+    return Contrast(f"{axis}: {first} - {second}{told} ({len(pairs)} pairs of arms)", pairs)

@@ -1,0 +1,110 @@
+"""What a grid's folder of results holds, read from the disk alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..cells.arms import Arm, arm_name, read_arms
+from ..cells.axes import read_axes
+from ..cells.cell import Seed
+from ..cells.claims import Claim, read_claims
+from ..cells.grid import grid_name
+from ..cells.report import Report, read_report
+from ..cells.schema import Fields
+from ..cells.source import Source
+from ..running.folder import CONFIG, METRICS, RECORD, State, read_json
+from ..running.status import read_cells
+
+GRID = "grid.yaml"
+"""In the grid's folder: a copy of its file."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A reported cell, as its folder has it.
+
+    metrics: figures of the test split and sizes; {} unless it has finished.
+    """
+
+    arm: str
+    options: dict[str, str]
+    seed: Seed
+    path: str
+    state: State
+    metrics: Mapping[str, Any]
+    tuned: dict[str, str]
+    matched: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of a grid: what it asks, and what its cells found so far.
+
+    question: the first line of its file. fields: of its file. arms: all that it has, also those
+    that have no cells yet, because they are not tuned. cells: in the grid's order, seed by seed.
+    """
+
+    root: Path
+    name: str
+    question: str
+    fields: Fields
+    arms: dict[str, Arm]
+    report: Report
+    claims: list[Claim]
+    cells: list[Result]
+
+    def config(self, cell: Result) -> dict[str, Any]:
+        """Of its training."""
+        return yaml.safe_load((self.root / cell.path / CONFIG).read_text())
+
+    def record(self, cell: Result) -> dict[str, Any]:
+        """Versions, commit, device, seconds; {} unless it has finished."""
+        return read_json(self.root / cell.path / RECORD)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no cell is left to run."""
+        return all(cell.state in ("finished", "diverged") for cell in self.cells)
+
+
+def read_results(root: Path) -> Results:
+    """The results in a grid's folder, also while it runs.
+
+    Raises:
+        SpecError: it is no grid's folder.
+    """
+    listed = read_cells(root)
+    source = Source(root / GRID)
+    with source.at():
+        fields: Fields = Fields.from_fields(source.tree)
+    axes = read_axes(source, "axes")
+    arms = read_arms(source, axes, fields.design)
+    names = [arm_name(arm) for arm in arms]
+    return Results(
+        root=root,
+        name=grid_name(source),
+        question=source.question,
+        fields=fields,
+        arms=dict(zip(names, arms, strict=True)),
+        report=Report() if fields.report is None else read_report(source, axes, arms),
+        claims=read_claims(source, names),
+        cells=[_result(root, cell) for cell in listed if cell["split"] == "test"],
+    )
+
+
+def _result(root: Path, cell: Mapping[str, Any]) -> Result:
+    return Result(
+        arm=cell["arm"],
+        options=cell["options"],
+        seed=Seed(**cell["seed"]),
+        path=cell["path"],
+        state=cell["state"],
+        metrics=read_json(root / cell["path"] / METRICS),
+        tuned=cell["tuned"],
+        matched=cell["matched"],
+    )
