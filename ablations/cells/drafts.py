@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -119,12 +119,40 @@ class Drafts:
 
 
 def _override(config: Any, key: str, value: Any) -> None:
-    """Set a dotted key whose parent exists: a mistyped section is an error, not a new section."""
-    parent, _, last = key.rpartition(".")
-    section = OmegaConf.select(config, parent) if parent else config
-    if isinstance(section, ListConfig):
-        raise SpecError(f"{parent} is a list; set all of it, or a field of an item")
-    if not isinstance(section, DictConfig):
-        known = suggest(parent, map(str, config))
-        raise SpecError(f"the base config has no '{parent}'; {known}")
-    OmegaConf.update(section, last, value, force_add=True, merge=False)
+    """Set a dotted key whose parent exists: a mistyped section is an error, not a new section. In
+    a list of layers a name stands for all layers of that name, children too."""
+    *path, last = key.split(".")
+    for section in _sections(config, path, ""):
+        OmegaConf.update(section, last, value, force_add=True, merge=False)
+
+
+def _sections(node: Any, path: Sequence[str], place: str) -> list[DictConfig]:
+    """What a path leads to from a node of a config, which is at the place."""
+    if not path:
+        if isinstance(node, ListConfig):
+            raise SpecError(f"{place} is a list; set all of it, or a field of an item")
+        return [node]
+    first, *rest = path
+    inner = f"{place}.{first}" if place else first
+    if isinstance(node, ListConfig) and not first.isdigit():
+        named = [layer for layer in _layers(node) if layer.get("name") == first]
+        if not named:
+            known = suggest(first, {str(layer.get("name")) for layer in _layers(node)})
+            raise SpecError(f"{place} has no layer '{first}'; {known}")
+        return [section for layer in named for section in _sections(layer, rest, inner)]
+    child = OmegaConf.select(node, first)
+    if not isinstance(child, (DictConfig, ListConfig)):
+        known = (
+            suggest(first, map(str, node)) if isinstance(node, DictConfig) else "see its length"
+        )
+        raise SpecError(f"the base config has no '{inner}'; {known}")
+    return _sections(child, rest, inner)
+
+
+def _layers(specs: ListConfig) -> Iterator[DictConfig]:
+    """The layers of a list that are written with fields, and their children."""
+    for spec in specs:
+        if isinstance(spec, DictConfig):
+            yield spec
+            if isinstance(children := spec.get("children"), ListConfig):
+                yield from _layers(children)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from layerzoo.spec import Config, SpecError, suggest
 
-from .arms import Arm, arm_name, meets
+from .arms import Arm, arm_name
 from .axes import Axis
 from .source import Source
 
@@ -46,7 +47,8 @@ class Report(Config):
     by: the axes to group by.
     baseline: an arm that every other is compared with, seed by seed.
     contrasts: others: two arms, [arm, arm]; or {axis: [option, option], ..}, which are all pairs
-        of arms that differ in this axis alone; further axes, each with one option, say in which.
+        of arms that differ in this axis and agree in all others that both have; further axes,
+        each with one option, say which are meant of the arms that have these axes.
     scaling: the fields of `ScalingLaw`s.
     """
 
@@ -121,7 +123,7 @@ def _by_axis(
 ) -> Contrast:
     """Of `{axis: [option, option], other: option}`."""
     varied: dict[str, list[str]] = {}
-    where: dict[str, tuple[str, ...]] = {}
+    where: dict[str, str] = {}
     for name, options in source.value(*place).items():
         inner = (*place, name)
         if name not in axes:
@@ -130,22 +132,26 @@ def _by_axis(
             sides = [(*inner, str(n)) for n in range(len(options))]
             varied[name] = [axes[name].find(source, side) for side in sides]
         else:
-            where[name] = (axes[name].find(source, inner),)
+            where[name] = axes[name].find(source, inner)
     if len(varied) != 1:
         raise source.error(place, "expected one axis with two options, [option, option]")
     ((axis, options),) = varied.items()
     if len(options) != 2 or options[0] == options[1]:
         raise source.error((*place, axis), "expected two different options")
     first, second = options
+    meant = [
+        arm for arm in arms if all(arm.get(other, only) == only for other, only in where.items())
+    ]
     pairs = tuple(
-        (arm_name(arm), arm_name({**arm, axis: second}))
-        for arm in arms
-        if arm.get(axis) == first and meets(arm, where) and {**arm, axis: second} in arms
+        (arm_name(one), arm_name(other))
+        for one, other in itertools.product(meant, meant)
+        if (one.get(axis), other.get(axis)) == (first, second)
+        and all(one[name] == other[name] for name in one.keys() & other.keys() - {axis})
     )
     if not pairs:
-        fault = f"no two arms differ in {axis} alone, {first} and {second}; name two arms"
+        fault = f"no two of these arms differ in {axis} alone, {first} and {second}; name two"
         raise source.error(place, fault)
     if len(pairs) == 1:
         return Contrast(" - ".join(pairs[0]), pairs)
-    told = "".join(f", {name}={only}" for name, (only,) in where.items())
+    told = "".join(f", {name}={only}" for name, only in where.items())
     return Contrast(f"{axis}: {first} - {second}{told} ({len(pairs)} pairs of arms)", pairs)
