@@ -112,6 +112,19 @@ def test_capacity_is_the_largest_size_before_the_first_failure() -> None:
     assert capacity([1] * 9 + [0], [8] * 10) == 8  # 90% is enough
 
 
+def test_capacity_is_interpolated_inside_the_sizes() -> None:
+    def at(*accuracies: int) -> float | None:
+        right = [int(n < a) for a in accuracies for n in range(10)]
+        pairs = [size for size in (2, 4, 8) for _ in range(10)]
+        out = figures(Capacity([2, 4, 8]), answer(right), [1] * 30, pairs=pairs)
+        return out.get("capacity/d90_interpolated")
+
+    assert at(10, 8, 0) == pytest.approx(2 * 2**0.5)  # .9 is half way from 1 to .8
+    assert at(10, 10, 6) == pytest.approx(4 * 2**0.25)
+    assert at(10, 9, 8) == pytest.approx(4)
+    assert at(10, 10, 9) is None and at(8, 10, 10) is None  # never, or before the first
+
+
 def test_errors_are_stale_of_another_key_or_off_the_set() -> None:
     old = [[2, -1], [2, -1], [2, -1], [-1, -1], [-1, -1]]
     bound = [[2, 3, 4, 5]] * 5

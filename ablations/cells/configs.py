@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from typing import Any
@@ -75,7 +76,7 @@ def _task(data: Tree) -> tuple[Tree, Task]:
     if key not in _tasks:  # parsing takes a tenth of a second, and grids repeat it
         parser = Parser(exit_on_error=False)
         parser.add_subclass_arguments(Task, "data", required=True)
-        parsed = parser.parse_object({"data": data})
+        parsed = parser.parse_object({"data": copy.deepcopy(data)})  # it changes what it is given
         try:
             built = parser.instantiate(parsed).data
         except ValueError as error:  # the parser's, around the task's own

@@ -50,19 +50,29 @@ class AccuracyBy(Binned):
 class Capacity(AccuracyBy):
     """`capacity/d90`, the largest number of pairs D of those tested at which accuracy is still at
     least 90%, and at every smaller one, too (0 if at none); with the accuracy at each,
-    `accuracy_pairs/D`. Annotation `pairs`."""
+    `accuracy_pairs/D`. Annotation `pairs`.
+
+    `capacity/d90_interpolated` is where accuracy falls through 90% from there to the next size,
+    linear in log D; it is absent if it does so at no size, or before the first: then the capacity
+    lies outside what was tested.
+    """
 
     def __init__(self, sizes: Sequence[int], threshold: float = 0.9) -> None:
         super().__init__("pairs", sorted(sizes))
         self.threshold = threshold
 
     def compute(self) -> dict[str, float]:
-        largest = 0
+        name = f"capacity/d{100 * self.threshold:.0f}"
+        out = {**super().compute(), name: 0.0}
+        before = 0.0
         for size, (_, accuracy) in self.means().items():
             if accuracy < self.threshold:
+                if largest := out[name]:
+                    share = (before - self.threshold) / (before - accuracy)
+                    out[f"{name}_interpolated"] = largest * (size / largest) ** share
                 break
-            largest = size
-        return {**super().compute(), f"capacity/d{100 * self.threshold:.0f}": float(largest)}
+            out[name], before = float(size), accuracy
+        return out
 
 
 class SuccessRate(Metric):
