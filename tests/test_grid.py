@@ -48,6 +48,9 @@ def test_shipped_grids_build(name: str) -> None:
     grid = load_grid(name)
     assert grid.name == name and grid.source.question.endswith((".", "?"))
     assert len(grid.cells()) == len(grid.arms) * len(grid.seeds)
+    if grid.source.sizes:
+        assert grid.source.sizes == ["small", "full"] and len(grid.cells()) <= 60
+        assert load_grid(name, "full").name == f"{name}-full"
 
 
 def test_cells_are_paired_and_share_one_ceiling(tmp_path: Path) -> None:
