@@ -126,8 +126,11 @@ class Run:
         }
 
 
-def run(name: str, how: How) -> int:
+def run(name: str, how: How, tables: bool = True) -> int:
     """Run the unfinished cells of a grid, then compare all that have ended.
+
+    Args:
+        tables: print what they say together; it is written down in any case.
 
     Returns: the exit status, 0; 1 if cells failed, or a claim does not hold; 130 if interrupted.
     """
@@ -139,7 +142,7 @@ def run(name: str, how: How) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / GRID).write_text(grid.text)
-        return _run(this, f"layerzoo ablate run {name}")
+        return _run(this, f"layerzoo ablate run {name}", tables)
     except KeyboardInterrupt:
         console.print("interrupted; saving checkpoints (^C again: at once, without)")
         with suppress(KeyboardInterrupt):
@@ -153,15 +156,14 @@ def run(name: str, how: How) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(this: Run, command: str) -> int:
+def _run(this: Run, command: str, tables: bool) -> int:
     grid, out = this.grid, this.out
     tuning = grid.tune_cells()
     choices: dict[str, Choice] = {}
     if tuning:
         _list(tuning, out)
         this.stage(f"{grid.name}, tuning", tuning)
-        figures = {cell.path: figures_of(out / cell.path) for cell in tuning}
-        choices = grid.choose({path: found for path, found in figures.items() if found != {}})
+        choices = chosen(grid, out)
         write_json(out / TUNING, {arm: asdict(choice) for arm, choice in choices.items()})
         for line in said(choices, [*dict.fromkeys(cell.arm for cell in tuning)]):
             this.console.print(line, markup=False, highlight=False)
@@ -170,7 +172,8 @@ def _run(this: Run, command: str) -> int:
     holds = True
     if cells:  # some arms are tuned
         this.stage(grid.name, cells)
-        holds = compare(grid, cells, this.failed, command, out, this.console)
+        console = this.console if tables else Console(quiet=True)
+        holds = compare(grid, cells, this.failed, command, out, console)
     for path, reason in this.failed.items():
         print(f"failed: {path}: {reason} (see {out / path / LOG})", file=sys.stderr)
     if any(map(runner.disk_full, this.ends.values())):
@@ -180,6 +183,12 @@ def _run(this: Run, command: str) -> int:
 
 def _list(cells: Sequence[Cell], out: Path) -> None:
     write_json(out / CELLS, [{"path": cell.path, **about_cell(cell)} for cell in cells])
+
+
+def chosen(grid: Grid, out: Path) -> dict[str, Choice]:
+    """What the tuning runs that have ended say is best for each arm."""
+    figures = {cell.path: figures_of(out / cell.path) for cell in grid.tune_cells()}
+    return grid.choose({path: found for path, found in figures.items() if found != {}})
 
 
 def said(choices: Mapping[str, Choice], arms: Sequence[str]) -> list[str]:
