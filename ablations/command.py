@@ -1,4 +1,4 @@
-"""`layerzoo ablate list|plan|run|status`."""
+"""`layerzoo ablate list|plan|run|validate|status`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def _run(options: argparse.Namespace) -> int:
     return run(options.grid, how, options.size)
 
 
+def _validate(options: argparse.Namespace) -> int:
+    from .run import How
+    from .validate import validate
+
+    return validate(options.grids, How(out=options.out, jobs=options.jobs), options.all)
+
+
 def _status(options: argparse.Namespace) -> int:
     from .running.status import status
 
@@ -63,18 +70,26 @@ def _parser() -> argparse.ArgumentParser:
         ("list", _list, "list the shipped grids"),
         ("plan", _plan, "print a grid's cells, their sizes and how long they take; run nothing"),
         ("run", _run, "run a grid's unfinished cells and compare all"),
+        ("validate", _validate, "run the grids that claim published figures, and judge them"),
         ("status", _status, "say where a grid's cells are"),
     ):
         commands.add_parser(name, help=text).set_defaults(function=function)
-    plan, runner, status = (commands.choices[name] for name in ("plan", "run", "status"))
+    names = ("plan", "run", "validate", "status")
+    plan, runner, validate, status = (commands.choices[name] for name in names)
     for command in (plan, runner):
         command.add_argument("grid", help="a shipped grid's name, or a YAML file")
         command.add_argument("--size", help="of those that the grid has (default: its first)")
+    for command in (plan, runner, validate):
         command.add_argument("--jobs", type=int, help="cells at a time (default: cores or GPUs)")
+    references = "a grid with claims (default: all shipped ones of up to 10 minutes)"
+    validate.add_argument("grids", nargs="*", metavar="GRID", help=references)
+    validate.add_argument("--all", action="store_true", help="the long ones too")
     plan.add_argument("--no-probe", action="store_true", help="estimate no time: train no step")
-    add = runner.add_argument
     runs = Path("runs") / "ablations"
-    add("--out", type=Path, default=runs, help=f"folder of results, by grid (default {runs})")
+    for command in (runner, validate):
+        text = f"folder of results, by grid (default {runs})"
+        command.add_argument("--out", type=Path, default=runs, help=text)
+    add = runner.add_argument
     add("--executor", choices=("local", "ray"), default="local", help="where cells run")
     add("--threads", type=int, default=1, help="CPU threads a cell (default 1)")
     add("--shard", default="1/1", help="i/n: run part i of n, each on a machine of its own")

@@ -127,11 +127,12 @@ class Run:
         }
 
 
-def run(name: str, how: How, size: str | None = None) -> int:
+def run(name: str, how: How, size: str | None = None, tables: bool = True) -> int:
     """Run the unfinished cells of a grid, then compare all that have ended.
 
     Args:
         size: of those that the grid file has.
+        tables: print what they say together; it is written down in any case.
 
     Returns: the exit status, 0; 1 if cells failed, or a claim does not hold; 130 if interrupted.
     """
@@ -143,7 +144,7 @@ def run(name: str, how: How, size: str | None = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / GRID).write_text(grid.source.copy)
-        return _run(this)
+        return _run(this, tables)
     except KeyboardInterrupt:
         console.print("interrupted; saving checkpoints (^C again: at once, without)")
         with suppress(KeyboardInterrupt):
@@ -157,7 +158,7 @@ def run(name: str, how: How, size: str | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(this: Run) -> int:
+def _run(this: Run, tables: bool) -> int:
     grid, out = this.grid, this.out
     tuning = grid.tune_cells()
     choices: dict[str, Choice] = {}
@@ -174,7 +175,7 @@ def _run(this: Run) -> int:
     holds = True
     if cells:  # some arms are tuned
         this.stage(grid.name, cells)
-        holds = compare(out, this.console)
+        holds = compare(out, this.console if tables else Console(quiet=True))
     for path, reason in this.failed.items():
         print(f"failed: {path}: {reason} (see {out / path / LOG})", file=sys.stderr)
     if any(map(runner.disk_full, this.ends.values())):

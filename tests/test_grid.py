@@ -459,6 +459,25 @@ PARTS = [
     ),
     ({"expect": f"\n- {CLAIM.replace('0', '-0.1')} # <-"}, "tolerance: must not be negative"),
     ({"expect": f"{CLAIM} # <-"}, "expect: expected"),
+    (
+        {"expect": f"\n- {CLAIM.replace('s}', 's, minus: memry}')} # <-"},
+        "expect.0: minus: no 'memry'; did you mean 'memory'?",
+    ),
+    ({"expect": f"\n- {CLAIM.replace('s}', 's, minus: window}')} # <-"}, "is the arm itself"),
+    (
+        {"expect": f"\n- {CLAIM.replace('0', 'sign')} # <-"},
+        "expect.0: tolerance: sign is of a difference; name an arm in minus",
+    ),
+    (
+        {"expect": f"\n- {CLAIM.replace('0', 'sign, minus: memory').replace('1', '0')} # <-"},
+        "expect.0: value: 0 has no sign",
+    ),
+    (
+        {"expect": f"\n- {CLAIM.replace('1', 'window_bound, minus: memory')} # <-"},
+        "expect.0: value: window_bound is of one arm",
+    ),
+    ({"expect": f"\n- {CLAIM.replace('0', 'sing')} # <-"}, "expected float or one of 'sign'"),
+    ({"minutes": "0 # <-"}, "minutes: must be positive, got 0"),
 ]
 
 

@@ -85,6 +85,14 @@ def test_a_name_stands_for_all_layers_of_it(tmp_path: Path) -> None:
     assert [child.get("decay") for child in parallel["children"]] == [None, "scalar"]
 
 
+def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
+    more = "{<<: &x {model.network.dim: 16, model.network.depth: 1, model.lr: 0.5}, model.lr: 0.1}"
+    axes = f"\n  x:\n    a: {more}\n    b: {{model.network.dim: 32, <<: *x}}"
+    cells = read(tmp_path, axes=axes, when="", seeds="[0]").cells()
+    found = [(c["model"]["network"]["dim"], c["model"]["lr"]) for c in (x.config for x in cells)]
+    assert found == [(16, 0.1), (32, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("contrasts", "pairs"),
     [

@@ -251,4 +251,5 @@ def test_the_time_left_is_judged_by_arm(tmp_path: Path) -> None:
     other = prepare(cell("other"), tmp_path)
     write_json(other / PROGRESS, {"step": 6, "steps": 10, "first": 4, "seconds": 8.0})
     assert pace.left([], [other], 1) == pytest.approx(0.4 * 40)
-    assert [say(s) for s in (None, 40, 600, 7200)] == ["?", "40 s", "10 min", "2.0 h"]
+    each = [say(s) for s in (None, 40, 600, 7200, 172799, 172800)]
+    assert each == ["?", "40 s", "10 min", "2.0 h", "48.0 h", "2 days"]

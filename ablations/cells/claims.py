@@ -11,24 +11,43 @@ from .source import Source
 
 
 class Claim(Config):
-    """An arm's figure, expected.
+    """A figure of an arm, or the difference of two arms' figures, expected.
 
     arm: as the table names it. metric: of its test split, the mean over seeds counts.
+    minus: another arm: the claim is about the difference of the means, arm - minus.
     value: expected, or window_bound: what an arm recalls that answers all in its reach and
         guesses the rest, `ceiling + (1 - ceiling) chance` of its own cells.
-    tolerance: the largest absolute difference with which the claim holds.
+    tolerance: the largest absolute deviation with which the claim holds. Or sign: a difference
+        holds if it has the sign of `value`, and 0 has none.
     source: where the value is from.
     """
 
     arm: str
     metric: str
     value: float | Literal["window_bound"]
-    tolerance: float
+    tolerance: float | Literal["sign"]
     source: str
+    minus: str | None = None
 
     def check(self) -> None:
-        if not self.tolerance >= 0:
+        if self.minus == self.arm:
+            raise SpecError(f"minus: '{self.minus}' is the arm itself; name another")
+        if self.value == "window_bound" and self.minus is not None:
+            raise SpecError(
+                "value: window_bound is of one arm; give the difference, or drop minus"
+            )
+        if self.tolerance == "sign":
+            if self.minus is None:
+                raise SpecError("tolerance: sign is of a difference; name an arm in minus")
+            if self.value == 0:
+                raise SpecError("value: 0 has no sign; give a tolerance, or another value")
+        elif not self.tolerance >= 0:
             raise SpecError(f"tolerance: must not be negative, got {self.tolerance}")
+
+    @property
+    def subject(self) -> str:
+        """What it is about: an arm, or arm - arm."""
+        return self.arm if self.minus is None else f"{self.arm} - {self.minus}"
 
 
 def read_claims(source: Source, arms: Sequence[str]) -> list[Claim]:
@@ -37,7 +56,8 @@ def read_claims(source: Source, arms: Sequence[str]) -> list[Claim]:
     for n, fields in enumerate(source.value("expect") or []):
         with source.at("expect", str(n)):
             claim: Claim = Claim.from_fields(fields)
-            if claim.arm not in arms:
-                raise SpecError(f"arm: no '{claim.arm}'; {suggest(claim.arm, arms)}")
+            for name, arm in (("arm", claim.arm), ("minus", claim.minus)):
+                if arm is not None and arm not in arms:
+                    raise SpecError(f"{name}: no '{arm}'; {suggest(arm, arms)}")
         claims.append(claim)
     return claims

@@ -27,6 +27,7 @@ class Fields(Config):
         differs from it in one axis.
     window_arm: axis -> option of the arms whose models' reach defines the ceiling of all.
     match: the fields of `Match`. tune: of `Tune`. report: of `Report`. expect: of `Claim`s.
+    minutes: how long a run takes on 2 CPU cores, measured or planned; for grids with claims.
     sizes: names, and the fields that each changes, see `Source`. size: the one that is meant.
     """
 
@@ -44,6 +45,7 @@ class Fields(Config):
     tune: dict[str, Any] | None = None
     report: dict[str, Any] | None = None
     expect: tuple[dict[str, Any], ...] = ()
+    minutes: float | None = None
     sizes: dict[str, Any] | None = None
     size: str | None = None
 
@@ -52,6 +54,8 @@ class Fields(Config):
             folder_name(self.name)
         if self.budget is not None and self.budget < 1:
             raise SpecError(f"budget: must be at least 1, got {self.budget}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise SpecError(f"minutes: must be positive, got {self.minutes}")
 
 
 def read_seeds(source: Source, *place: str) -> tuple[Seed, ...]:

@@ -148,8 +148,8 @@ def _move(facts: dict[Place, Any], start: Place, end: Place) -> None:
 
 
 def _pairs(node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:
-    """Keys and values of a mapping by the text of the key, what `<<` merges first, as YAML has
-    them."""
+    """Keys and values of a mapping by the text of the key, in the order of OmegaConf: what `<<`
+    merges and the mapping does not set itself comes first."""
     merged: dict[str, tuple[Any, Any]] = {}
     own: dict[str, tuple[Any, Any]] = {}
     for key, child in node.value:
@@ -159,7 +159,7 @@ def _pairs(node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:
                 merged |= _pairs(part)
         else:
             own[key.value] = (key, child)
-    return merged | own
+    return {key: pair for key, pair in merged.items() if key not in own} | own
 
 
 def _names(message: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -25,16 +25,42 @@ class Verdict:
     def holds(self) -> bool:
         if self.expected is None or self.measured is None:
             return False
+        if self.claim.tolerance == "sign":
+            return self.measured * self.expected > 0
         return abs(self.measured - self.expected) <= self.claim.tolerance
+
+    @property
+    def word(self) -> str:
+        """holds, fails or not measured."""
+        return "holds" if self.holds else "fails" if self.measured is not None else "not measured"
+
+    @property
+    def figures(self) -> tuple[str, str]:
+        """Expected and measured, as tables show them: a difference with its sign."""
+        form = "{:.3f}" if self.claim.minus is None else "{:+.3f}"
+        expected, measured = (
+            "-" if x is None else form.format(x) for x in (self.expected, self.measured)
+        )
+        return expected, measured
+
+    @property
+    def tolerance(self) -> str:
+        """As tables show it: ±0.05, or sign."""
+        allowed = self.claim.tolerance
+        return allowed if isinstance(allowed, str) else f"±{allowed:g}"
 
 
 def judge(claims: Sequence[Claim], rows: Sequence[Row]) -> list[Verdict]:
     arms = {row.arm: row for row in rows}
-    return [_verdict(claim, arms.get(claim.arm, Row(claim.arm, {}))) for claim in claims]
+    return [_verdict(claim, arms) for claim in claims]
 
 
-def _verdict(claim: Claim, row: Row) -> Verdict:
+def _verdict(claim: Claim, arms: Mapping[str, Row]) -> Verdict:
+    row = arms.get(claim.arm, Row(claim.arm, {}))
     measured, expected = _mean(row.values(claim.metric)), claim.value
+    if claim.minus is not None:
+        other = _mean(arms.get(claim.minus, Row(claim.minus, {})).values(claim.metric))
+        measured = None if measured is None or other is None else measured - other
     if expected == "window_bound":
         bounds = [
             window_bound(m["recall/ceiling"], m["chance"], m["recall/queries"])[0]
@@ -54,10 +80,9 @@ def claims_table(verdicts: Sequence[Verdict]) -> Table:
     for n, head in enumerate(("arm", "metric", "expected", "measured", "verdict")):
         out.add_column(head, justify="right" if n in (2, 3) else "left")
     for v in verdicts:
-        expected, measured = ("-" if x is None else f"{x:.3f}" for x in (v.expected, v.measured))
-        within = f"{expected} ±{v.claim.tolerance:g}"
-        verdict = "holds" if v.holds else "fails" if v.measured is not None else "not measured"
-        out.add_row(v.claim.arm, v.claim.metric, within, measured, verdict)
+        expected, measured = v.figures
+        within = f"{expected} {v.tolerance}"
+        out.add_row(v.claim.subject, v.claim.metric, within, measured, v.word)
     return out
 
 

@@ -64,9 +64,10 @@ def _share(progress: Mapping[str, Any]) -> float:
 
 
 def say(seconds: float | None) -> str:
-    """In words: 40 s, 12 min, 3.5 h; a question mark for None."""
+    """In words: 40 s, 12 min, 3.5 h, 12 days; a question mark for None."""
     if seconds is None:
         return "?"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    for unit, size, below, digits in (("s", 1, 90, 0), ("min", 60, 90, 0), ("h", 3600, 48, 1)):
+        if seconds < size * below:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds / 86400:.0f} days"
