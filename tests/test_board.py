@@ -141,7 +141,7 @@ def test_a_pooled_margin_has_the_seeds_that_all_its_arms_have(tmp_path: Path) ->
     axes = {**TWO, "decay": {"off": {}, "on": {}}}
     arms = [{"layer": layer, "decay": decay} for layer in TWO["layer"] for decay in ("off", "on")]
     cells = grid(root, axes, arms, seeds=[0, 1], report={"by": ["layer"]})
-    values = ((0.1, 0.3), (0.5, None), (0.0, 0.0), (1.0, 1.0))  # arm by arm, seed by seed
+    values = ((0.1, 0.9), (0.5, None), (0.0, 0.0), (1.0, 1.0))  # arm by arm, seed by seed
     for cell, value in zip(cells, itertools.chain(*values), strict=True):
         if value is not None:
             train(root / cell["path"], {"recall/accuracy": {9: value}})
@@ -291,13 +291,13 @@ def test_hparams_of_several_grids(tmp_path: Path) -> None:
         {info.name: info.type for info in parsed(tmp_path / folder, "experiment").hparam_infos}
         for folder in (".", "a", "b")
     ]
-    seeds = {
-        name: DATA_TYPE_FLOAT64 for name in ("seed", "seed_data", "parameters", "state_bytes")
-    }
+    assert columns(tmp_path / "b" / cell["path"])["seed"] == "3-data-4"
+    sizes = {"parameters": DATA_TYPE_FLOAT64, "state_bytes": DATA_TYPE_FLOAT64}
+    shared = {**sizes, "seed": DATA_TYPE_STRING}
     assert names == [
-        {**seeds, "size": DATA_TYPE_STRING, "layer": DATA_TYPE_STRING},
-        {**seeds, "size": DATA_TYPE_FLOAT64},
-        {**seeds, "size": DATA_TYPE_STRING, "layer": DATA_TYPE_STRING},
+        {**shared, "size": DATA_TYPE_STRING, "layer": DATA_TYPE_STRING},
+        {**shared, "size": DATA_TYPE_FLOAT64},
+        {**shared, "size": DATA_TYPE_STRING, "layer": DATA_TYPE_STRING},
     ]
 
 
