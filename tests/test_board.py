@@ -150,8 +150,8 @@ def test_a_pooled_margin_has_the_seeds_that_all_its_arms_have(tmp_path: Path) ->
         run = read(root / "summary" / "by_layer" / name)
         assert curve(run, "mean/by_layer/recall/accuracy") == {9: pytest.approx(mean)}
     assert [category.title.rpartition(", ")[2] for category in layout(root).category] == [
-        "mean and 95% t interval over seeds",
         "by layer",
+        "mean and 95% t interval over seeds",
     ]
 
 

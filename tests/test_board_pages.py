@@ -146,7 +146,7 @@ def links(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 # The link to open and what comes after it; what the page says; how many bands its charts have.
 PAGES = (
-    ("arms", "", ("mean/recall/accuracy (summary/memory)", "summary/window"), 2 * 3),
+    ("over seeds", "", ("mean/recall/accuracy (summary/memory)", "summary/window"), 4 * 3),
     ("by axis", "", ("mean/by_layer/loss/held_out (summary/by_layer/window)",), 2 * 3),
     ("TensorBoard", "#hparams", ("test/recall/accuracy", "seed", "layer", "window"), 0),
     ("TensorBoard", "#images", ("all arms/", "summary"), 0),

@@ -15,6 +15,9 @@ from ..results import read_grids
 from .hparams import write_hparams
 from .summary import FOLDER, write_summary_run
 
+SHOWN = 40
+"""Of more runs TensorBoard shows none until they are picked."""
+
 
 def board(root: Path, host: str, port: int | None) -> int:
     """Write the summary of a grid's folder, or of all grids' folders in a folder, anew, and serve
@@ -30,10 +33,10 @@ def board(root: Path, host: str, port: int | None) -> int:
     for grid in grids:
         write_summary_run(grid, *pictures(grid))
     url = _launch(root, host, port)
-    # TensorBoard shows none of more than 40 runs unless they are picked.
     at = f"^{FOLDER}/" if grids[0].root == root else f"^[^/]+/{FOLDER}/"
+    runs = sum(1 for grid in grids for _ in (grid.root / FOLDER).rglob("events.*"))
     print(f"TensorBoard: {url}")
-    print(f"arms:        {_margins(url, f'{at}[^/]+$')}")
+    print(f"over seeds:  {_margins(url, at if runs <= SHOWN else f'{at}[^/]+$')}")
     if any(grid.report.by for grid in grids):
         print(f"by axis:     {_margins(url, f'{at}[^/]+/')}")
     print("^C stops it", flush=True)

@@ -81,16 +81,16 @@ def _lines(results: Results) -> list[Line]:
         arms.setdefault(cell.arm, []).append(cell)
         options = (cell.options[axis] for axis in by if axis in cell.options)
         groups.setdefault(",".join(options), []).append(cell)
-    axis = _axis([cells[0].options for cells in arms.values()])
     lines = []
-    for arm, cells in arms.items():
-        option = cells[0].options[axis] if axis else ""
-        charts = f"{ARMS}, {axis}: {option}" if axis else ARMS
-        lines.append(Line(arm, charts, f"{option}/" if axis else "", cells))
     if by:
         part = f"by_{','.join(by)}"
         charts = f"{ARMS}, by {', '.join(by)}"
         lines += [Line(f"{part}/{n}", charts, f"{part}/", cells) for n, cells in groups.items()]
+    axis = _axis([cells[0].options for cells in arms.values()])
+    for arm, cells in arms.items():
+        option = cells[0].options[axis] if axis else ""
+        charts = f"{ARMS}, {axis}: {option}" if axis else ARMS
+        lines.append(Line(arm, charts, f"{option}/" if axis else "", cells))
     return lines
 
 
