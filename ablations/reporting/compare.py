@@ -56,9 +56,9 @@ def pictures(results: Results) -> tuple[dict[str, Figure], str]:
     rows = rows_of(results.cells, results.report.metric)
     reach = results.config(results.cells[0])["data"].get("init_args", {}).get("reach")
     figure = plot(results.name, rows, reach)
-    paper = Console(file=io.StringIO(), width=200)
-    paper.print(table(results.name, rows))
-    text = "\n".join(["```", paper.file.getvalue(), "```", *notes(rows)])
+    paper = io.StringIO()
+    Console(file=paper, width=200).print(table(results.name, rows))
+    text = "\n".join(["```", paper.getvalue(), "```", *notes(rows)])
     return ({} if figure is None else {"overview": figure}), text
 
 

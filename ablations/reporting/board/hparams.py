@@ -13,26 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.struct_pb2 import ListValue
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import api_pb2, metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import (
-    HParamsPluginData,
-    SessionEndInfo,
-    SessionStartInfo,
-)
+from tensorboard.compat.proto import summary_pb2
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from torch.utils.tensorboard.writer import FileWriter
 
 from ...running.folder import State
 from ..results import Result, Results
 from .measures import measures, sizes
 
+# Their classes are made when they are imported, so that type checkers know none.
+api: Any = api_pb2
+data: Any = plugin_data_pb2
+proto: Any = summary_pb2
+
 SUFFIX = ".hparams"
 STATUS: dict[State, Any] = {
-    "finished": api_pb2.STATUS_SUCCESS,
-    "running": api_pb2.STATUS_RUNNING,
-    "diverged": api_pb2.STATUS_FAILURE,
-    "failed": api_pb2.STATUS_FAILURE,
-    "started": api_pb2.STATUS_UNKNOWN,
+    "finished": api.STATUS_SUCCESS,
+    "running": api.STATUS_RUNNING,
+    "diverged": api.STATUS_FAILURE,
+    "failed": api.STATUS_FAILURE,
+    "started": api.STATUS_UNKNOWN,
 }
 """A pending cell has no events yet, and no session."""
 
@@ -48,13 +48,13 @@ def write_hparams(grids: Sequence[Results], root: Path) -> None:
         stale.unlink(missing_ok=True)
     for grid in grids:
         for cell, columns in _sessions(grid):
-            start = SessionStartInfo()
+            start = data.SessionStartInfo()
             for name, value in columns.items():
                 if isinstance(value, str):
                     start.hparams[name].string_value = value
                 else:
                     start.hparams[name].number_value = value
-            end = SessionEndInfo(status=STATUS[cell.state])
+            end = data.SessionEndInfo(status=STATUS[cell.state])
             _write(
                 grid.root / cell.path,
                 _record(metadata.SESSION_START_INFO_TAG, session_start_info=start),
@@ -93,7 +93,7 @@ def _read(option: str) -> float | str:
     return value if math.isfinite(value) else option
 
 
-def _experiment(grids: Sequence[Results]) -> api_pb2.Experiment:
+def _experiment(grids: Sequence[Results]) -> Any:
     """What the columns are: the union over all cells."""
     sessions = [session for grid in grids for session in _sessions(grid)]
     values: dict[str, dict[float | str, None]] = {}
@@ -102,35 +102,37 @@ def _experiment(grids: Sequence[Results]) -> api_pb2.Experiment:
             values.setdefault(name, {})[value] = None
     tags = dict.fromkeys(name for grid in grids for name in measures(grid))
     measured = {name for cell, _ in sessions for name in cell.metrics}
-    return api_pb2.Experiment(
+    return api.Experiment(
         hparam_infos=[_info(name, [*found]) for name, found in values.items()],
         metric_infos=[
-            api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"test/{name}"))
+            api.MetricInfo(name=api.MetricName(tag=f"test/{name}"))
             for name in tags
             if name in measured
         ],
     )
 
 
-def _info(name: str, values: Sequence[float | str]) -> api_pb2.HParamInfo:
+def _info(name: str, values: Sequence[float | str]) -> Any:
     """Of a column; one of words has a list to choose from, one of numbers a range."""
     words = [value for value in values if isinstance(value, str)]
     domain = ListValue()
     domain.extend(words)
-    return api_pb2.HParamInfo(
+    return api.HParamInfo(
         name=name,
-        type=api_pb2.DATA_TYPE_STRING if words else api_pb2.DATA_TYPE_FLOAT64,
+        type=api.DATA_TYPE_STRING if words else api.DATA_TYPE_FLOAT64,
         domain_discrete=domain if len(words) == len(values) else None,
         differs=len(values) > 1,
     )
 
 
-def _record(tag: str, **content: Any) -> Summary:
-    about = metadata.create_summary_metadata(HParamsPluginData(**content))
-    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
+def _record(tag: str, **content: Any) -> Any:
+    about = metadata.create_summary_metadata(data.HParamsPluginData(**content))
+    return proto.Summary(
+        value=[proto.Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)]
+    )
 
 
-def _write(folder: Path, *records: Summary) -> None:
+def _write(folder: Path, *records: Any) -> None:
     writer = FileWriter(str(folder), filename_suffix=SUFFIX)
     for record in records:
         writer.add_summary(record)
