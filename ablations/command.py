@@ -1,4 +1,4 @@
-"""`layerzoo ablate list|plan|run|validate|status`."""
+"""`layerzoo ablate list|plan|run|validate|status|board`."""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ def _status(options: argparse.Namespace) -> int:
     return status(options.dir, options.json)
 
 
+def _board(options: argparse.Namespace) -> int:
+    from .reporting.board.serve import board
+
+    return board(options.dir, options.host, options.port)
+
+
 def _shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     part, parts = map(int, found.groups()) if found else (0, 0)
@@ -72,10 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "run a grid's unfinished cells and compare all"),
         ("validate", _validate, "run the grids that claim published figures, and judge them"),
         ("status", _status, "say where a grid's cells are"),
+        ("board", _board, "compare grids in TensorBoard"),
     ):
         commands.add_parser(name, help=text).set_defaults(function=function)
-    names = ("plan", "run", "validate", "status")
-    plan, runner, validate, status = (commands.choices[name] for name in names)
+    names = ("plan", "run", "validate", "status", "board")
+    plan, runner, validate, status, board = (commands.choices[name] for name in names)
     for command in (plan, runner):
         command.add_argument("grid", help="a shipped grid's name, or a YAML file")
         command.add_argument("--size", help="of those that the grid has (default: its first)")
@@ -98,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     every = "seconds between a cell's checkpoints (default 30)"
     add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help=every)
     status.add_argument("dir", type=Path, help="a grid's folder of results")
+    board.add_argument("dir", type=Path, help="a grid's folder of results, or one of several's")
+    board.add_argument("--host", default="localhost", help="0.0.0.0 is for other machines, too")
+    board.add_argument("--port", type=int, help="default 6006, or the next one that is free")
     for command in (plan, status):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -109,6 +119,7 @@ LEAST = (
     ("retries", 0),
     ("limit_cells", 1),
     ("checkpoint_every", 0),
+    ("port", 0),
 )
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from layerzoo.spec import suggest
 
+from .board.hparams import write_hparams
+from .board.summary import write_summary_run
 from .plot import plot
 from .report import contrasts_table, notes, table, write_summary
 from .results import Results, read_results
 from .rows import Row, pooled, rows_of
-from .tensorboard import write_hparams
 from .verdicts import claims_table, judge
 
 
@@ -24,9 +27,11 @@ def compare(out: Path, console: Console) -> bool:
     rows = rows_of(results.cells, report.metric)
     verdicts = judge(results.claims, rows)
     write_summary(results, rows, verdicts, out / "summary.json")
-    write_hparams(rows, out)
-    reach = results.config(results.cells[0])["data"].get("init_args", {}).get("reach")
-    drawn = plot(results.name, rows, reach, out / "plot.png")
+    write_hparams([results], out)
+    figures, text = pictures(results)
+    write_summary_run(results, figures, text)
+    for figure in figures.values():
+        figure.savefig(out / "plot.png", dpi=130)
     console.print(table(results.name, rows))
     if report.by:
         groups = pooled(results.cells, report.by, report.metric)
@@ -37,11 +42,24 @@ def compare(out: Path, console: Console) -> bool:
         console.print(contrasts_table(results, rows[0].headline))
     if verdicts:
         console.print(claims_table(verdicts))
-    if drawn:
+    if figures:
         console.print(f"plot:        {out / 'plot.png'}", markup=False)
     console.print(f"summary:     {out / 'summary.json'}", markup=False)
-    console.print(f"tensorboard: tensorboard --logdir {out}", markup=False)
+    console.print(f"tensorboard: layerzoo ablate board {out}", markup=False)
     return not results.ended or all(verdict.holds for verdict in verdicts)
+
+
+def pictures(results: Results) -> tuple[dict[str, Figure], str]:
+    """What TensorBoard shows of them: a figure, and the table as text."""
+    if not results.cells:
+        return {}, "No arm is tuned yet."
+    rows = rows_of(results.cells, results.report.metric)
+    reach = results.config(results.cells[0])["data"].get("init_args", {}).get("reach")
+    figure = plot(results.name, rows, reach)
+    paper = io.StringIO()
+    Console(file=paper, width=200).print(table(results.name, rows))
+    text = "\n".join(["```", paper.getvalue(), "```", *notes(rows)])
+    return ({} if figure is None else {"overview": figure}), text
 
 
 def _doubts(results: Results, rows: Sequence[Row]) -> list[str]:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from layerzoo.figures import heat_map
@@ -20,18 +15,17 @@ from .report import bound_of
 from .rows import Row
 
 
-def plot(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool:
-    """Draw the finished arms; False if none has an accuracy to draw."""
+def plot(title: str, rows: Sequence[Row], reach: int | None) -> Figure | None:
+    """Draw the finished arms; None if none has an accuracy to draw."""
     axes = [
         [*dict.fromkeys(names)] for names in zip(*(r.options.values() for r in rows), strict=True)
     ]
     if len(axes) == 2 and min(map(len, axes)) > 1 and any(row.cells for row in rows):
-        _by_both(title, rows, axes, path)
-        return True
-    return _by_arm(title, rows, reach, path)
+        return _by_both(title, rows, axes)
+    return _by_arm(title, rows, reach)
 
 
-def _by_both(title: str, rows: Sequence[Row], axes: list[list[str]], path: Path) -> None:
+def _by_both(title: str, rows: Sequence[Row], axes: list[list[str]]) -> Figure:
     """A heat map of the mean accuracy over seeds, the first axis down, the second along."""
     down, along = axes
     values = np.full((len(down), len(along)), np.nan)
@@ -39,18 +33,19 @@ def _by_both(title: str, rows: Sequence[Row], axes: list[list[str]], path: Path)
         first, second = row.options.values()
         values[down.index(first), along.index(second)] = row.estimate(row.headline).mean
     size = (2.5 + 1.2 * len(along), 1.6 + 0.36 * len(down))
-    figure, panel = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    panel = figure.add_subplot()
     heat_map(panel, values, down, along)
     panel.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
-def _by_arm(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> bool:
+def _by_arm(title: str, rows: Sequence[Row], reach: int | None) -> Figure | None:
     rows = [row for row in rows if row.values("recall/accuracy")]
     if not rows:
-        return False
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        return None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for n, row in enumerate(rows):
         colour = COLOURS[n % len(COLOURS)]
         seeds, y = row.values("recall/accuracy"), len(rows) - 1 - n
@@ -103,6 +98,4 @@ def _by_arm(title: str, rows: Sequence[Row], reach: int | None, path: Path) -> b
     for axes in (left, right):
         tidy(axes, grid="x" if axes is left else "y")
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
+    return figure

@@ -17,7 +17,7 @@ from ..cells.grid import grid_name
 from ..cells.report import Report, read_report
 from ..cells.schema import Fields
 from ..cells.source import Source
-from ..running.folder import CONFIG, METRICS, RECORD, State, read_json
+from ..running.folder import CELLS, CONFIG, METRICS, RECORD, State, read_json
 from ..running.status import read_cells
 
 GRID = "grid.yaml"
@@ -95,6 +95,16 @@ def read_results(root: Path) -> Results:
         claims=read_claims(source, names),
         cells=[_result(root, cell) for cell in listed if cell["split"] == "test"],
     )
+
+
+def read_grids(root: Path) -> list[Results]:
+    """The results in a grid's folder, or in every grid's folder in a folder.
+
+    Raises:
+        SpecError: there are none.
+    """
+    below = [] if (root / CELLS).is_file() else sorted(root.glob(f"*/{CELLS}"))
+    return [read_results(path.parent) for path in below] or [read_results(root)]
 
 
 def _result(root: Path, cell: Mapping[str, Any]) -> Result:

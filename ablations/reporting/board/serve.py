@@ -1,0 +1,64 @@
+"""`layerzoo ablate board DIR`: grids in TensorBoard."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from urllib.parse import quote
+
+from tensorboard.program import TensorBoard, TensorBoardServerException
+
+from layerzoo.spec import SpecError
+
+from ..compare import pictures
+from ..results import read_grids
+from .hparams import write_hparams
+from .summary import FOLDER, write_summary_run
+
+SHOWN = 40
+"""Of more runs TensorBoard shows none until they are picked."""
+
+
+def board(root: Path, host: str, port: int | None) -> int:
+    """Write the summary of a grid's folder, or of all grids' folders in a folder, anew, and serve
+    TensorBoard on it until ^C. Returns the exit status, 0.
+
+    port: default 6006, or the next one that is free.
+
+    Raises:
+        SpecError: no grid has run there; or it cannot listen there.
+    """
+    grids = read_grids(root)
+    write_hparams(grids, root)
+    for grid in grids:
+        write_summary_run(grid, *pictures(grid))
+    url = _launch(root, host, port)
+    at = f"^{FOLDER}/" if grids[0].root == root else f"^[^/]+/{FOLDER}/"
+    runs = sum(1 for grid in grids for _ in (grid.root / FOLDER).rglob("events.*"))
+    print(f"TensorBoard: {url}")
+    print(f"over seeds:  {_margins(url, at if runs <= SHOWN else f'{at}[^/]+$')}")
+    if any(grid.report.by for grid in grids):
+        print(f"by axis:     {_margins(url, f'{at}[^/]+/')}")
+    print("^C stops it", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def _margins(url: str, runs: str) -> str:
+    """The address of the margin charts of the runs that match."""
+    runs = quote(runs, safe="")
+    return f"{url}?runFilter={runs}#custom_scalars&regexInput={runs}"
+
+
+def _launch(root: Path, host: str, port: int | None) -> str:
+    """Start the server, in a thread of its own. Returns its address."""
+    where = () if port is None else ("--port", str(port))
+    program = TensorBoard()
+    program.configure(("tensorboard", "--logdir", str(root), "--host", host, *where))
+    try:
+        return program.launch()
+    except TensorBoardServerException as error:
+        raise SpecError(" ".join(error.msg.split())) from None  # names the host or the port
