@@ -1,9 +1,10 @@
-"""`layerzoo ablate list|plan|run|status`."""
+"""`layerzoo ablate list|plan|run|report|status`."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def _run(options: argparse.Namespace) -> int:
     return run(options.grid, how, options.size)
 
 
+def _report(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .reporting.compare import compare
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    return 0 if compare(options.dir, console, options.to) else 1
+
+
 def _status(options: argparse.Namespace) -> int:
     from .running.status import status
 
@@ -63,10 +73,12 @@ def _parser() -> argparse.ArgumentParser:
         ("list", _list, "list the shipped grids"),
         ("plan", _plan, "print a grid's cells, their sizes and how long they take; run nothing"),
         ("run", _run, "run a grid's unfinished cells and compare all"),
+        ("report", _report, "write the report of a grid's results, finished or not"),
         ("status", _status, "say where a grid's cells are"),
     ):
         commands.add_parser(name, help=text).set_defaults(function=function)
-    plan, runner, status = (commands.choices[name] for name in ("plan", "run", "status"))
+    names = ("plan", "run", "report", "status")
+    plan, runner, report, status = (commands.choices[name] for name in names)
     for command in (plan, runner):
         command.add_argument("grid", help="a shipped grid's name, or a YAML file")
         command.add_argument("--size", help="of those that the grid has (default: its first)")
@@ -82,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit-cells", type=int, help="run so many cells at most")
     every = "seconds between a cell's checkpoints (default 30)"
     add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help=every)
-    status.add_argument("dir", type=Path, help="a grid's folder of results")
+    for command in (report, status):
+        command.add_argument("dir", type=Path, help="a grid's folder of results")
+    report.add_argument("--to", type=Path, help="folder of the report (default DIR/report)")
     for command in (plan, status):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -137,7 +137,7 @@ def run(name: str, how: How, size: str | None = None) -> int:
     """
     grid = load_grid(name, size)
     out = how.out / grid.name
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     this = Run(grid, how, console)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
     try:
