@@ -117,6 +117,16 @@ def test_p_is_corrected_over_the_contrasts_of_a_figure(write_results: WriteResul
     assert (b[5], c[5]) == ("higher", "higher")
 
 
+def test_ten_pairs_have_a_bootstrap_interval(write_results: WriteResults) -> None:
+    def measured(arm: dict[str, str], seed: int) -> dict[str, float]:
+        return {"accuracy/all": 0.5 if arm["layer"] == "window" else 0.6 + 0.01 * (seed % 5)}
+
+    root = write_results(measured, axes=LAYERS, seeds=[*range(10)], report={"baseline": "window"})
+    heads, row = lines(report(root)[0], "## Contrasts")
+    low, high = map(float, row[6].split(" to "))
+    assert heads[6] == "bootstrap interval" and 11 <= low < 12 < high <= 13 and row[4] == "10"
+
+
 def test_a_part_of_a_grid_says_what_is_missing(write_results: WriteResults) -> None:
     def measured(arm: dict[str, str], seed: int) -> Any:
         if arm["layer"] == "window":
@@ -137,6 +147,7 @@ def test_a_part_of_a_grid_says_what_is_missing(write_results: WriteResults) -> N
         ["memory", "2", "missing", "-"],
     ]
     assert compare(root, Console(quiet=True))
+    json.loads((root / "report" / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN
 
 
 def test_nothing_has_finished(write_results: WriteResults) -> None:
@@ -297,7 +308,6 @@ def test_the_same_results_give_the_same_bytes_and_no_path_of_this_machine(
     first, second = bytes_of(moved / "report"), bytes_of(tmp_path / "apart")
     assert first == second and {"summary.json", "figures/overview.svg"} <= first.keys()
     assert not [name for name, content in first.items() if str(tmp_path).encode() in content]
-    json.loads(first["summary.json"], parse_constant=pytest.fail)  # no NaN
 
 
 def test_figures_that_are_no_longer_drawn_are_removed(whole: Path) -> None:

@@ -69,11 +69,20 @@ def curves(findings: Findings, family: Curves) -> Figure:
     names = [row.arm for row in rows]
     width, height = 5.6 + inches(names, 8), max(2.6, 0.17 * min(LINES, len(rows)) + 0.8)
     figure = Figure(figsize=(width, 0.4 + height * len(parts)), layout="constrained")
-    panels: Any = figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0]
+    panels: Any = figure.subplots(len(parts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    means: list[float] = []
     for axes, (part, second) in zip(panels, parts, strict=True):
-        _panel(axes, findings, family, part, second)
+        means += _panel(axes, findings, family, part, second)
         if second:
             axes.set_title(f"{family.sides[1]} {second[0]}", fontsize=9)
+    if is_share(next(iter(family.tags.values()))):
+        panels[0].set_ylim(-0.04, 1.04)
+        in_percent(panels[0].yaxis)
+    elif means:
+        # By the means: the interval of two seeds may be wider than all of the figure.
+        low, high = min(means), max(means)
+        room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
+        panels[0].set_ylim(low - room, high + room)
     panels[-1].set_xlabel(XLABELS.get(family.name, family.sides[0]))
     return figure
 
@@ -87,7 +96,8 @@ def _parts(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _panel(
     axes: Any, findings: Findings, family: Curves, rows: Sequence[Row], second: tuple[int, ...]
-) -> None:
+) -> list[float]:
+    """Draw some arms; all means."""
     style, means = looks(findings.rows), list[float]()
     firsts = sorted({at[0] for at in family.tags if at[1:] == second})
     for row in rows:
@@ -100,24 +110,17 @@ def _panel(
         mean, half = np.array([estimate for _, estimate in found]).T
         means += mean.tolist()
         axes.plot(at, mean, color=colour, marker=marker, ms=4, label=wrapped(row.arm))
-        axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.12, lw=0)
+        axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.1, lw=0)
     if firsts and firsts[0] > 0 and firsts[-1] >= 8 * firsts[0]:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(firsts))
     binned = BINNED.fullmatch(family.name)
     axes.set_xticks(firsts, [f"{n}-{2 * n - 1}" if binned and n > 1 else f"{n}" for n in firsts])
-    if is_share(next(iter(family.tags.values()))):
-        axes.set_ylim(-0.04, 1.04)
-        in_percent(axes.yaxis)
-    elif means:
-        # By the means: the interval of two seeds may be wider than all of the figure.
-        low, high = min(means), max(means)
-        room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
-        axes.set_ylim(low - room, high + room)
     axes.set_ylabel(family.name)
     if family.name == "recall_lag" and findings.reach is not None:
         # A bin's point stands at its lower edge; the reach is one short of the key's distance.
         axes.axvline(findings.reach - 0.5, color="0.4", ls="--", lw=1, label="window's reach")
     legend(axes)
     tidy(axes)
+    return means
