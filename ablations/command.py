@@ -1,9 +1,10 @@
-"""`layerzoo ablate list|plan|run|validate|status|board`."""
+"""`layerzoo ablate list|plan|run|status|report|board|validate`."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def _validate(options: argparse.Namespace) -> int:
     return validate(options.grids, How(out=options.out, jobs=options.jobs), options.all)
 
 
+def _report(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .reporting.compare import compare
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    return 0 if compare(options.dir, console, options.to) else 1
+
+
 def _status(options: argparse.Namespace) -> int:
     from .running.status import status
 
@@ -76,13 +86,15 @@ def _parser() -> argparse.ArgumentParser:
         ("list", _list, "list the shipped grids"),
         ("plan", _plan, "print a grid's cells, their sizes and how long they take; run nothing"),
         ("run", _run, "run a grid's unfinished cells and compare all"),
-        ("validate", _validate, "run the grids that claim published figures, and judge them"),
         ("status", _status, "say where a grid's cells are"),
+        ("report", _report, "write the report of a grid's results, finished or not"),
         ("board", _board, "compare grids in TensorBoard"),
+        ("validate", _validate, "run the grids that claim published figures, and judge them"),
     ):
         commands.add_parser(name, help=text).set_defaults(function=function)
-    names = ("plan", "run", "validate", "status", "board")
-    plan, runner, validate, status, board = (commands.choices[name] for name in names)
+    plan, runner, status, report, board, validate = (
+        commands.choices[name] for name in ("plan", "run", "status", "report", "board", "validate")
+    )
     for command in (plan, runner):
         command.add_argument("grid", help="a shipped grid's name, or a YAML file")
         command.add_argument("--size", help="of those that the grid has (default: its first)")
@@ -104,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit-cells", type=int, help="run so many cells at most")
     every = "seconds between a cell's checkpoints (default 30)"
     add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help=every)
-    status.add_argument("dir", type=Path, help="a grid's folder of results")
+    for command in (status, report):
+        command.add_argument("dir", type=Path, help="a grid's folder of results")
+    report.add_argument("--to", type=Path, help="folder of the report (default DIR/report)")
     board.add_argument("dir", type=Path, help="a grid's folder of results, or one of several's")
     board.add_argument("--host", default="localhost", help="0.0.0.0 is for other machines, too")
     board.add_argument("--port", type=int, help="default 6006, or the next one that is free")

@@ -138,7 +138,7 @@ def run(name: str, how: How, size: str | None = None, tables: bool = True) -> in
     """
     grid = load_grid(name, size)
     out = how.out / grid.name
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     this = Run(grid, how, console)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
     try:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from layerzoo import layer, list_layers
+from layerzoo.ablations.cells.arms import arm_name, read_arms
+from layerzoo.ablations.cells.axes import read_axes
+from layerzoo.ablations.cells.source import Source
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,3 +35,57 @@ def registry() -> Iterator[dict[str, type[layer.Layer]]]:
     yield layer._REGISTRY
     layer._REGISTRY.clear()
     layer._REGISTRY.update(before)
+
+
+Measured = Mapping[str, float] | str | None
+"""Of a cell: its figures; {} if it diverged, the reason if it failed, None if it has not run."""
+SIZES = {"steps": 500, "parameters": 1000, "state_bytes": 64, "length": 48}
+
+
+@pytest.fixture
+def write_results(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of results as `layerzoo ablate run` leaves it, without training."""
+
+    def write(
+        measured: Callable[[dict[str, str], int], Measured],
+        about: Callable[[str], dict[str, Any]] = lambda arm: {},
+        data: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> Path:
+        """measured: by an arm's options and a seed. about: what cell.json has of an arm beside."""
+        root = tmp_path / "grid"
+        root.mkdir()
+        tree = {"name": "grid", "base": "mqar", "seeds": [0, 1, 2], **fields}
+        file = root / "grid.yaml"
+        file.write_text(f"# Does it remember?\n{yaml.safe_dump(tree, sort_keys=False)}")
+        source = Source(file)
+        arms = read_arms(source, read_axes(source, "axes"), tree.get("design", "product"))
+        cells = []
+        for seed in tree["seeds"]:
+            for arm in arms:
+                cell = {"path": f"{arm_name(arm)}/seed-{seed}", "arm": arm_name(arm)}
+                cell |= {"options": arm, "seed": {"init": seed, "data": seed}, "split": "test"}
+                cell |= {"tuned": {}, "matched": {}, **about(arm_name(arm))}
+                cells.append(cell)
+                _write_cell(root / cell["path"], measured(arm, seed), data or {})
+        (root / "cells.json").write_text(json.dumps(cells))
+        return root
+
+    return write
+
+
+def _write_cell(folder: Path, measured: Measured, data: Mapping[str, Any]) -> None:
+    if measured is None:
+        return
+    folder.mkdir(parents=True)
+    task = {"class_path": "layerzoo.data.MQAR", "init_args": {**data}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": task}))
+    if isinstance(measured, str):
+        (folder / "failed.json").write_text(json.dumps({"reason": measured}))
+    elif not measured:
+        (folder / "diverged.json").write_text(json.dumps({"reason": "loss nan at step 7"}))
+    else:
+        (folder / "metrics.json").write_text(json.dumps({**SIZES, **measured}))
+        record = {"versions": {"layerzoo": "0.1.0", "torch": "2.13.0", "commit": "a" * 40}}
+        record |= {"device": "cpu", "seconds": 60.0}
+        (folder / "record.json").write_text(json.dumps(record))

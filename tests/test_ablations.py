@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,8 +20,7 @@ from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.claims import Claim
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.ablations.command import main
-from layerzoo.ablations.reporting import plot as plotting
-from layerzoo.ablations.reporting.report import bound_of
+from layerzoo.ablations.reporting.findings import bound_of
 from layerzoo.ablations.reporting.results import Result
 from layerzoo.ablations.reporting.rows import Row, differences, pooled, rows_of
 from layerzoo.ablations.reporting.statistics import mean_interval, window_bound
@@ -96,7 +94,7 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     root = tmp_path / "tiny"
     first = metrics_of(root)
     assert [*first] == [f"{arm}/seed-{seed}" for arm in ("memory", "window") for seed in (0, 1)]
-    summary = json.loads((root / "summary.json").read_text())
+    summary = json.loads((root / "report" / "summary.json").read_text())
     assert {arm["arm"]: arm["seeds"] for arm in summary["arms"]} == {
         "window": ["0", "1"],
         "memory": ["0", "1"],
@@ -109,7 +107,9 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     record = json.loads((folder / "record.json").read_text())
     assert record["impl"] == {"sliding_attention": ["chunked"]} and record["seconds"] > 0
     assert {"layerzoo", "torch", "lightning", "python", "commit"} <= record["versions"].keys()
-    assert (root / "plot.png").stat().st_size > 10_000
+    text = (root / "report" / "report.md").read_text()
+    assert "**Partial: 2 of 6 cells have no result yet.**" in text
+    assert re.search(r"\| broken \| 0 \| failed \| .*no Triton kernel yet", text)
 
     # Paired: the arms of one seed see the same queries; another seed sees others.
     ceilings = [[c["recall/ceiling"] for c in arm["cells"]] for arm in summary["arms"][:2]]
@@ -146,7 +146,7 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     other = tree["set"] | {"model.network.dim": 32}
     assert go(grid_file(tmp_path, set=other), tmp_path, jobs=1, limit=1) == 0
     out = capsys.readouterr().out
-    assert "1 of 4 cells to run" in out and "window (1 of 2 cells)" in out
+    assert "1 of 4 cells to run" in out and re.search(r"window +1/2", out)
     assert len([*root.rglob("metrics.json")]) == 5
 
     # A cell is an ordinary run: its config alone makes it again.
@@ -213,7 +213,7 @@ def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: An
             metrics = prepare(cell, tmp_path / "tiny") / METRICS
             metrics.write_text(json.dumps(figures | sizes))
         status = go(path, tmp_path)
-        summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+        summary = json.loads((tmp_path / "tiny" / "report" / "summary.json").read_text())
         return status, [each["holds"] for each in summary["claims"]]
 
     assert judged(claim()) == (0, [True])
@@ -274,28 +274,6 @@ def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> 
     # The table's line about one bound for all is for arms that share a ceiling.
     assert bound_of(rows) is None
     assert bound_of(rows[:1]) == pytest.approx(window_bound(0.5, 0.1, 99))
-
-
-def test_a_grid_of_two_axes_is_drawn_as_a_map(tmp_path: Path, monkeypatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(plotting, "heat_map", lambda axes, *rest: drawn.append(rest))
-    rows = rows_of(
-        [
-            each
-            for task, name in (("recall", "recall/accuracy"), ("parity", "accuracy/all"))
-            for layer in ("a", "b", "c")
-            for each in ended(
-                f"{task},{layer}", {"task": task, "layer": layer}, {name: 0.25}, {name: 0.75}
-            )
-        ]
-    )
-    rows[4].cells.clear()  # has not run
-    assert plotting.plot("title", rows, None, tmp_path / "map.png")
-    ((values, down, along),) = drawn
-    assert (down, along) == (["recall", "parity"], ["a", "b", "c"])
-    assert np.array_equal(values, [[0.5] * 3, [0.5, np.nan, 0.5]], equal_nan=True)
-    assert (tmp_path / "map.png").is_file()
-    assert not plotting.plot("title", [Row("x", {"layer": "x"})], None, tmp_path / "no.png")
 
 
 def test_contrasts_are_paired_and_groups_count_seeds() -> None:

@@ -44,6 +44,7 @@ class Report(Config):
     """What the report of a grid shows, beside what it finds by itself.
 
     metric: the headline; null is the accuracy that the task has.
+    columns: further figures of the test split, each a column of the table and contrasted, too.
     by: the axes to group by.
     baseline: an arm that every other is compared with, seed by seed.
     contrasts: others: two arms, [arm, arm]; or {axis: [option, option], ..}, which are all pairs
@@ -53,6 +54,7 @@ class Report(Config):
     """
 
     metric: str | None = None
+    columns: tuple[str, ...] = ()
     by: tuple[str, ...] = ()
     baseline: str | None = None
     contrasts: tuple[Any, ...] = ()
@@ -84,6 +86,7 @@ def read_report(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm]) -
         laws.append(law)
     return Report(
         metric=report.metric,
+        columns=report.columns,
         by=report.by,
         baseline=report.baseline,
         contrasts=tuple(contrasts),

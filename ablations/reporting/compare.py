@@ -1,77 +1,89 @@
-"""What a grid's finished cells say together: a table, contrasts, claims, a plot, a summary."""
+"""What a grid's finished cells say together: tables on screen, a report in files."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from layerzoo.spec import suggest
+from layerzoo.spec import SpecError
 
+from ..running.folder import write_json
+from .about import doubts, partial
 from .board.hparams import write_hparams
 from .board.summary import write_summary_run
-from .plot import plot
-from .report import contrasts_table, notes, table, write_summary
-from .results import Results, read_results
-from .rows import Row, pooled, rows_of
-from .verdicts import claims_table, judge
+from .data import write_data
+from .figures import Picture, figures_of, pictures
+from .figures.canvas import save_svg
+from .findings import Findings, find
+from .html import as_html
+from .report import notes, page, scaling_notes
+from .summary import summary
+from .tables import contrasts_table, results_table, scaling_table
+from .verdicts import claims_table
+
+REPORT = "report"
+"""In the grid's folder: its report."""
 
 
-def compare(out: Path, console: Console) -> bool:
-    """Write and print it all; False if all cells have ended and a claim does not hold."""
-    results = read_results(out)
-    report = results.report
-    rows = rows_of(results.cells, report.metric)
-    verdicts = judge(results.claims, rows)
-    write_summary(results, rows, verdicts, out / "summary.json")
-    write_hparams([results], out)
-    figures, text = pictures(results)
-    write_summary_run(results, figures, text)
-    for figure in figures.values():
-        figure.savefig(out / "plot.png", dpi=130)
-    console.print(table(results.name, rows))
-    if report.by:
-        groups = pooled(results.cells, report.by, report.metric)
-        console.print(table(f"{results.name} by {', '.join(report.by)}", groups))
-    for line in (*notes(rows), *_doubts(results, rows)):
+def compare(root: Path, console: Console, to: Path | None = None) -> bool:
+    """Write and print it all; False if all cells have ended and a claim does not hold.
+
+    Args:
+        to: the folder of the report, default `report` in the grid's.
+    """
+    findings, folder = find(root), to or root / REPORT
+    try:
+        drawn = pictures(findings)
+        files = write_report(findings, drawn, folder)
+    except OSError as error:
+        raise SpecError(f"{folder}: {error.strerror}; give another --to") from None
+    write_hparams([findings.results], root)
+    write_summary_run(findings.results, figures_of(drawn), page(findings, {}))
+    _print(findings, console)
+    console.print(f"report:      {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+    console.print(f"tensorboard: layerzoo ablate board {root}", markup=False, soft_wrap=True)
+    return not findings.results.ended or all(verdict.holds for verdict in findings.verdicts)
+
+
+def write_report(findings: Findings, drawn: Mapping[str, Picture], folder: Path) -> list[Path]:
+    """Write the report's files anew, and remove the figures of an earlier one that are in it no
+    more.
+
+    Returns: the files, but for the figures.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    text_file, html_file = folder / "report.md", folder / "report.html"
+    before = text_file.read_text() if text_file.is_file() else ""
+    for name, picture in drawn.items():
+        save_svg(picture.figure, folder / "figures" / f"{name}.svg")
+    for stale in {*re.findall(r"\]\(figures/([\w.=-]+)\.svg\)", before)} - {*drawn}:
+        (folder / "figures" / f"{stale}.svg").unlink(missing_ok=True)
+    text = page(findings, drawn)
+    text_file.write_text(text)
+    svgs = {f"figures/{name}.svg": (folder / "figures" / f"{name}.svg") for name in drawn}
+    inside = {name: path.read_text() for name, path in svgs.items()}
+    html_file.write_text(as_html(findings.results.name, text, inside))
+    write_json(folder / "summary.json", summary(findings))
+    return [text_file, html_file, folder / "summary.json", *write_data(findings.results, folder)]
+
+
+def _print(findings: Findings, console: Console) -> None:
+    results = findings.results
+    console.print(results_table(findings, findings.rows, results.name))
+    if findings.groups:
+        name = f"{results.name} by {', '.join(results.report.by)}"
+        console.print(results_table(findings, findings.groups, name))
+    missing = partial(findings)
+    for line in (*notes(findings), *doubts(findings), *([missing] if missing else [])):
         console.print(line, markup=False)
-    if report.contrasts:
-        console.print(contrasts_table(results, rows[0].headline))
-    if verdicts:
-        console.print(claims_table(verdicts))
-    if figures:
-        console.print(f"plot:        {out / 'plot.png'}", markup=False)
-    console.print(f"summary:     {out / 'summary.json'}", markup=False)
-    console.print(f"tensorboard: layerzoo ablate board {out}", markup=False)
-    return not results.ended or all(verdict.holds for verdict in verdicts)
-
-
-def pictures(results: Results) -> tuple[dict[str, Figure], str]:
-    """What TensorBoard shows of them: a figure, and the table as text."""
-    if not results.cells:
-        return {}, "No arm is tuned yet."
-    rows = rows_of(results.cells, results.report.metric)
-    reach = results.config(results.cells[0])["data"].get("init_args", {}).get("reach")
-    figure = plot(results.name, rows, reach)
-    paper = io.StringIO()
-    Console(file=paper, width=200).print(table(results.name, rows))
-    text = "\n".join(["```", paper.getvalue(), "```", *notes(rows)])
-    return ({} if figure is None else {"overview": figure}), text
-
-
-def _doubts(results: Results, rows: Sequence[Row]) -> list[str]:
-    """What the cells have not in common, and a metric that none has."""
-    cells = [cell for row in rows for cell in row.cells]
-    records = [results.record(cell) for cell in cells]
-    lines = []
-    for what in ("layerzoo", "commit", "torch"):
-        found = {str(record.get("versions", {}).get(what)) for record in records}
-        if len(found) > 1:
-            lines.append(f"warning: cells ran with different {what}: {', '.join(sorted(found))}")
-    name = results.report.metric
-    if name and cells and not any(name in cell.metrics for cell in cells):
-        lines.append(f"warning: no cell measured '{name}'; {suggest(name, cells[0].metrics)}")
-    return lines
+    for name, family in findings.contrasts.items():
+        console.print(contrasts_table(name, family))
+    for law in results.report.scaling:
+        console.print(scaling_table([fit for fit in findings.laws if fit.law is law]))
+    for line in (line for fit in findings.laws for line in scaling_notes(fit)):
+        console.print(line, markup=False)
+    if findings.verdicts:
+        console.print(claims_table(findings.verdicts))

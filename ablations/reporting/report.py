@@ -1,140 +1,112 @@
-"""What a grid found: rows per arm, a table, a summary on disk."""
+"""The report of a grid, in markdown: what ran, what it found, how sure that is."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from .about import command, doubts, partial, summary_line
+from .figures import Picture
+from .findings import Findings, bound_of
+from .laws import Fitted
+from .markdown import escape, markdown_table
+from .tables import (
+    SUCCESS,
+    continual_table,
+    contrasts_table,
+    results_table,
+    scaling_table,
+    tuned_table,
+    unfinished_table,
+)
+from .verdicts import claims_table
 
-from layerzoo.metrics import SuccessRate
-
-from ..running.folder import write_json
-from .results import Results
-from .rows import Row, differences
-from .statistics import Estimate, mean_interval, window_bound
-from .verdicts import Verdict, plain_verdicts
-
-SUCCESS = 0.9
-"""Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
-SHARES = ("accuracy/", "recall/accuracy", "recall/beyond_window", "recall_lag/")
-"""How the names of figures begin that are shown in %."""
-
-
-def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
-    """The window's bound on accuracy and its standard error, if the grid has one ceiling for
-    all arms."""
-    shown = [
-        (cell.seed, cell.metrics)
-        for row in rows
-        for cell in row.cells
-        if cell.metrics.get("chance") and "recall/ceiling" in cell.metrics
-    ]
-    ceilings = {(seed, m["recall/ceiling"]) for seed, m in shown}
-    if not shown or len(ceilings) > len({seed for seed, _ in shown}):  # arms differ in reach
-        return None
-    ceiling = mean_interval([m["recall/ceiling"] for _, m in shown]).mean
-    return window_bound(ceiling, shown[0][1]["chance"], shown[0][1]["recall/queries"])
+INTERVALS = (
+    "± is the half width of a 95% interval of the mean over seeds (Student's t); a single seed "
+    "has none."
+)
+CONTRASTS = (
+    "Differences are first minus second, of cells of the same seed; ± is the 95% t interval of "
+    "their mean, p that of the paired t test. Holm p is corrected for all contrasts of this "
+    "figure; *higher* or *lower* is the first arm where it is below 0.05, and *not told apart* "
+    "says nothing of equality. The intervals are not corrected. With fewer than 6 pairs no rank "
+    "test can give p < 0.05; the t test can, as far as the differences are normal."
+)
+SCALING = (
+    "Each form is fitted to all sizes, in logs with Huber's loss; its held-out miss is the mean "
+    "factor, less 1, by which a fit without the largest sizes misses these. The best form has "
+    "the smallest miss. Intervals are of a bootstrap of whole arms with their seeds."
+)
 
 
-def success_rate(accuracies: Sequence[float]) -> float:
-    """The share of the runs that reach SUCCESS."""
-    metric = SuccessRate(SUCCESS)
-    metric.update(torch.tensor(accuracies, dtype=torch.float64))
-    return float(metric.compute())
+def page(findings: Findings, pictures: Mapping[str, Picture]) -> str:
+    """The whole report; its figures lie in figures/, beside it."""
+    blocks = [*_opening(findings)]
+    for title, section in (
+        ("Results", _results(findings)),
+        ("Contrasts", _contrasts(findings)),
+        ("Curves", iter(())),
+        ("Continual learning", _continual(findings)),
+        ("Scaling", _scaling(findings, pictures)),
+        ("Claims", _claims(findings)),
+        ("Cells", _cells(findings)),
+    ):
+        key = title.split()[0].lower()
+        found = [*section, *(_image(n, p) for n, p in pictures.items() if p.section == key)]
+        if found:
+            blocks += [f"## {title}", *found]
+    return "\n\n".join(blocks) + "\n"
 
 
-def table(name: str, rows: Sequence[Row]) -> Table:
-    """Mean and 95% t interval over cells; dashes where a task has no such metric."""
-    kinds = {row.headline if row.metric else row.headline.partition("/")[0] for row in rows}
-    what = kinds.pop() if len(kinds) == 1 else "accuracy"
-    cells = max(row.planned for row in rows)
-    title = f"{name}: {what}, mean ± 95% t interval over {cells} runs, accuracies in %"
-    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
-    heads = (
-        "arm",
-        what,
-        "beyond window",
-        "ceiling",
-        f"≥{SUCCESS:.0%}",
-        "loss",
-        "params",
-        "state",
-    )
-    for n, head in enumerate(heads):
-        out.add_column(head, justify="right" if n else "left", no_wrap=True)
-    for row in rows:
-        accuracy = row.values(row.headline) if row.headline.startswith(SHARES) else []
-        out.add_row(
-            row.arm + _missing(row),
-            shown(row.headline, row.estimate(row.headline)),
-            _percent(row.estimate("recall/beyond_window")),
-            _mean(row.estimate("recall/ceiling"), "{:.1%}"),
-            f"{success_rate(accuracy) * len(accuracy):.0f}/{len(accuracy)}" if accuracy else "-",
-            _mean(row.estimate("loss/held_out"), "{:.3f}"),
-            _mean(row.estimate("parameters"), "{:,.0f}"),
-            _mean(row.estimate("state_bytes"), "{:,.0f}"),
-        )
-    return out
+def _opening(findings: Findings) -> Iterator[str]:
+    results = findings.results
+    yield f"# {escape(results.name)}"
+    if results.question:
+        yield escape(results.question)
+    if missing := partial(findings):
+        yield f"**{escape(missing)}**"
+    yield escape(summary_line(findings))
+    yield f"`{command(results)}` runs it again."
+    for line in doubts(findings):
+        yield f"**{escape(line)}**"
 
 
-def _missing(row: Row) -> str:
-    """What a row does not say of all its cells."""
-    parts = [f"{row.diverged} diverged"] if row.diverged else []
-    if (ended := len(row.cells) + row.diverged) < row.planned:
-        parts.append(f"{ended} of {row.planned} cells")
-    return f" ({', '.join(parts)})" if parts else ""
+def _results(findings: Findings) -> Iterator[str]:
+    yield markdown_table(results_table(findings, findings.rows, ""))
+    yield " ".join((INTERVALS, *map(escape, notes(findings))))
+    if findings.groups:
+        by = ", ".join(findings.results.report.by)
+        yield f"By {escape(by)}, of each seed the mean over the arms, so that seeds are counted:"
+        yield markdown_table(results_table(findings, findings.groups, ""))
+    if tuned := tuned_table(findings):
+        yield "Tuned, on other seeds and the validation split:"
+        yield markdown_table(tuned)
 
 
-def shown(name: str, estimate: Estimate) -> str:
-    """A figure with its interval; what is a share, in %."""
-    if name.startswith(SHARES):
-        return _percent(estimate)
-    half = "" if math.isnan(estimate.half) else f" ±{estimate.half:.3g}"
-    return _mean(estimate, f"{{:.4g}}{half}")
-
-
-def contrasts_table(results: Results, headline: str) -> Table:
-    """Differences of the headline, paired by seed."""
-    out = Table(title=f"contrasts of {headline}, paired by seed", box=SIMPLE_HEAD, padding=(0, 1))
-    for n, head in enumerate(("contrast", "difference ± 95% t interval", "pairs")):
-        out.add_column(head, justify="right" if n else "left")
-    for contrast in results.report.contrasts:
-        found = differences(results.cells, contrast.pairs, headline)
-        out.add_row(contrast.label, shown(headline, mean_interval(found)), str(len(found)))
-    return out
-
-
-def _percent(estimate: Estimate) -> str:
-    half = "" if math.isnan(estimate.half) else f" ±{100 * estimate.half:.1f}"
-    return _mean(estimate, f"{{:.1%}}{half}").replace("%", "")
-
-
-def _mean(estimate: Estimate, form: str) -> str:
-    return "-" if math.isnan(estimate.mean) else form.format(estimate.mean)
-
-
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What the table's numbers mean, and what is missing from it."""
-    lines = []
+def notes(findings: Findings) -> list[str]:
+    """What the numbers of the table mean."""
+    rows, lines = findings.rows, []
+    figures = {name for row in rows for cell in row.cells for name in cell.metrics}
+    accuracies = [row for row in rows if row.scores]
+    if accuracies:
+        lines.append(f"≥{SUCCESS:.0%}: the seeds that reach it; recall is bimodal over seeds.")
+    if "recall/ceiling" in figures:
+        whose = "the arm's own" if findings.reach is None else "the window arm's"
+        lines.append(f"Ceiling: the queries whose value is within {whose} reach.")
+    if "recall/beyond_window" in figures:
+        lines.append("Beyond window: the accuracy on all other queries.")
     if bound := bound_of(rows):
         lines.append(
             f"A model that answers all that its window shows and guesses the rest recalls "
             f"{bound[0]:.1%} (standard error of one run {bound[1]:.1%})."
         )
-    if rows and rows[0].cells:
-        length = rows[0].cells[0].metrics["length"]
+    if length := next((c.metrics["length"] for row in rows for c in row.cells), None):
         lines.append(f"State: bytes of all layers after {length} tokens, batch 1, float32.")
-    lines += _matched(rows)
-    return lines
+    return lines + _matched(findings)
 
 
-def _matched(rows: Sequence[Row]) -> list[str]:
+def _matched(findings: Findings) -> list[str]:
     """What the arms were matched by, and how well."""
-    found = {row.arm: row.cells[0].matched for row in rows if row.cells and row.cells[0].matched}
+    found = {cell.arm: cell.matched for cell in findings.results.cells if cell.matched}
     if not found:
         return []
     first = next(iter(found.values()))
@@ -145,32 +117,58 @@ def _matched(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def write_summary(
-    results: Results, rows: Sequence[Row], verdicts: Sequence[Verdict], path: Path
-) -> None:
-    """One JSON file with every arm's estimates, every cell's metrics and every claim."""
-    names = ("recall/accuracy", "accuracy/all", "recall/beyond_window", "recall/ceiling")
-    names += ("loss/held_out",)
-    names += (metric,) if (metric := rows[0].metric) and metric not in names else ()
-    arms = [
-        {
-            "arm": row.arm,
-            "options": row.options,
-            "seeds": [str(cell.seed) for cell in row.cells],
-            "diverged": row.diverged,
-            "matched": row.cells[0].matched if row.cells else {},
-            **{name: row.estimate(name)._asdict() for name in names if row.values(name)},
-            "success_rate": success_rate(v) if (v := row.values(row.headline)) else None,
-            "cells": [cell.metrics for cell in row.cells],
-            "folders": [cell.path for cell in row.cells],
-        }
-        for row in rows
-    ]
-    bound = bound_of(rows)
-    summary = {
-        "grid": results.fields.to_fields(),
-        "window_bound": {"mean": bound[0], "standard_error": bound[1]} if bound else None,
-        "claims": plain_verdicts(verdicts),
-        "arms": arms,
-    }
-    write_json(path, summary)
+def _contrasts(findings: Findings) -> Iterator[str]:
+    for name, family in findings.contrasts.items():
+        yield f"Of {escape(name)}:"
+        yield markdown_table(contrasts_table(name, family))
+    if findings.contrasts:
+        yield CONTRASTS
+
+
+def _continual(findings: Findings) -> Iterator[str]:
+    if table := continual_table(findings.rows):
+        yield markdown_table(table)
+
+
+def _scaling(findings: Findings, pictures: Mapping[str, Picture]) -> Iterator[str]:
+    for n, law in enumerate(findings.results.report.scaling, 1):
+        fits = [fit for fit in findings.laws if fit.law is law]
+        table = scaling_table(fits)
+        yield f"{escape(law.y)} against {escape(' and '.join(law.x))}:"
+        if table.row_count:
+            yield markdown_table(table)
+        told = [line for fit in fits for line in scaling_notes(fit)]
+        if told:
+            yield "\n".join(f"- {escape(line)}" for line in told)
+        if picture := pictures.get(f"scaling-{n}"):
+            yield _image(f"scaling-{n}", picture)
+    if findings.laws:
+        yield SCALING
+
+
+def scaling_notes(fit: Fitted) -> list[str]:
+    """What a fit does not use, and why it is refused."""
+    name = fit.group or fit.law.y
+    lines = [f"{name}: {count} cells left out: {why}." for why, count in fit.left_out.items()]
+    if fit.scaling is None:
+        lines.append(f"{name}: no exponent: no cell to fit.")
+    elif fit.scaling.refused:
+        lines.append(f"{name}: no exponent: {fit.scaling.refused}.")
+    return lines
+
+
+def _claims(findings: Findings) -> Iterator[str]:
+    if findings.verdicts:
+        yield markdown_table(claims_table(findings.verdicts))
+
+
+def _cells(findings: Findings) -> Iterator[str]:
+    table = unfinished_table(findings)
+    if table is None:
+        yield f"All {len(findings.results.cells)} cells finished."
+    else:
+        yield markdown_table(table)
+
+
+def _image(name: str, picture: Picture) -> str:
+    return f"![{escape(picture.caption)}](figures/{name}.svg)"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 from ..cells.cell import Seed
 from .results import Result
@@ -13,6 +14,12 @@ from .statistics import Estimate, mean_interval
 
 ACCURACIES = ("recall/accuracy", "accuracy/all")
 """What a task's headline is, the first that it has."""
+
+
+def figure(metrics: Mapping[str, Any], name: str | None) -> float | None:
+    """A figure of a cell; None is named for the accuracy that its task has."""
+    names = ACCURACIES if name is None else (name,)
+    return next((metrics[n] for n in names if metrics.get(n) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -30,17 +37,23 @@ class Row:
     diverged: int = 0
     metric: str | None = None
 
-    def by_seed(self, name: str) -> dict[Seed, float]:
-        """A figure at each seed that has it: of several arms their mean, so that seeds, which are
-        drawn, are counted, and arms, which are chosen, are not."""
+    def by_seed(self, name: str | None) -> dict[Seed, float]:
+        """A figure, None for the accuracy that each task has, at each seed that has it: of several
+        arms their mean, so that seeds, which are drawn, are counted, and arms, which are chosen,
+        are not."""
         found: dict[Seed, list[float]] = {}
         for cell in self.cells:
-            if cell.metrics.get(name) is not None:
-                found.setdefault(cell.seed, []).append(cell.metrics[name])
+            if (value := figure(cell.metrics, name)) is not None:
+                found.setdefault(cell.seed, []).append(value)
         return {seed: fmean(values) for seed, values in found.items()}
 
-    def values(self, name: str) -> list[float]:
+    def values(self, name: str | None) -> list[float]:
         return [*self.by_seed(name).values()]
+
+    @property
+    def scores(self) -> list[float]:
+        """The headline at each seed."""
+        return self.values(self.metric)
 
     @property
     def headline(self) -> str:
@@ -49,7 +62,7 @@ class Row:
             (name for name in ACCURACIES if self.values(name)), ACCURACIES[0]
         )
 
-    def estimate(self, name: str) -> Estimate:
+    def estimate(self, name: str | None) -> Estimate:
         return mean_interval(self.values(name))
 
     def curve(self, family: str) -> dict[int, Estimate]:
@@ -96,11 +109,11 @@ def _row(
 
 
 def differences(
-    cells: Sequence[Result], pairs: Sequence[tuple[str, str]], name: str
+    cells: Sequence[Result], pairs: Sequence[tuple[str, str]], name: str | None
 ) -> list[float]:
-    """A figure of the first arm of each pair minus that of the second, at each seed that all of
-    them have; of several pairs the mean."""
-    at = {(cell.arm, cell.seed): cell.metrics.get(name) for cell in cells}
+    """A figure (None: the accuracy that each task has) of the first arm of each pair minus that of
+    the second, at each seed that all of them have; of several pairs the mean."""
+    at = {(cell.arm, cell.seed): figure(cell.metrics, name) for cell in cells}
     out = []
     for seed in dict.fromkeys(cell.seed for cell in cells):
         both = [(at.get((a, seed)), at.get((b, seed))) for a, b in pairs]

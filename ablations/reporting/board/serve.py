@@ -10,7 +10,9 @@ from tensorboard.program import TensorBoard, TensorBoardServerException
 
 from layerzoo.spec import SpecError
 
-from ..compare import pictures
+from ..figures import figures_of, pictures
+from ..findings import find
+from ..report import page
 from ..results import read_grids
 from .hparams import write_hparams
 from .summary import FOLDER, write_summary_run
@@ -31,7 +33,9 @@ def board(root: Path, host: str, port: int | None) -> int:
     grids = read_grids(root)
     write_hparams(grids, root)
     for grid in grids:
-        write_summary_run(grid, *pictures(grid))
+        if grid.cells:  # some arms are tuned
+            findings = find(grid.root)
+            write_summary_run(grid, figures_of(pictures(findings)), page(findings, {}))
     url = _launch(root, host, port)
     at = f"^{FOLDER}/" if grids[0].root == root else f"^[^/]+/{FOLDER}/"
     runs = sum(1 for grid in grids for _ in (grid.root / FOLDER).rglob("events.*"))

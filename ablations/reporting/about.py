@@ -1,0 +1,96 @@
+"""What a report says of a grid before its figures: what ran, where, and what to doubt."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from layerzoo.spec import suggest
+
+from ..cells.grid import shipped_grids
+from ..cells.source import Source
+from ..running.pace import say
+from .findings import Findings
+from .results import GRID, Results
+
+
+def summary_line(findings: Findings) -> str:
+    """Cells by state, arms, seeds, updates, tasks, device, versions, time: one line."""
+    results = findings.results
+    finished = [cell for cell in results.cells if cell.state == "finished"]
+    records = [results.record(cell) for cell in finished]
+    counts = Counter(
+        cell.state if cell.state in ("finished", "diverged", "failed") else "missing"
+        for cell in results.cells
+    )
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in results.cells))
+    configs = [results.config(row.cells[0]) for row in findings.rows if row.cells]
+    tasks = dict.fromkeys(str(c["data"]["class_path"]).rpartition(".")[2] for c in configs)
+    updates = dict.fromkeys(str(cell.metrics.get("steps")) for cell in finished)
+    seconds = sum(record.get("seconds", 0.0) for record in records)
+    parts = [
+        f"{len(results.cells)} cells ({states}): {len(findings.rows)} arms, seeds {seeds}",
+        f"{' or '.join(updates)} updates each" if updates else "",
+        f"task {', '.join(tasks)}" if tasks else "",
+        _each(records, "device"),
+        ", ".join(
+            f"{what} {v}" for what in ("layerzoo", "torch") if (v := _version(records, what))
+        ),
+        f"commit {commit}" if (commit := _version(records, "commit")) else "",
+        f"{say(seconds)} of training in all" if seconds else "",
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def command(results: Results) -> str:
+    """What runs the grid again: by its name if it ships as it is here, else from its copy in the
+    folder of results."""
+    size = results.fields.size
+    shipped = shipped_grids().get(results.fields.name)
+    if shipped is not None and Source(shipped, size).copy == (results.root / GRID).read_text():
+        option = f" --size {size}" if size else ""
+        return f"layerzoo ablate run {results.fields.name}{option}"
+    return f"layerzoo ablate run {GRID}"
+
+
+def doubts(findings: Findings) -> list[str]:
+    """What the cells have not in common, and figures that none has."""
+    results = findings.results
+    cells = [cell for row in findings.rows for cell in row.cells]
+    records = [results.record(cell) for cell in cells]
+    lines = []
+    for what in ("layerzoo", "commit", "torch"):
+        found = {str(record.get("versions", {}).get(what)) for record in records}
+        if len(found) > 1:
+            lines.append(f"warning: cells ran with different {what}: {', '.join(sorted(found))}")
+    known = {name: None for cell in cells for name in cell.metrics}
+    for name in (results.report.metric, *results.report.columns):
+        if name and cells and name not in known:
+            lines.append(f"warning: no cell measured '{name}'; {suggest(name, known)}")
+    return lines
+
+
+def partial(findings: Findings) -> str | None:
+    """What is missing, if the grid has not ended."""
+    results = findings.results
+    left = sum(cell.state not in ("finished", "diverged") for cell in results.cells)
+    known = {row.arm for row in findings.rows}
+    untuned = [arm for arm in results.arms if arm not in known]
+    parts = [f"{left} of {len(results.cells)} cells have no result yet"] if left else []
+    if untuned:
+        parts.append(
+            f"{', '.join(untuned)} wait for their tuning, or every tuning run of theirs diverged"
+        )
+    return f"Partial: {'; '.join(parts)}." if parts else None
+
+
+def _each(records: Sequence[dict[str, Any]], name: str) -> str:
+    return ", ".join(sorted({str(r[name]) for r in records if r.get(name) is not None}))
+
+
+def _version(records: Sequence[dict[str, Any]], what: str) -> str:
+    found = {str(v) for r in records if (v := r.get("versions", {}).get(what)) is not None}
+    return ", ".join(sorted(re.sub(r"^(\w{12})\w{28}(?=\+?$)", r"\1", v) for v in found))

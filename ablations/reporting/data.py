@@ -1,0 +1,44 @@
+"""Every cell as a line of a table: results.csv, results.parquet."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .results import Result, Results
+
+
+def write_data(results: Results, folder: Path) -> list[Path]:
+    """Write the cells as CSV, and as Parquet if pyarrow is there. Floats are in full precision."""
+    frame = pd.DataFrame(_lines(results))
+    csv, parquet = folder / "results.csv", folder / "results.parquet"
+    frame.to_csv(csv, index=False, lineterminator="\n")
+    if importlib.util.find_spec("pyarrow") is None:
+        return [csv]
+    frame.to_parquet(parquet, index=False)
+    return [csv, parquet]
+
+
+def _lines(results: Results) -> list[dict[str, Any]]:
+    """All with the same columns: axes in the grid's order, figures by name."""
+    axes = [*dict.fromkeys(axis for arm in results.arms.values() for axis in arm)]
+    tuned = [*dict.fromkeys(axis for cell in results.cells for axis in cell.tuned)]
+    names = sorted({name for cell in results.cells for name in cell.metrics})
+    return [_line(cell, axes, tuned, names) for cell in results.cells]
+
+
+def _line(cell: Result, axes: list[str], tuned: list[str], names: list[str]) -> dict[str, Any]:
+    return {
+        "arm": cell.arm,
+        **{f"axis:{axis}": cell.options.get(axis) for axis in axes},
+        "seed_init": cell.seed.init,
+        "seed_data": cell.seed.data,
+        "state": cell.state,
+        "path": cell.path,
+        **{f"tuned:{axis}": cell.tuned.get(axis) for axis in tuned},
+        "matched:deviation": cell.matched.get("deviation"),
+        **{name: cell.metrics.get(name) for name in names},
+    }

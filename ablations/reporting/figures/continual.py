@@ -1,0 +1,53 @@
+"""Accuracy on each task after each phase, a panel an arm."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from layerzoo.figures import heat_map
+
+from ..findings import Findings
+from ..rows import Row
+from .canvas import wrapped
+
+TAG = re.compile(r"continual_matrix/phase=(\d+)/task=(\d+)")
+ACROSS = 3
+"""Panels in a line."""
+
+
+def continual(findings: Findings) -> Figure | None:
+    """The matrices, means over seeds; None if no arm has one."""
+    matrices = {row.arm: found for row in findings.rows if (found := _matrix(row)) is not None}
+    if not matrices:
+        return None
+    across = min(ACROSS, len(matrices))
+    down = -(-len(matrices) // across)
+    rows, columns = next(iter(matrices.values()))[0].shape
+    width, height = max(2.4, 0.5 * columns + 1.1), max(2.0, 0.34 * rows + 0.9)
+    figure = Figure(figsize=(width * across, height * down), layout="constrained")
+    panels: Any = figure.subplots(down, across, squeeze=False)
+    for axes in panels.flat[len(matrices) :]:
+        axes.remove()
+    for axes, (arm, (values, phases, tasks)) in zip(panels.flat, matrices.items(), strict=False):
+        heat_map(axes, values, phases, tasks)
+        axes.set_title(wrapped(arm), fontsize=8)
+        axes.set_xlabel("task")
+        axes.set_ylabel("after phase")
+    return figure
+
+
+def _matrix(row: Row) -> tuple[Any, list[int], list[int]] | None:
+    """Accuracy [phase, task], and the numbers of both."""
+    names = {name for cell in row.cells for name in cell.metrics}
+    found = {(int(m[1]), int(m[2])): m[0] for name in names if (m := TAG.fullmatch(name))}
+    if not found:
+        return None
+    phases, tasks = (sorted({at[side] for at in found}) for side in (0, 1))
+    values = np.full((len(phases), len(tasks)), np.nan)
+    for (phase, task), name in found.items():
+        values[phases.index(phase), tasks.index(task)] = row.estimate(name).mean
+    return values, phases, tasks

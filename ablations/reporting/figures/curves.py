@@ -1,0 +1,126 @@
+"""Curves of figures that share a name, an arm a line: recall by lag, loss by position, .."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from layerzoo.figures import families
+from layerzoo.style import COLOURS, tidy
+
+from ..findings import Findings
+from ..numbers import is_share
+from ..rows import Row
+from .canvas import groups, in_percent, inches, legend, looks, wrapped
+
+LINES = len(COLOURS)
+"""A panel has so many arms at most."""
+PANELS = 8
+BINNED = re.compile(r"recall_lag|\w+_at|\w+_position")
+"""Families whose number n stands for a bin, n to 2 n - 1."""
+SAID_ELSEWHERE = re.compile(r"perplexity|bits_per_byte|queries|ceiling|half_life|continual|chance")
+
+XLABELS = {"recall_lag": "lag: tokens between the value and its query"}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A family of figures. sides: what its numbers are of. tags: its figures' whole names."""
+
+    name: str
+    sides: tuple[str, ...]
+    tags: dict[tuple[int, ...], str]
+
+    @property
+    def seconds(self) -> list[tuple[int, ...]]:
+        """The second numbers; one empty one if there is none."""
+        return sorted({at[1:] for at in self.tags})
+
+
+def curve_families(findings: Findings) -> list[Curves]:
+    """What the arms have curves of; by the parts of a task (`length=64`), those of the figures
+    that the table shows."""
+    names = [
+        *dict.fromkeys(n for row in findings.rows for cell in row.cells for n in cell.metrics)
+    ]
+    shown = {findings.headline, *findings.results.report.columns, "loss/held_out"}
+    # With numbers as figures, the points of a family say which names they are of.
+    found = families({name: n for n, name in enumerate(names)})
+    return [
+        Curves(family.name, family.sides, {at: names[int(n)] for at, n in family.points.items()})
+        for family in found
+        if not SAID_ELSEWHERE.search(family.name)
+        and not {"task", "phase"} & {*family.sides}
+        and (len(family.sides) == 2 or "/" not in family.name or family.name in shown)
+        and len({at[1:] for at in family.points}) <= PANELS
+    ]
+
+
+def curves(findings: Findings, family: Curves) -> Figure:
+    """A panel for at most nine arms; of a family of two numbers, for each of the second."""
+    rows = [row for row in findings.rows if row.cells]
+    parts = [(part, second) for second in family.seconds for part in _parts(rows)]
+    names = [row.arm for row in rows]
+    width, height = 5.6 + inches(names, 8), max(2.6, 0.17 * min(LINES, len(rows)) + 0.8)
+    figure = Figure(figsize=(width, 0.4 + height * len(parts)), layout="constrained")
+    panels: Any = figure.subplots(len(parts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    means: list[float] = []
+    for axes, (part, second) in zip(panels, parts, strict=True):
+        means += _panel(axes, findings, family, part, second)
+        if second:
+            axes.set_title(f"{family.sides[1]} {second[0]}", fontsize=9)
+    if is_share(next(iter(family.tags.values()))):
+        panels[0].set_ylim(-0.04, 1.04)
+        in_percent(panels[0].yaxis)
+    elif means:
+        # By the means: the interval of two seeds may be wider than all of the figure.
+        low, high = min(means), max(means)
+        room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
+        panels[0].set_ylim(low - room, high + room)
+    panels[-1].set_xlabel(XLABELS.get(family.name, family.sides[0]))
+    return figure
+
+
+def _parts(rows: Sequence[Row]) -> list[list[Row]]:
+    """By the options of the first axis if that makes no panel too full, else as they come."""
+    if len(rows) <= LINES:
+        return [[*rows]]
+    return groups(rows) or [[*rows[n : n + LINES]] for n in range(0, len(rows), LINES)]
+
+
+def _panel(
+    axes: Any, findings: Findings, family: Curves, rows: Sequence[Row], second: tuple[int, ...]
+) -> list[float]:
+    """Draw some arms; all means."""
+    style, means = looks(findings.rows), list[float]()
+    firsts = sorted({at[0] for at in family.tags if at[1:] == second})
+    for row in rows:
+        found = [(n, row.estimate(family.tags[n, *second])) for n in firsts]
+        found = [(n, estimate) for n, estimate in found if not np.isnan(estimate.mean)]
+        if not found:
+            continue
+        colour, marker = style[row.arm]
+        at = [n for n, _ in found]
+        mean, half = np.array([estimate for _, estimate in found]).T
+        means += mean.tolist()
+        axes.plot(at, mean, color=colour, marker=marker, ms=4, label=wrapped(row.arm))
+        axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.1, lw=0)
+    if firsts and firsts[0] > 0 and firsts[-1] >= 8 * firsts[0]:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator(firsts))
+    binned = BINNED.fullmatch(family.name)
+    axes.set_xticks(firsts, [f"{n}-{2 * n - 1}" if binned and n > 1 else f"{n}" for n in firsts])
+    axes.set_ylabel(family.name)
+    if family.name == "recall_lag" and findings.reach is not None:
+        # A bin's point stands at its lower edge; the reach is one short of the key's distance.
+        axes.axvline(findings.reach - 0.5, color="0.4", ls="--", lw=1, label="window's reach")
+    legend(axes)
+    tidy(axes)
+    return means

@@ -1,0 +1,120 @@
+"""All arms by their headline: seeds, mean, interval, and what the window allows; against state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from layerzoo.figures import heat_map
+from layerzoo.style import tidy
+
+from ..findings import Findings, bound_of
+from ..numbers import is_accuracy, is_share
+from ..rows import Row
+from .canvas import in_percent, inches, keys, legend, looks, wrapped
+
+INTERVALS = 9
+"""So many arms have intervals against the bytes of state; more would hide each other."""
+
+
+def overview(findings: Findings) -> Figure | None:
+    rows = [row for row in findings.rows if row.scores]
+    if not rows:
+        return None
+    names = [wrapped(row.arm) for row in rows]
+    lines = max(1 + name.count("\n") for name in names)
+    size = 5.5 + inches([row.arm for row in rows]), 1.4 + (0.1 + 0.17 * lines) * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    style, places = looks(findings.rows), range(len(rows) - 1, -1, -1)
+    for y, row in zip(places, rows, strict=True):
+        colour, _ = style[row.arm]
+        mean, half = row.estimate(row.metric)
+        axes.plot(row.scores, [y] * len(row.scores), "o", color=colour, alpha=0.45, ms=5, mew=0)
+        if not np.isnan(half):
+            axes.errorbar(mean, y, xerr=half, color=colour, capsize=3, lw=1.5)
+        axes.plot([mean], [y], "|", color=colour, ms=14, mew=2.5)
+    axes.set_yticks(places, names)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel(f"{findings.headline} (dots: seeds; bar: mean, with 95% t interval)")
+    if is_accuracy(findings.headline):
+        _limits(axes, rows, places)
+        low = min(0.0, *(score for row in rows for score in row.scores))
+        axes.set_xlim(low - 0.03, 1.03)
+    if is_share(findings.headline):
+        in_percent(axes.xaxis)
+    tidy(axes, grid="x")
+    return figure
+
+
+def _limits(axes: Any, rows: Sequence[Row], places: Sequence[int]) -> None:
+    """What the window allows, and chance, of each arm, joined where they are the same."""
+    bounds = [bound_of([row]) for row in rows]
+    chances = [row.estimate("chance").mean for row in rows]
+    for label, values, line in (
+        ("most that the window allows", [b[0] if b else np.nan for b in bounds], "--"),
+        ("chance", chances, ":"),
+    ):
+        if np.isfinite(values).any():
+            low, high = np.array(places) - 0.5, np.array(places) + 0.5
+            axes.vlines(values, low, high, color="0.4", linestyles=line, lw=1, label=label)
+    if axes.get_legend_handles_labels()[1]:
+        axes.figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+
+
+def by_both(findings: Findings) -> Figure | None:
+    """A heat map of the mean over seeds, the first axis down, the second along; of a grid that
+    has all pairs of two axes."""
+    axes = [*dict.fromkeys(axis for row in findings.rows for axis in row.options)]
+    if len(axes) != 2 or any(len(row.options) != 2 for row in findings.rows):
+        return None
+    down, along = ([*dict.fromkeys(row.options[axis] for row in findings.rows)] for axis in axes)
+    if min(len(down), len(along)) < 2 or not any(row.scores for row in findings.rows):
+        return None
+    values = np.full((len(down), len(along)), np.nan)
+    for row in findings.rows:
+        place = down.index(row.options[axes[0]]), along.index(row.options[axes[1]])
+        values[place] = row.estimate(row.metric).mean
+    width = max(0.7, inches(along) + 0.15)
+    size = (2.5 + inches(down) + width * len(along), 1.3 + 0.36 * len(down))
+    figure = Figure(figsize=size, layout="constrained")
+    panel = figure.add_subplot()
+    heat_map(panel, values, [wrapped(name) for name in down], [wrapped(name) for name in along])
+    panel.set_ylabel(axes[0])
+    panel.set_xlabel(axes[1])
+    return figure
+
+
+def against_state(findings: Findings) -> Figure | None:
+    """The headline against the bytes of state, if the arms differ in them."""
+    rows = [row for row in findings.rows if row.scores and row.estimate("state_bytes").mean > 0]
+    if len({row.estimate("state_bytes").mean for row in rows}) < 2:
+        return None
+    style, told = looks(findings.rows), keys(findings.rows)
+    size = 5.5 + inches([*told], 8), max(3.6, 0.8 + 0.18 * len(told))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        colour, marker = style[row.arm]
+        mean, half = row.estimate(row.metric)
+        error = half if len(rows) <= INTERVALS and not np.isnan(half) else None
+        x = row.estimate("state_bytes").mean
+        axes.errorbar(x, mean, error, color=colour, marker=marker, ls="none", capsize=2, lw=1)
+    for name, (colour, marker) in told.items():
+        axes.plot([], [], marker, color=colour, ms=6, label=wrapped(name))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("bytes of state, batch 1, float32")
+    axes.set_ylabel(findings.headline)
+    if is_accuracy(findings.headline):
+        axes.set_ylim(min(0.0, *(score for row in rows for score in row.scores)) - 0.04, 1.04)
+    if is_share(findings.headline):
+        in_percent(axes.yaxis)
+    legend(axes)
+    tidy(axes)
+    return figure

@@ -1,0 +1,87 @@
+"""What a grid found: all that its tables, figures and files show, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerzoo.spec import SpecError
+
+from .contrasts import Compared, compared
+from .laws import Fitted, fitted
+from .results import Results, read_results
+from .rows import Row, pooled, rows_of
+from .statistics import mean_interval, window_bound
+from .verdicts import Verdict, judge
+
+
+@dataclass(frozen=True)
+class Findings:
+    """rows: by arm. groups: by the axes that the grid groups by. contrasts: by figure, the
+    headline first. laws: the scaling laws, fitted."""
+
+    results: Results
+    rows: list[Row]
+    groups: list[Row]
+    contrasts: dict[str, list[Compared]]
+    laws: list[Fitted]
+    verdicts: list[Verdict]
+
+    @property
+    def headline(self) -> str:
+        """What the headline is called: accuracy, if the tasks of the arms have different ones."""
+        names = {row.headline for row in self.rows if row.scores} or {self.rows[0].headline}
+        return names.pop() if len(names) == 1 else "accuracy/of each task"
+
+    @property
+    def reach(self) -> int | None:
+        """Of the window arm, in tokens; None if the grid names none."""
+        cell = next((cell for row in self.rows for cell in row.cells), None)
+        config = self.results.config(cell) if cell else {"data": {}}
+        return config["data"].get("init_args", {}).get("reach")
+
+
+def find(root: Path) -> Findings:
+    """What is in a grid's folder of results.
+
+    Raises:
+        SpecError: it is no grid's folder, or no cell is reported yet.
+    """
+    results = read_results(root)
+    if not results.cells:
+        raise SpecError(f"{root}: no arm is tuned yet; `layerzoo ablate run` goes on")
+    metric = results.report.metric
+    rows = rows_of(results.cells, metric)
+    by = results.report.by
+    found = Findings(
+        results=results,
+        rows=rows,
+        groups=pooled(results.cells, by, metric) if by else [],
+        contrasts={},
+        laws=fitted(results),
+        verdicts=judge(results.claims, rows),
+    )
+    if results.report.contrasts:
+        found.contrasts[found.headline] = compared(results, metric)
+        for name in results.report.columns:
+            found.contrasts[name] = compared(results, name)
+    return found
+
+
+def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
+    """The window's bound on accuracy and its standard error, if the arms have one ceiling,
+    below 1."""
+    shown = [
+        (cell.seed, cell.metrics)
+        for row in rows
+        for cell in row.cells
+        if cell.metrics.get("chance") and "recall/ceiling" in cell.metrics
+    ]
+    ceilings = {(seed, m["recall/ceiling"]) for seed, m in shown}
+    if not shown or len(ceilings) > len({seed for seed, _ in shown}):  # arms differ in reach
+        return None
+    ceiling = mean_interval([m["recall/ceiling"] for _, m in shown]).mean
+    if ceiling == 1:
+        return None
+    return window_bound(ceiling, shown[0][1]["chance"], shown[0][1]["recall/queries"])

@@ -1,0 +1,57 @@
+"""The report as one HTML file: the same markdown, with its figures inside."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+
+import markdown
+
+STYLE = """
+:root { color-scheme: light dark; --text: #222; --back: #fff; --line: #ddd; --soft: #f5f5f5 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --back: #181818; --line: #444; --soft: #222 }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+  max-width: 1100px; margin: 2em auto; padding: 0 1em }
+h1, h2 { line-height: 1.2 }
+h2 { margin-top: 2em; border-bottom: 1px solid var(--line) }
+code { background: var(--soft); padding: .1em .3em }
+.table { overflow-x: auto; margin: 1em 0 }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { padding: .3em .7em; border-bottom: 1px solid var(--line); white-space: nowrap }
+th { background: var(--soft) }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--back) }
+th:first-child { background: var(--soft) }
+figure { margin: 1.5em 0; overflow-x: auto }
+figure svg { background: #fff; max-width: 100%; height: auto }
+figcaption { font-size: 13px }
+"""
+
+
+def as_html(title: str, text: str, svgs: Mapping[str, str]) -> str:
+    """A whole document that refers to nothing outside.
+
+    text: the report. svgs: its figures by the paths that it names.
+    """
+    body = markdown.markdown(text, extensions=["tables"], output_format="html")
+    body = body.replace("<table>", '<div class="table"><table>')
+    body = body.replace("</table>", "</table></div>")
+    body = re.sub(
+        r'<p><img alt="([^"]*)" src="([^"]*)"\s*/?></p>',
+        lambda m: f"<figure>{_inline(svgs[m[2]])}<figcaption>{m[1]}</figcaption></figure>",
+        body,
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _inline(svg: str) -> str:
+    """The element alone, without the ids of its groups, which several figures share."""
+    element = svg[svg.index("<svg") :]
+    return re.sub(r'<g id="[^"]*"', "<g", element).strip()

@@ -1,0 +1,199 @@
+"""How a figure scales: fitted laws, their misses at held-out sizes, intervals, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .power_laws import EXPONENT, Array, Frame, Law, Powers, Saturating, best_starts, fit
+
+DECADES = 1.5
+"""The least range of x that an exponent is reported from."""
+STARTS = 8
+"""From so many points of a law's grid a fit starts; in a resample from its own end and one."""
+INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A law, fitted to all that was measured.
+
+    parameters: value and 95% bootstrap interval; none if the scaling is refused.
+    objective: the sum of Huber's loss over the logs.
+    miss: exp(mean |log predicted - log measured|) - 1 at the held-out sizes, of a fit to the rest.
+    """
+
+    name: str
+    formula: str
+    parameters: dict[str, tuple[float, float, float]]
+    objective: float
+    miss: float
+    law: Law = field(repr=False)
+    frame: Frame = field(repr=False)
+    theta: Array = field(repr=False)
+    draws: Array = field(repr=False)
+    rises: bool = field(repr=False)
+
+    def predict(self, x: ArrayLike) -> Array:
+        """y at x [m] or [m, variables]."""
+        return self._curve(self.theta, x)
+
+    def band(self, x: ArrayLike) -> tuple[Array, Array]:
+        """The ends of the 95% bootstrap interval of y at each x."""
+        low, high = np.percentile([self._curve(draw, x) for draw in self.draws], INTERVAL, axis=0)
+        return low, high
+
+    def _curve(self, theta: Array, x: ArrayLike) -> Array:
+        log_y = self.law.value(theta, np.log(_columns(x)) - self.frame.centre)[0]
+        log_y = log_y + self.frame.level
+        return np.exp(-log_y if self.rises else log_y)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """What was fitted. refused: why no exponent is reported. decades: the range of each variable
+    (nan if it is not positive). forms: by name; none if there was nothing to fit."""
+
+    refused: str | None
+    decades: tuple[float, ...]
+    forms: dict[str, Form]
+    rises: bool
+
+    @property
+    def best(self) -> Form:
+        """The form of the smallest miss; of those equal to 0.1%, the one of fewest parameters."""
+        return min(self.forms.values(), key=lambda form: (round(form.miss, 3), len(form.theta)))
+
+
+def fit_scaling(
+    x: ArrayLike,
+    y: ArrayLike,
+    configuration: Sequence[str],
+    *,
+    rises: bool = False,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Scaling:
+    """Fit y(x) with a power law, one with a floor, and (of one variable) one that saturates.
+
+    x: sizes [m] or [m, 2]. y: what was measured [m]. configuration: which one each is of; the
+    seeds of one share it. rises: y grows with x, as a capacity does: then 1/y is fitted, so
+    that a floor E is a limit 1/E of y. resamples, seed: of the bootstrap, which draws whole
+    configurations with their seeds; a draw of fewer than a form has parameters is drawn again.
+
+    Each form is also fitted without the configurations that are the largest in a variable, and
+    misses these by `Form.miss`.
+
+    No exponent is reported (`refused`)
+    - unless all x and y are positive and finite;
+    - from an x that spans less than 1.5 decades;
+    - from fewer different configurations than parameters + 2, or, beside those held out, than
+      parameters;
+    - if, in the best form, the interval of an exponent reaches the ends of what is
+      searched (0 and 4), or is wider than the exponent itself.
+    """
+    x, y = _columns(x), np.asarray(y, dtype=np.float64)
+    variables = x.shape[1]
+    laws: list[Law] = [Powers(variables, floor=False), Powers(variables, floor=True)]
+    if variables == 1:
+        laws.append(Saturating())
+    parameters = max(len(law.names) for law in laws)
+    if bad := int((~_positive(y)).sum() + (~_positive(x)).sum()):
+        reason = f"{bad} of {x.size + y.size} values of x and y are not positive and finite"
+        return Scaling(reason, (np.nan,) * variables, {}, rises)
+    decades = tuple(np.ptp(np.log10(x), axis=0).tolist())
+    held_out = (x == x.max(0)).any(1)
+    names, which = np.unique(np.asarray(configuration), return_inverse=True)
+    if reason := _too_little(x, held_out, decades, len(names), parameters):
+        return Scaling(reason, decades, {}, rises)
+    rng = np.random.default_rng(seed)
+    weights = _resample(len(names), parameters, resamples, rng)[:, which]
+    log_y = -np.log(y) if rises else np.log(y)
+    forms = {law.name: _fit_form(law, np.log(x), log_y, held_out, weights, rises) for law in laws}
+    reason = _undetermined(Scaling(None, decades, forms, rises).best)
+    if reason:
+        forms = {name: replace(form, parameters={}) for name, form in forms.items()}
+    return Scaling(reason, decades, forms, rises)
+
+
+def _columns(x: ArrayLike) -> Array:
+    x = np.asarray(x, dtype=np.float64)
+    return x[:, None] if x.ndim == 1 else x
+
+
+def _positive(values: Array) -> np.ndarray:
+    return np.isfinite(values) & (values > 0)
+
+
+def _too_little(
+    x: Array, held_out: np.ndarray, decades: Sequence[float], configurations: int, parameters: int
+) -> str | None:
+    """Why this cannot be fitted."""
+    for name, span in zip(("x",) if len(decades) == 1 else ("x1", "x2"), decades, strict=True):
+        if span < DECADES:
+            return f"{name} spans {span:.2f} decades; an exponent takes {DECADES}"
+    sizes = min(configurations, len(np.unique(x, axis=0)))
+    if sizes < parameters + 2:
+        return f"{parameters} parameters take {parameters + 2} different sizes; there are {sizes}"
+    rest = len(np.unique(x[~held_out], axis=0))
+    if rest < parameters:
+        return f"{parameters} parameters take as many sizes beside the largest; there are {rest}"
+    return None
+
+
+def _undetermined(form: Form) -> str | None:
+    """Why the form's exponents are not to be reported."""
+    least, most = EXPONENT
+    for place in form.law.exponents:
+        name = form.law.names[place]
+        value, low, high = form.parameters[name]
+        found = f"{form.name}: {name} = {value:.3g}, its 95% interval, {low:.3g} to {high:.3g},"
+        if low < least + 1e-6 or high > most - 1e-6:
+            return f"{found} reaches the end of what is searched, {least:g} to {most:g}"
+        if high - low > value:
+            return f"{found} is wider than {name} itself"
+    return None
+
+
+def _resample(configurations: int, least: int, resamples: int, rng: np.random.Generator) -> Array:
+    """How often each configuration is drawn [resamples, configurations], with `least` or more
+    different ones in each."""
+    draws: list[np.ndarray] = []
+    while len(draws) < resamples:
+        drawn = rng.integers(configurations, size=configurations)
+        times = np.bincount(drawn, minlength=configurations)
+        if np.count_nonzero(times) >= least:
+            draws.append(times)
+    return np.array(draws, dtype=np.float64)
+
+
+def _fit_form(
+    law: Law, log_x: Array, log_y: Array, held_out: np.ndarray, weights: Array, rises: bool
+) -> Form:
+    """Fit to the sizes that are not held out, for the miss; to all; and to each resample."""
+    frame = Frame(log_x.mean(0), float(log_y.mean()))
+    u, v = log_x - frame.centre, log_y - frame.level
+    rest = u[~held_out], v[~held_out]
+    theta, _ = fit(law, *rest, np.ones_like(rest[1]), best_starts(law, *rest, STARTS))
+    miss = np.expm1(np.abs(law.value(theta, u[held_out])[0] - v[held_out]).mean())
+
+    starts = best_starts(law, u, v, STARTS)
+    theta, objective = fit(law, u, v, np.ones_like(v), starts)
+    draws = np.array([fit(law, u, v, row, [theta, starts[0]])[0] for row in weights])
+    low, high = np.percentile(law.parameters(draws, frame), INTERVAL, axis=0)
+    triples = np.stack([law.parameters(theta, frame), low, high], axis=1).tolist()
+    return Form(
+        name=law.name,
+        formula=f"{'1/y' if rises else 'y'} = {law.formula}",
+        parameters={name: (a, b, c) for name, (a, b, c) in zip(law.names, triples, strict=True)},
+        objective=objective,
+        miss=float(miss),
+        law=law,
+        frame=frame,
+        theta=theta,
+        draws=draws,
+        rises=rises,
+    )

@@ -1,0 +1,97 @@
+"""summary.json: a grid's findings for programs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from .about import command
+from .contrasts import Compared
+from .findings import Findings, bound_of
+from .laws import Fitted
+from .numbers import is_accuracy
+from .tables import success_rate
+from .verdicts import plain_verdicts
+
+NAMES = (
+    "recall/accuracy",
+    "accuracy/all",
+    "recall/beyond_window",
+    "recall/ceiling",
+    "loss/held_out",
+)
+
+
+def summary(findings: Findings) -> dict[str, Any]:
+    """Every arm's estimates, every cell's metrics, contrasts, fits and claims; null where nothing
+    is."""
+    results = findings.results
+    wanted = (*NAMES, results.report.metric, *results.report.columns)
+    names = [*dict.fromkeys(name for name in wanted if name)]
+    bound = bound_of(findings.rows)
+    arms = [
+        {
+            "arm": row.arm,
+            "options": row.options,
+            "seeds": [str(cell.seed) for cell in row.cells],
+            "diverged": row.diverged,
+            "tuned": row.cells[0].tuned if row.cells else {},
+            "matched": row.cells[0].matched if row.cells else {},
+            **{name: row.estimate(name)._asdict() for name in names if row.values(name)},
+            "success_rate": success_rate(row.scores)
+            if row.scores and is_accuracy(row.headline)
+            else None,
+            "cells": [cell.metrics for cell in row.cells],
+            "folders": [cell.path for cell in row.cells],
+        }
+        for row in findings.rows
+    ]
+    tree = {
+        "grid": results.fields.to_fields(),
+        "command": command(results),
+        "window_bound": {"mean": bound[0], "standard_error": bound[1]} if bound else None,
+        "claims": plain_verdicts(findings.verdicts),
+        "contrasts": {
+            name: [_contrast(each) for each in family]
+            for name, family in findings.contrasts.items()
+        },
+        "scaling": [_fit(fit) for fit in findings.laws],
+        "arms": arms,
+    }
+    return _without_nan(tree)
+
+
+def _contrast(each: Compared) -> dict[str, Any]:
+    return {
+        **asdict(each.contrast),
+        **each.difference._asdict(),
+        "holm": each.holm,
+        "words": each.words,
+    }
+
+
+def _fit(fit: Fitted) -> dict[str, Any]:
+    scaling = fit.scaling
+    return {
+        **fit.law.to_fields(),
+        "group": fit.group,
+        "cells": len(fit.cells),
+        "left_out": fit.left_out,
+        "refused": scaling.refused if scaling else "no cell to fit",
+        "decades": scaling.decades if scaling else None,
+        "best": scaling.best.name if scaling and scaling.forms else None,
+        "forms": {
+            name: {"formula": form.formula, "parameters": form.parameters, "miss": form.miss}
+            for name, form in (scaling.forms if scaling else {}).items()
+        },
+    }
+
+
+def _without_nan(tree: Any) -> Any:
+    """JSON has no nan."""
+    if isinstance(tree, dict):
+        return {key: _without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and math.isnan(tree) else tree

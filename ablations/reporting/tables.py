@@ -1,0 +1,188 @@
+"""The tables of a grid's report, for the terminal and for markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from layerzoo.metrics import SuccessRate
+
+from ..running.folder import DIVERGED, FAILED, read_json
+from .contrasts import Compared
+from .findings import Findings
+from .laws import Fitted
+from .numbers import NOTHING, head, is_accuracy, is_share, mean_alone, probability, shown
+from .rows import Row
+from .statistics import Estimate
+
+SUCCESS = 0.9
+"""Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
+WINDOW = ("recall/beyond_window", "recall/ceiling", "chance")
+HEADS = {
+    "recall/beyond_window": "beyond\nwindow (%)",
+    "recall/ceiling": "ceiling\n(%)",
+    "chance": "chance\n(%)",
+    "loss/held_out": "loss",
+    "state_bytes": "state\nbytes",
+}
+
+
+def new_table(title: str, *heads: str) -> Table:
+    """Its first column is a name."""
+    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    for n, name in enumerate(heads):
+        out.add_column(name, justify="right" if n else "left", no_wrap=True)
+    return out
+
+
+def results_table(findings: Findings, rows: Sequence[Row], name: str) -> Table:
+    """Mean and 95% t interval over seeds, a line a row; columns that say nothing are left out."""
+    headline = findings.headline
+    columns = {
+        "cells": [_counts(row) for row in rows],
+        head(headline): [shown(headline, row.estimate(row.metric)) for row in rows],
+    }
+    if is_accuracy(headline) and rows is findings.rows:
+        columns[f"≥{SUCCESS:.0%}"] = [_successes(row) for row in rows]
+    others = (*WINDOW, *findings.results.report.columns, "loss/held_out")
+    for figure in dict.fromkeys(others):
+        if figure != headline:
+            alone = figure in ("recall/ceiling", "chance")
+            estimates = [row.estimate(figure) for row in rows]
+            if alone:
+                estimates = [e._replace(half=float("nan")) for e in estimates]
+            columns[HEADS.get(figure, head(figure))] = [shown(figure, e) for e in estimates]
+    for figure in ("parameters", "state_bytes"):
+        sizes = [mean_alone(row.estimate(figure), "{:,.0f}") for row in rows]
+        columns[HEADS.get(figure, figure)] = sizes
+    told = {
+        h: cells for h, cells in columns.items() if h == head(headline) or {*cells} != {NOTHING}
+    }
+    out = new_table(f"{name}: mean ± 95% t interval over seeds", "arm", *told)
+    for row, *cells in zip(rows, *told.values(), strict=True):
+        out.add_row(row.arm, *cells)
+    return out
+
+
+def success_rate(accuracies: Sequence[float]) -> float:
+    """The share of the runs that reach SUCCESS."""
+    metric = SuccessRate(SUCCESS)
+    metric.update(torch.tensor(accuracies, dtype=torch.float64))
+    return float(metric.compute())
+
+
+def _successes(row: Row) -> str:
+    n = len(row.scores)
+    return f"{success_rate(row.scores) * n:.0f}/{n}" if n else NOTHING
+
+
+def _counts(row: Row) -> str:
+    """Finished and planned cells."""
+    diverged = f", {row.diverged} diverged" if row.diverged else ""
+    return f"{len(row.cells)}/{row.planned}{diverged}"
+
+
+def contrasts_table(name: str, family: Sequence[Compared]) -> Table:
+    """Of one figure, paired by seed."""
+    heads = ["contrast", f"difference{' (%)' if is_share(name) else ''}", "p", "Holm p", "pairs"]
+    heads.append("first is")
+    bootstrapped = any(each.difference.interval for each in family)
+    out = new_table(f"contrasts of {name}, paired by seed, ± 95% t interval", *heads)
+    if bootstrapped:
+        out.add_column("bootstrap interval", justify="right")
+    for each in family:
+        found = each.difference
+        cells = [
+            each.contrast.label,
+            shown(name, Estimate(found.mean, found.half), sign="+"),
+            probability(found.p),
+            probability(each.holm),
+            str(found.pairs),
+            each.words,
+        ]
+        if bootstrapped:
+            ends = [shown(name, Estimate(x, float("nan")), "+") for x in found.interval or ()]
+            cells.append(" to ".join(ends) or NOTHING)
+        out.add_row(*cells)
+    return out
+
+
+def scaling_table(fits: Sequence[Fitted]) -> Table:
+    """The forms of one law, by group."""
+    law = fits[0].law
+    out = new_table(f"{law.y} against {', '.join(law.x)}", ", ".join(law.by) or "law")
+    for name in ("form", "formula", "parameters, 95% bootstrap interval"):
+        out.add_column(name)
+    out.add_column("held-out miss", justify="right")
+    for fit in fits:
+        for form in fit.scaling.forms.values() if fit.scaling else ():
+            parameters = (
+                f"{name} = {value:.3g} ({low:.3g} to {high:.3g})"
+                for name, (value, low, high) in form.parameters.items()
+            )
+            best = fit.scaling and form is fit.scaling.best
+            miss = NOTHING if form.miss is None else f"{form.miss:.1%}"
+            out.add_row(
+                fit.group or law.y,
+                f"{form.name}, best" if best else form.name,
+                form.formula,
+                "; ".join(parameters) or "refused",
+                miss,
+            )
+    return out
+
+
+def continual_table(rows: Sequence[Row]) -> Table | None:
+    """Forgetting and transfer, if the cells went through phases."""
+    found = {n: None for row in rows for cell in row.cells for n in cell.metrics}
+    names = [n for n in found if n.startswith("continual/") and "/task=" not in n]
+    if not names:
+        return None
+    heads = (f"{name.removeprefix('continual/')}\n(%)" for name in names)
+    out = new_table("continual learning", "arm", *heads)
+    for row in rows:
+        out.add_row(row.arm, *(shown(name, row.estimate(name)) for name in names))
+    return out
+
+
+def tuned_table(findings: Findings) -> Table | None:
+    """What tuning chose for each arm."""
+    first = {
+        row.arm: cell
+        for row in findings.rows
+        for cell in findings.results.cells
+        if cell.arm == row.arm
+    }
+    axes = [*dict.fromkeys(axis for cell in first.values() for axis in cell.tuned)]
+    if not axes:
+        return None
+    out = new_table("tuned", "arm", *axes)
+    for arm, cell in first.items():
+        out.add_row(arm, *(cell.tuned.get(axis, NOTHING) for axis in axes))
+    return out
+
+
+def unfinished_table(findings: Findings) -> Table | None:
+    """The cells that have no figures, and why."""
+    root = findings.results.root
+    cells = [cell for cell in findings.results.cells if cell.state != "finished"]
+    if not cells:
+        return None
+    out = new_table("cells without figures", "arm")
+    for name in ("seed", "state", "reason"):
+        out.add_column(name)
+    for cell in cells:
+        name = {"diverged": DIVERGED, "failed": FAILED}.get(cell.state)
+        reason = read_json(root / cell.path / name).get("reason", "") if name else ""
+        state = "missing" if cell.state == "pending" else cell.state
+        out.add_row(cell.arm, str(cell.seed), state, without_folders(reason) or NOTHING)
+    return out
+
+
+def without_folders(text: str) -> str:
+    """Paths shortened to their last part: a report is not of this machine."""
+    return re.sub(r"(?<![\w./])/(?:[^\s/:'\",()]+/)+(?=[^\s/])", "", text)
