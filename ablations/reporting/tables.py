@@ -119,19 +119,19 @@ def scaling_table(fits: Sequence[Fitted]) -> Table:
         out.add_column(name)
     out.add_column("held-out miss", justify="right")
     for fit in fits:
-        for form in fit.scaling.forms.values() if fit.scaling else ():
+        if fit.scaling is None or not fit.scaling.forms:
+            continue
+        for form in fit.scaling.forms.values():
             parameters = (
                 f"{name} = {value:.3g} ({low:.3g} to {high:.3g})"
                 for name, (value, low, high) in form.parameters.items()
             )
-            best = fit.scaling and form is fit.scaling.best
-            miss = NOTHING if form.miss is None else f"{form.miss:.1%}"
             out.add_row(
                 fit.group or law.y,
-                f"{form.name}, best" if best else form.name,
+                f"{form.name}, best" if form is fit.scaling.best else form.name,
                 form.formula,
                 "; ".join(parameters) or "refused",
-                miss,
+                f"{form.miss:.1%}",
             )
     return out
 
