@@ -18,7 +18,7 @@ from layerzoo.ablations.reporting.power_laws import (
     fit,
     huber,
 )
-from layerzoo.ablations.reporting.scaling import Scaling, fit_scaling
+from layerzoo.ablations.reporting.scaling import Scaling, fit_scaling, resample
 
 LAWS = {
     "no floor": Powers(1, floor=False),
@@ -248,3 +248,10 @@ def test_the_bootstrap_draws_configurations_and_repeats() -> None:
     assert width(names, seed=1)[1] != whole
     apart = width([f"{name} {n}" for n, name in enumerate(names)])[1]
     assert whole > 1.5 * apart
+
+
+def test_a_draw_has_as_many_sizes_as_a_form_has_parameters() -> None:
+    times = resample(5, 3, 200, np.random.default_rng(0))
+    assert times.shape == (200, 5) and (times.sum(1) == 5).all()
+    assert np.count_nonzero(times, axis=1).min() == 3
+    assert np.count_nonzero(resample(5, 1, 200, np.random.default_rng(0)), axis=1).min() < 3

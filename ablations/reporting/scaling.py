@@ -110,7 +110,7 @@ def fit_scaling(
     if reason := _too_little(x, held_out, decades, len(names), parameters):
         return Scaling(reason, decades, {}, rises)
     rng = np.random.default_rng(seed)
-    weights = _resample(len(names), parameters, resamples, rng)[:, which]
+    weights = resample(len(names), parameters, resamples, rng)[:, which]
     log_y = -np.log(y) if rises else np.log(y)
     forms = {law.name: _fit_form(law, np.log(x), log_y, held_out, weights, rises) for law in laws}
     reason = _undetermined(Scaling(None, decades, forms, rises).best)
@@ -158,7 +158,7 @@ def _undetermined(form: Form) -> str | None:
     return None
 
 
-def _resample(configurations: int, least: int, resamples: int, rng: np.random.Generator) -> Array:
+def resample(configurations: int, least: int, resamples: int, rng: np.random.Generator) -> Array:
     """How often each configuration is drawn [resamples, configurations], with `least` or more
     different ones in each."""
     draws: list[np.ndarray] = []
