@@ -223,4 +223,4 @@ def test_a_claim_of_a_difference_is_of_the_means(
 def test_shipped_references_say_how_long_they_take(name: str) -> None:
     grid = validation.references()[name]
     assert grid.name == name and grid.fields.minutes is not None
-    assert f"layerzoo ablate validate {name}" in grid.text or grid.fields.minutes <= 10
+    assert f"layerzoo ablate validate {name}" in grid.source.text or grid.fields.minutes <= 10
