@@ -130,7 +130,9 @@ def test_a_baseline_is_compared_with_every_arm(tmp_path: Path) -> None:
         *(f"hybrid,{d},{c}" for d in ("none", "scalar") for c in ("on", "off")),
     ]
     first, last = report.contrasts[0], report.contrasts[-1]
-    assert first == Contrast("window,off - window,on", (("window,off", base),))
+    assert first == Contrast("conv: off - on", (("window,off", base),))
+    labels = ["parts: hybrid - window", f"hybrid,none,off - {base}"]  # one axis differs, or two
+    assert [c.label for c in report.contrasts[1:3]] == labels
     assert [c.pairs for c in report.contrasts[:-1]] == [((arm, base),) for arm in others]
     assert last.pairs == (("window,off", "hybrid,none,on"),)
 

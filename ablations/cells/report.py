@@ -69,8 +69,8 @@ def read_report(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm]) -
     names = [arm_name(arm) for arm in arms]
     contrasts: list[Contrast] = []
     if report.baseline is not None:
-        base = _arm(source, names, "report", "baseline")
-        contrasts += [Contrast(f"{n} - {base}", ((n, base),)) for n in names if n != base]
+        base = arms[names.index(_arm(source, names, "report", "baseline"))]
+        contrasts += [_with_baseline(arm, base) for arm in arms if arm is not base]
     for n, item in enumerate(report.contrasts):
         place = ("report", "contrasts", str(n))
         read = _by_axis if isinstance(item, dict) else _by_arms
@@ -107,6 +107,16 @@ def _arm(source: Source, names: Sequence[str], *place: str) -> str:
     if name not in names:
         raise source.error(place, f"no arm '{name}'; {suggest(name, names)}")
     return name
+
+
+def _with_baseline(arm: Arm, base: Arm) -> Contrast:
+    """Named by the axis in which they differ, of those that both have, if it is one alone."""
+    names = arm_name(arm), arm_name(base)
+    differ = [axis for axis in arm.keys() & base.keys() if arm[axis] != base[axis]]
+    if len(differ) != 1:
+        return Contrast(" - ".join(names), (names,))
+    (axis,) = differ
+    return Contrast(f"{axis}: {arm[axis]} - {base[axis]}", (names,))
 
 
 def _by_arms(

@@ -122,7 +122,11 @@ def _contrasts(findings: Findings) -> Iterator[str]:
         yield f"Of {escape(name)}:"
         yield markdown_table(contrasts_table(name, family))
     if findings.contrasts:
-        yield CONTRASTS
+        base = findings.results.report.baseline
+        told = "" if base is None else f"The baseline is {escape(base)}. "
+        yield told + CONTRASTS
+        if any(row.diverged for row in findings.rows):
+            yield "An arm whose cells diverged is compared at the seeds where it did not."
 
 
 def _continual(findings: Findings) -> Iterator[str]:

@@ -88,8 +88,8 @@ def _counts(row: Row) -> str:
 
 def contrasts_table(name: str, family: Sequence[Compared]) -> Table:
     """Of one figure, paired by seed."""
-    heads = ["contrast", f"difference{' (%)' if is_share(name) else ''}", "p", "Holm p", "pairs"]
-    heads.append("first is")
+    points = " (points)" if is_share(name) else ""
+    heads = ["contrast", f"difference{points}", "p", "Holm p", "pairs", "first is"]
     bootstrapped = any(each.difference.interval for each in family)
     out = new_table(f"contrasts of {name}, paired by seed, ± 95% t interval", *heads)
     if bootstrapped:
