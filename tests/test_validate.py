@@ -13,8 +13,10 @@ import yaml
 from layerzoo import SpecError
 from layerzoo.ablations import validate as validation
 from layerzoo.ablations.cells import grid as grids
+from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.claims import Claim
 from layerzoo.ablations.command import main
+from layerzoo.ablations.reporting.results import Result
 from layerzoo.ablations.reporting.rows import Row
 from layerzoo.ablations.reporting.verdicts import judge
 from layerzoo.ablations.run import How
@@ -206,10 +208,14 @@ def test_a_claim_of_a_difference_is_of_the_means(
     value: float, tolerance: float | str, measured: tuple[float | None, ...], holds: bool
 ) -> None:
     each = claim("memory", value, minus="window", tolerance=tolerance)
-    rows = [
-        Row(arm, {}, metrics=[] if x is None else [{each["metric"]: x + d} for d in (-0.25, 0.25)])
-        for arm, x in zip(("memory", "window"), measured, strict=True)
-    ]
+    rows = []
+    for arm, x in zip(("memory", "window"), measured, strict=True):
+        values = [] if x is None else [x - 0.25, x + 0.25]
+        found = [
+            Result(arm, {}, Seed(n, n), "", "finished", {each["metric"]: value}, {}, {})
+            for n, value in enumerate(values)
+        ]
+        rows.append(Row(arm, {}, found))
     (verdict,) = judge([Claim.from_fields(each)], rows)
     assert verdict.holds is holds and verdict.expected == value
     first, second = measured
