@@ -120,9 +120,8 @@ def compare(disturbed: Path, undisturbed: Path, cells: int) -> None:
             assert torch.equal(weight, state[1]["state_dict"][name]), (path, name)
 
 
-@pytest.mark.parametrize(
-    ("kills", "seeds"), [(3, 2), pytest.param(20, 12, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "seeds"), [(3, 2), (20, 12)])
 def test_killed_runs_come_to_the_same_results(tmp_path: Path, kills: int, seeds: int) -> None:
     grid = grid_file(tmp_path, seeds)
     disturb(grid, tmp_path / "disturbed", kills, random.Random(kills))

@@ -373,6 +373,7 @@ def steps_so_far(runs: Path) -> int:
     return max((step(path) for path in runs.glob("*/checkpoints/step=*.ckpt")), default=0)
 
 
+@pytest.mark.slow
 def test_sigkill(tmp_path: Path) -> None:
     """At a random moment, as while a file is written; batches come from two processes."""
     assert main(["fit", *RUN, str(tmp_path / "whole")]) == 0

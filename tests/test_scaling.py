@@ -133,6 +133,7 @@ def test_the_chinchilla_surface_is_recovered() -> None:
     assert sum(inside) >= 17  # of 20; 95% intervals
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     fits = [
         fit_scaling(*observed(SIZES, FALLS["floor"], seed=seed), resamples=20, seed=seed)

@@ -125,6 +125,7 @@ def test_long_references_are_skipped_unless_asked_for(
         assert re.search(r"long +window +recall/accuracy +0.900 +0.400 +±0.1 +fails", out)
 
 
+@pytest.mark.slow
 def test_a_reference_is_trained_and_failed_cells_are_no_success(
     shipped: Shipped, capsys: Any
 ) -> None:
