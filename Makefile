@@ -19,7 +19,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/pytest
 
-# The slow tests too, and those of the Ray executor: 25 minutes.
+# The slow tests too, and those of the Ray executor: about 25 minutes.
 test-all: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/pytest -m ''
