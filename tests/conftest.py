@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from layerzoo import layer, list_layers
+from layerzoo import SpecError, layer, list_layers
 from layerzoo.ablations.cells.arms import arm_name, read_arms
 from layerzoo.ablations.cells.axes import read_axes
 from layerzoo.ablations.cells.source import Source
@@ -35,6 +36,24 @@ def registry() -> Iterator[dict[str, type[layer.Layer]]]:
     yield layer._REGISTRY
     layer._REGISTRY.clear()
     layer._REGISTRY.update(before)
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[[str], AbstractContextManager[None]]:
+    """Of what is done inside with the grid file in tmp_path: it is refused in one line, with the
+    message, at the file's line that is marked <-, if there is one."""
+
+    @contextmanager
+    def check(message: str) -> Iterator[None]:
+        with pytest.raises(SpecError) as error:
+            yield
+        path = tmp_path / "grid.yaml"
+        lines = [n for n, line in enumerate(path.read_text().splitlines(), 1) if "<-" in line]
+        where = f"grid {path}:{lines[0]}: " if lines else f"grid {path}: "
+        assert str(error.value).startswith(where)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+    return check
 
 
 Measured = Mapping[str, float] | str | None

@@ -483,12 +483,7 @@ PARTS = [
 
 @pytest.mark.parametrize(("fields", "message"), [*FORMS, *ARMS, *CONFIGS, *PARTS])
 def test_a_wrong_grid_is_refused_at_its_line(
-    tmp_path: Path, fields: dict[str, str], message: str
+    tmp_path: Path, refused: Any, fields: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(SpecError) as error:
+    with refused(message):
         read(tmp_path, **fields)
-    path = tmp_path / "grid.yaml"
-    lines = [n for n, line in enumerate(path.read_text().splitlines(), 1) if "<-" in line]
-    where = f"grid {path}:{lines[0]}: " if lines else f"grid {path}: "
-    assert str(error.value).startswith(where)
-    assert message in str(error.value) and "\n" not in str(error.value)
