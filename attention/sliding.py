@@ -25,7 +25,7 @@ from .heads import (
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-OP = Op("sliding_attention")
+OP = Op("sliding_attention", kernel="sliding")
 Pair = tuple[Tensor, Tensor]
 BLOCK = 128
 """Queries of a block: more would compute more that is masked, fewer would copy more keys."""

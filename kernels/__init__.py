@@ -1,4 +1,4 @@
-"""Triton kernels, one file per op: `run` and `supports` (see `layerzoo.ops.Op`).
+"""Triton kernels, one module per op: `run` and `supports` (see `layerzoo.ops.Op`).
 
-Nothing outside this folder imports triton. There is no kernel yet: `impl="triton"` says so.
+Nothing outside this folder imports triton.
 """

@@ -25,12 +25,13 @@ class ImplError(RuntimeError):
 class Op:
     """The implementations of one op, by name.
 
-    A Triton kernel is a module `layerzoo.kernels.<op name>` with `run`, of the signature of the
-    other implementations, and `supports(*args, **kwargs) -> str | None`, the reason why not.
+    A Triton kernel is a module `layerzoo.kernels.<kernel>`, by default of the op's name, with
+    `run`, of the signature of the other implementations, and
+    `supports(*args, **kwargs) -> str | None`, the reason why not.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, kernel: str | None = None) -> None:
+        self.name, self.kernel = name, kernel or name
         self.impls: dict[str, Callable[..., Any]] = {}
         self.has_kernel = True  # until an import has shown otherwise: `auto` asks at each call
         self.used: set[str] = set()
@@ -81,7 +82,7 @@ class Op:
 
     def _kernel(self) -> tuple[Any, str]:
         """The kernel module, or None and the reason why."""
-        module = f"layerzoo.kernels.{self.name}"
+        module = f"layerzoo.kernels.{self.kernel}"
         if self.has_kernel or module in sys.modules:
             try:
                 return importlib.import_module(module), ""

@@ -30,7 +30,7 @@ from .matrix import MatrixConfig, MatrixMemory, per_token, prepare
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-OP = Op("delta_rule")
+OP = Op("delta_rule", kernel="delta")
 
 
 def delta_rule(

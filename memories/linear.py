@@ -32,7 +32,7 @@ from .matrix import MatrixConfig, MatrixMemory, per_token, prepare
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-OP = Op("linear_attention")
+OP = Op("linear_attention", kernel="linear")
 
 
 def linear_attention(

@@ -1,0 +1,138 @@
+"""The kernels' judge. Without a GPU they run in Triton's interpreter, on the CPU; with one the
+same tests run there, at larger sizes and in bfloat16 too."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
+from layerzoo.kernels import launch  # noqa: E402
+from layerzoo.ops import Op  # noqa: E402
+
+DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
+Tensors = dict[str, Any]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """float32, and on a GPU bfloat16: the interpreter gets bfloat16 wrong."""
+    return request.param
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that kernels write to holds NaN before."""
+    launch.POISON.append(float("nan"))
+    yield
+    launch.POISON.pop()
+
+
+@pytest.fixture
+def judge(poison: None, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
+    return lambda op, call, tensors, **options: compare(
+        op, call, tensors, device, dtype, **options
+    )
+
+
+def compare(
+    op: Op,
+    call: Callable[..., Any],
+    tensors: Tensors,
+    device: torch.device,
+    dtype: torch.dtype,
+    wide: tuple[str, ...] = (),
+    grad: bool = True,
+) -> None:
+    """The error of impl 'triton', of every output and gradient, is at most twice that of eager
+    `chunked` in the same dtype; both are measured against `recurrent` in float64.
+
+    call: of an impl and of the tensors by name, returns a pytree. tensors: float64 tensors, or
+    pytrees of them. wide: those that stay float32 where dtype is lower (states, gates). grad:
+    compare the gradients of all of them, too.
+    """
+
+    def cast(name: str, x: Any) -> Any:
+        keep = torch.float32 if name in wide else dtype  # of the same values in any case
+
+        def one(t: Tensor) -> Tensor:
+            return t.to(device, dtype).to(keep) if t.is_floating_point() else t
+
+        return tree_map(one, x)
+
+    def widened(x: Any) -> Any:
+        return tree_map(lambda t: t.double() if t.is_floating_point() else t, x)
+
+    given = {name: cast(name, x) for name, x in tensors.items()}
+    want = outcome(call, "recurrent", {name: widened(x) for name, x in given.items()}, grad)
+    made = outcome(call, "triton", given, grad)
+    chunked = op.impls["chunked"]
+    if dtype != torch.float32:  # as written, without the cast to float32
+        lower = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, given)
+        op.impls["chunked"] = inspect.unwrap(chunked)
+    else:
+        lower = given
+    try:
+        allowed = outcome(call, "chunked", lower, grad)
+    finally:
+        op.impls["chunked"] = chunked
+    ulp = torch.finfo(torch.float32).eps
+    assert want.keys() == made.keys()
+    for name, exact in want.items():
+        assert made[name].shape == exact.shape, name
+        bound, error = (relative(x[name], exact) for x in (allowed, made))
+        assert error <= 2 * bound + ulp, f"{name}: error {error:.2e}, allowed 2 x {bound:.2e}"
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|; what is NaN or of zeros alone is not close to anything else."""
+    if not want.numel():
+        return 0.0
+    error, size = float((got.double() - want).norm()), float(want.norm())
+    return (error / size if size else error) if error == error else float("inf")
+
+
+def outcome(
+    call: Callable[..., Any], impl: str, tensors: Tensors, grad: bool
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name; the loss weighs every entry of every output differently."""
+    names, leaves = [], []
+
+    def leaf(name: str, x: Any) -> Any:
+        def one(t: Tensor) -> Tensor:
+            if not (grad and t.is_floating_point()):
+                return t
+            names.append(f"gradient of {name} {len(names)}")
+            leaves.append(t.detach().clone().requires_grad_())
+            return leaves[-1]
+
+        return tree_map(one, x)
+
+    out = call(impl, **{name: leaf(name, x) for name, x in tensors.items()})
+    found = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
+    result = {f"output {n}": x.detach() for n, x in enumerate(found)}
+    if grad:
+        generator = torch.Generator().manual_seed(0)
+        weights = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in found)
+        # Weights of the lowest dtype: the references would see others than the kernel does.
+        loss = sum(
+            (x.double() * w.bfloat16().double().to(x.device)).sum()
+            for x, w in zip(found, weights, strict=True)
+        )
+        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        result |= dict(zip(names, grads, strict=True))
+    return result
