@@ -62,3 +62,33 @@ def local_attention(layer: Any, tensors: Tensors) -> Arm:
         return o.transpose(1, 2), None
 
     return Arm(run, {name: tensors[name] for name in "qkv"})
+
+
+@peer("sdpa", "ops", beside=("attention",), device="cuda")
+def sdpa_beside(layer: Layer, tensors: Tensors) -> Arm:
+    """The yardstick of the other attention layers on a GPU."""
+    if tensors.keys() < {"q", "k", "v"}:
+        raise Unfit("it needs q, k and v")
+    return sdpa(layer, tensors)
+
+
+@peer("flex_attention", "ops", layers=("sliding",), device="cuda")
+def flex(layer: Any, tensors: Tensors) -> Arm:
+    """PyTorch's compiled flex_attention, with the window and the sinks as its mask."""
+    flex_attention, create_block_mask = load(
+        "torch.nn.attention.flex_attention", "flex_attention", "create_block_mask"
+    )
+    c, (q, k) = layer.config, (tensors["q"], tensors["k"])
+
+    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (j <= i) & ((i - j < c.window) | (j < c.sinks))
+
+    mask = create_block_mask(seen, None, None, q.shape[1], k.shape[1], device=str(q.device))
+    fast = torch.compile(flex_attention, dynamic=False)
+    grouped = q.shape[2] != k.shape[2]
+
+    def run(tensors: Tensors, state: State) -> tuple[Tensor, State]:
+        q, k, v = (tensors[name].transpose(1, 2) for name in "qkv")
+        return fast(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2), None
+
+    return Arm(run, {name: tensors[name] for name in "qkv"})

@@ -1,5 +1,6 @@
 """Peers of the memories: the eager forms of transformers, the naive chunk forms of
-flash-linear-attention, and titans-pytorch. A benchmark imports these libraries when it runs them.
+flash-linear-attention (its kernels are in peers_gpu.py), and titans-pytorch. A benchmark imports
+these libraries when it runs them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from layerzoo.layer import State
 
 CHUNK = 64
 """Tokens a chunk: the default of all of them but Mamba-2's scan and fla's delta rule."""
-FLA: dict[str, Any] = {"module": "fla", "library": "fla-core"}
+FLA: dict[str, Any] = {"module": "fla", "library": "fla-core", "device": "cpu"}
 TRANSFORMERS: dict[str, Any] = {"module": "transformers", "library": "transformers"}
 
 
@@ -101,7 +102,6 @@ def mamba2_scan(layer: Any, tensors: Tensors) -> Arm:
 def fla(layer: Any, x: Tensors, module: str, chunk: str, loop: str) -> Arm:
     """A chunk form, and a loop for a single token, that continue from a state."""
     x = {"g" if name == "log_decay" else name: t for name, t in x.items()}
-    cpu_only(x)
 
     def with_state(fn: Callable[..., Any]) -> Run:
         def run(x: Tensors, state: State) -> tuple[Tensor, State]:
@@ -111,11 +111,6 @@ def fla(layer: Any, x: Tensors, module: str, chunk: str, loop: str) -> Arm:
 
     run, step = map(with_state, load(module, chunk, loop))
     return Arm(run, x, step=step, carries=True)
-
-
-def cpu_only(x: Tensors) -> None:
-    if any(t.device.type != "cpu" for t in x.values()):
-        raise Unfit("its naive forms are for a CPU, and its kernels have no adapter yet")
 
 
 @peer("fla", "ops", layers=("gated_delta",), **FLA)
@@ -151,7 +146,6 @@ def fla_delta(layer: Any, tensors: Tensors) -> Arm:
     """Its chunk form returns a state but takes none; layout `[B, H, T, D]`, chunk 32."""
     chunk, loop = load("fla.ops.delta_rule.naive", "delta_rule_chunkwise", "delta_rule_recurrence")
     x = unscaled(inputs(layer, tensors, "beta", multiple=32), layer.scale)
-    cpu_only(x)
 
     def run(x: Tensors, state: State) -> tuple[Tensor, State]:
         o, state = chunk(*(t.transpose(1, 2) for t in x.values()))
@@ -169,7 +163,6 @@ def fla_linear(layer: Any, tensors: Tensors) -> Arm:
     """Its chunk form has no state."""
     (chunk,) = load("fla.ops.linear_attn.naive", "naive_chunk_linear_attn")
     x = inputs(layer, tensors, multiple=CHUNK)
-    cpu_only(x)
     return Arm(lambda x, state: (chunk(**x, scale=layer.scale), None), x)
 
 
@@ -183,7 +176,6 @@ def fla_mesa(layer: Any, tensors: Tensors) -> Arm:
         raise Unfit("its solver is another one, except for qk_norm l2 and a number of steps")
     x = inputs(layer, tensors, "beta", decay=3, multiple=CHUNK)
     x = {"g" if name == "log_decay" else name: t for name, t in x.items()}
-    cpu_only(x)
     ridge = layer.positive_ridge().detach()
 
     def run(x: Tensors, state: State) -> tuple[Tensor, State]:

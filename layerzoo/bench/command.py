@@ -19,7 +19,7 @@ from layerzoo.spec import SpecError, required, suggest
 
 from . import report
 from .calls import MEASURES
-from .measure import gemm_peak
+from .measure import copy_peak, gemm_peak
 from .peers import choose, peers_of
 from .run import OURS, Row, Settings, bench
 
@@ -82,6 +82,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--measure", type=measures, default=tuple(MEASURES), help=f"of {','.join(MEASURES)}")
     for name, default in (("batch", 2), ("heads", 4), ("dim", 256), ("repeats", 10)):
         add(f"--{name}", metavar="N", type=positive, default=default, help=f"default {default}")
+    add("--tokens", metavar="N", type=positive, help="of a batch together, in place of --batch")
     add("--dtype", type=one_of("dtype", *DTYPES), default="float32", help=", ".join(DTYPES))
     add("--device", type=device, default=torch.device("cpu"), help="cpu or cuda; default cpu")
     add("--impl", default="auto", help="of ours: auto, recurrent, chunked or triton")
@@ -172,6 +173,7 @@ def main(argv: Sequence[str]) -> int:
         mode=options.mode,
         lengths=options.lengths,
         batch=options.batch,
+        tokens=options.tokens,
         heads=options.heads,
         dim=options.dim,
         dtype=getattr(torch, options.dtype),
@@ -180,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
         compiled=options.compiled,
         repeats=options.repeats,
         measures=options.measure,
-        against=choose(options.against, options.mode, names),
+        against=choose(options.against, options.mode, names, options.device.type),
     )
     with prepared(options.threads):
         run(specs, settings, options)
@@ -191,12 +193,12 @@ def run(specs: dict[str, dict[str, Any]], settings: Settings, options: argparse.
     peers = {
         peer
         for spec in specs.values()
-        for peer in peers_of(settings.mode, spec["name"])
+        for peer in peers_of(settings.mode, spec["name"], settings.device.type)
         if settings.wants(peer)
     }
-    gemm = gemm_peak(settings.dtype, settings.device)
-    table = report.Table(specs, (OURS, *(peer.name for peer in peers)), gemm)
-    print(report.header(settings, gemm), table.head(), sep="\n\n")
+    peaks = report.Peaks(gemm_peak(settings.dtype, settings.device), copy_peak(settings.device))
+    table = report.Table(specs, (OURS, *(peer.name for peer in peers)), peaks)
+    print(report.header(settings, peaks), table.head(), sep="\n\n")
     rows: list[Row] = []
     skipped: dict[str, None] = {}  # a set in order
     for label, spec in specs.items():
@@ -208,7 +210,12 @@ def run(specs: dict[str, dict[str, Any]], settings: Settings, options: argparse.
         print(f"skipped: {reason}")
     if options.json:
         report.write_json(
-            options.json, rows, settings, gemm, versions=report.versions(peers), skipped=[*skipped]
+            options.json,
+            rows,
+            settings,
+            peaks,
+            versions=report.versions(peers),
+            skipped=[*skipped],
         )
     if options.plot:
         plot = importlib.import_module("layerzoo.bench.plot").plot

@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], Any]
 WARMUP = 2
 GEMM = 1024
+FLUSH = 2**28
+"""Bytes: more than a GPU's cache holds."""
 
 
 class Spread(NamedTuple):
@@ -41,8 +43,29 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return spread([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
-def synchroniser(device: torch.device) -> Call:
-    return lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None
+def seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def stopwatch(device: torch.device) -> Callable[[Call], float]:
+    """Measures the seconds of a call. On a GPU by its own events, from a cold cache; while that is
+    flushed, the call's first kernels are queued, so that launching them is not measured."""
+    if device.type != "cuda":
+        return seconds
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timed(call: Call) -> float:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return timed
 
 
 @contextmanager
@@ -59,10 +82,7 @@ def no_collection() -> Iterator[None]:
 
 
 def alternate(
-    calls: Sequence[Call],
-    repeats: int,
-    sync: Call = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
+    calls: Sequence[Call], repeats: int, timed: Callable[[Call], float] = seconds
 ) -> list[list[float]]:
     """Seconds of each call, A B A B .., after `WARMUP` rounds that are not timed.
 
@@ -75,12 +95,8 @@ def alternate(
             call()
     with no_collection():
         for _ in range(repeats):
-            for call, seconds in zip(calls, times, strict=True):
-                sync()
-                start = clock()
-                call()
-                sync()
-                seconds.append(clock() - start)
+            for call, found in zip(calls, times, strict=True):
+                found.append(timed(call))
     return times
 
 
@@ -124,14 +140,29 @@ def gflops(flops: float, milliseconds: float) -> float:
     return flops / milliseconds / 1e6
 
 
+def gemm_size(device: torch.device) -> int:
+    """Of the matrices whose product is the peak: a GPU is not busy with small ones."""
+    return 8 * GEMM if device.type == "cuda" else GEMM
+
+
 def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s of the fastest of 20 products of two `GEMM` x `GEMM` matrices, or of those that a
-    second is enough for."""
-    a, b = torch.randn(2, GEMM, GEMM, device=device).to(dtype)
-    sync = synchroniser(device)
-    ((first,),) = alternate([lambda: a @ b], 1, sync)
-    (times,) = alternate([lambda: a @ b], max(1, min(20, int(1 / first))), sync)
-    return gflops(2 * GEMM**3, 1e3 * min(times))
+    """GFLOP/s of the fastest of 20 products of two square matrices, or of those that a second is
+    enough for."""
+    size, timed = gemm_size(device), stopwatch(device)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    ((first,),) = alternate([lambda: a @ b], 1, timed)
+    (times,) = alternate([lambda: a @ b], max(1, min(20, int(1 / first))), timed)
+    return gflops(2 * size**3, 1e3 * min(times))
+
+
+def copy_peak(device: torch.device) -> float | None:
+    """Bytes a second, read and written, of the fastest of 20 copies on a GPU."""
+    if device.type != "cuda":
+        return None
+    a = torch.randn(2**28, device=device)
+    b = torch.empty_like(a)
+    (times,) = alternate([lambda: b.copy_(a)], 20, stopwatch(device))
+    return 2 * a.nbytes / min(times)
 
 
 def difference(got: Tensor, want: Tensor) -> float:

@@ -57,8 +57,9 @@ class Peer:
     name: for --against; several peers may share one, if no layer has two of them. mode: ops or
     layers. layers: those that it computes the same function as, which is checked. beside: kinds
     of layer beside which it is a yardstick: another function of the same shapes. module, library:
-    what must be importable, and its distribution. build: from a layer of ours and its input
-    (of its op, or {x}); raises `Unfit`.
+    what must be importable, and its distribution. device: cpu or cuda, if it is for one of them
+    alone; a name may stand for one peer on each. build: from a layer of ours and its input (of its
+    op, or {x}); raises `Unfit`.
     """
 
     name: str
@@ -68,9 +69,13 @@ class Peer:
     beside: tuple[str, ...] = ()
     module: str = ""
     library: str = ""
+    device: str = ""
 
     def same_as(self, layer: str) -> bool:
         return layer in self.layers
+
+    def runs_on(self, device: str) -> bool:
+        return self.device in ("", device)
 
     def fits(self, layer: str) -> bool:
         return self.same_as(layer) or get_layer(layer).kind in self.beside
@@ -88,7 +93,9 @@ def peer(name: str, mode: str, **fields: Any) -> Callable[[Build], Build]:
     def add(build: Build) -> Build:
         new = Peer(name, mode, build, **fields)
         for old in PEERS:
-            if (old.name, old.mode) == (name, mode) and set(old.layers) & set(new.layers):
+            apart = old.device and new.device and old.device != new.device
+            same = (old.name, old.mode) == (name, mode) and set(old.layers) & set(new.layers)
+            if same and not apart:
                 raise TypeError(f"peer '{name}' is already registered for these {mode}")
         PEERS.append(new)
         return build
@@ -96,20 +103,24 @@ def peer(name: str, mode: str, **fields: Any) -> Callable[[Build], Build]:
     return add
 
 
-def peers_of(mode: str, layer: str) -> list[Peer]:
-    """The peers of a layer in a mode, one a name: the same function goes before a yardstick."""
+def peers_of(mode: str, layer: str, device: str = "cpu") -> list[Peer]:
+    """The peers of a layer in a mode on a device, one a name: the same function goes before a
+    yardstick."""
     found: dict[str, Peer] = {}
     for p in sorted(PEERS, key=lambda p: not p.same_as(layer)):
-        if p.mode == mode and p.fits(layer):
+        if p.mode == mode and p.fits(layer) and p.runs_on(device):
             found.setdefault(p.name, p)
     return list(found.values())
 
 
-def choose(against: str | None, mode: str, layers: Iterable[str]) -> tuple[str, ...] | None:
+def choose(
+    against: str | None, mode: str, layers: Iterable[str], device: str = "cpu"
+) -> tuple[str, ...] | None:
     """The names that --against gives, checked; None is all that fit and are installed.
 
     Raises:
-        SpecError: an unknown peer, or one that fits no layer or is not installed.
+        SpecError: an unknown peer, or one that fits no layer, is for another device or is not
+            installed.
     """
     if against is None:
         return None
@@ -128,6 +139,9 @@ def choose(against: str | None, mode: str, layers: Iterable[str]) -> tuple[str, 
             raise SpecError(
                 f"{place}: fits none of {mode}: {', '.join(layers)}; it is for {'; '.join(fits)}"
             )
+        if not any(p.runs_on(device) for p in found):
+            raise SpecError(f"{place}: runs on {found[0].device} alone; see --device")
+        found = [p for p in found if p.runs_on(device)]
         for reason in filter(None, (p.absent() for p in found)):
             raise SpecError(f"{place}: {reason}")
     return names

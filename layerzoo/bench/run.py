@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from layerzoo.layer import Layer, build
 from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError
 
-from .calls import MEASURES, STEPS, arm_of, call_of, disagreement
-from .measure import Spread, alternate, gflops, peak_bytes, ratios, spread, synchroniser
+from .calls import MEASURES, STEPS, arm_of, call_of, cut, disagreement
+from .measure import Spread, alternate, gflops, peak_bytes, ratios, spread, stopwatch
 from .peers import Arm, Peer, Unfit, peers_of
 
 OURS = "layerzoo"
-TOLERANCE = 1e-3
-"""Relative difference that a peer of the same function may have, in float32."""
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Relative difference that a peer of the same function may have; 1e-3 in wider dtypes."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows of a benchmark share. mode: ops or layers. against: names of peers, None for
-    all that fit and can run."""
+    """What all rows of a benchmark share. mode: ops or layers. tokens: of all rows of a batch
+    together, in place of `batch`. against: names of peers, None for all that fit and can run."""
 
     mode: str
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     batch: int = 2
+    tokens: int | None = None
     heads: int = 4
     dim: int = 256
     dtype: torch.dtype = torch.float32
@@ -42,6 +44,10 @@ class Settings:
     def wants(self, peer: Peer) -> bool:
         return self.against is None or peer.name in self.against
 
+    def at(self, T: int) -> Settings:
+        """With the batch of rows of T tokens."""
+        return self if self.tokens is None else replace(self, batch=max(1, self.tokens // T))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -49,7 +55,8 @@ class Row:
 
     times: of each repeat, ms a call (decode: a call is one token of every row). us_per_token: of
     the median time. ratio: this time over ours in each pair. gflops: 10^9 FLOPs a second, of the
-    rule's definition. peak: bytes. difference: of a peer's output from ours, relative; None for
+    rule's definition. moved: bytes that any implementation of an op must move, `bytes_of`. batch:
+    rows. peak: bytes. difference: of a peer's output from ours, relative; None for
     a yardstick, which computes something else. ran: which implementations of our ops.
     """
 
@@ -63,6 +70,8 @@ class Row:
     us_per_token: float | None = None
     ratio: Spread | None = None
     gflops: float | None = None
+    moved: int | None = None
+    batch: int | None = None
     peak: int | None = None
     difference: float | None = None
     ran: list[str] | None = None
@@ -79,7 +88,10 @@ def bench(
         ImplError: an impl of ours that cannot run, or a peer that computes something else.
     """
     torch.manual_seed(0)
+    settings = settings.at(T)
     exact = torch.float64 if settings.dtype == torch.float64 else torch.float32
+    if settings.device.type == "cuda":
+        exact = settings.dtype  # of kernels that have no other
     layer = build(spec, dim=settings.dim).to(settings.device, exact)
     layer.impl, layer.compiled = settings.impl, settings.compiled
     x = torch.randn(settings.batch, T, settings.dim, device=settings.device, dtype=exact)
@@ -94,9 +106,13 @@ def bench(
     rows: list[Row] = []
     for measure in settings.measures:
         flops = flops_of(layer, settings, measure, T)
+        counted = settings.mode == "ops" and settings.device.type == "cuda"
+        moved = bytes_of(layer, ours, measure) if counted else None
         for name, fields in measured(arms, measure, T, settings).items():
             if flops and fields["times"] and name not in yardsticks:
                 fields["gflops"] = gflops(flops, fields["ms"].median)
+            if fields["times"] and name not in yardsticks:
+                fields["moved"] = moved
             rows.append(
                 Row(
                     label,
@@ -104,6 +120,7 @@ def bench(
                     MEASURES[measure],
                     name,
                     name in yardsticks,
+                    batch=settings.batch,
                     difference=differences.get(name),
                     ran=ran if name == OURS else None,
                     **fields,
@@ -139,7 +156,9 @@ def arms_of(
     if ours is None:
         raise SpecError(f"{label}: has no rule to time alone; use `layerzoo bench layers`")
     theirs: dict[Peer, tuple[Arm, float | None]] = {}
-    for peer in filter(settings.wants, peers_of(settings.mode, layer.name)):
+    tolerance = TOLERANCE.get(x.dtype, 1e-3)
+    kind = settings.device.type
+    for peer in filter(settings.wants, peers_of(settings.mode, layer.name, kind)):
         error = None
         try:
             arm = peer_arm(peer, layer, ours, settings)
@@ -151,7 +170,7 @@ def arms_of(
             who = peer.name if peer.absent() else f"{peer.name} of {label}"
             skipped[f"{who}: {reason}"] = None
             continue
-        if error is not None and not error <= TOLERANCE:
+        if error is not None and not error <= tolerance:
             raise ImplError(
                 f"peer {peer.name} computes something else than {label}: relative difference "
                 f"{error:.1e} at T {x.shape[1]}; leave it out with --against"
@@ -186,7 +205,7 @@ def measured(
 ) -> dict[str, dict[str, Any]]:
     """The fields of each arm's row; its `times` are empty where it has no such measure."""
     calls = {name: call for name, arm in arms.items() if (call := call_of(arm, measure))}
-    seconds = alternate(list(calls.values()), settings.repeats, synchroniser(settings.device))
+    seconds = alternate(list(calls.values()), settings.repeats, stopwatch(settings.device))
     one_token = measure == "decode"
     steps, tokens = (STEPS, settings.batch) if one_token else (1, settings.batch * T)
     found: dict[str, dict[str, Any]] = {name: {"times": []} for name in arms}
@@ -210,3 +229,23 @@ def flops_of(layer: Layer, settings: Settings, measure: str, T: int) -> float | 
         return None
     a_token = layer.rule_flops(T) if settings.mode == "ops" else layer.flops_per_token(T)
     return a_token * settings.batch * T * (3 if measure == "backward" else 1)
+
+
+@torch.no_grad()
+def bytes_of(layer: Layer, arm: Arm, measure: str) -> int | None:
+    """Bytes that a call of an op moves at the least, each once: forward, its inputs and output;
+    with the backward, the inputs again, the output's gradient and those of the inputs. A decoded
+    token: what the state holds, read, and written where it changed (a cache is only read)."""
+    o, before = arm.run(arm.tensors, None)
+    inputs = sum(t.nbytes for t in arm.tensors.values())
+    if measure == "forward":
+        return inputs + o.nbytes
+    if measure == "backward":
+        return 3 * inputs + 2 * o.nbytes
+    if measure != "decode" or arm.step is None:
+        return None
+    _, after = arm.step(cut(arm.tensors, 0, 1), before)
+    kept = {x.data_ptr() for x in tree_leaves(before)}
+    leaves = [x for x in tree_leaves(after) if x.is_floating_point()]
+    written = layer.kind != "attention"
+    return sum(x.nbytes * (1 + (written and x.data_ptr() not in kept)) for x in leaves)
