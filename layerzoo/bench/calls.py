@@ -41,6 +41,8 @@ def arm_of(layer: Layer, x: Tensor, mode: str) -> Arm | None:
 
 def call_of(arm: Arm, measure: str) -> Call | None:
     """A measure of an arm as a call without arguments, or None where the arm cannot do it."""
+    if measure in arm.without:
+        return None
     tensors = {name: t.detach().requires_grad_() for name, t in arm.tensors.items()}
     run, step = arm.run, arm.step
 

@@ -70,7 +70,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "layerzoo bench",
         description="Time ops (the rules alone) or whole layers, in pairs with peers. "
-        "(`layerzoo bench generate --help`: memory and time of one long generation.)",
+        "(`layerzoo bench generate --help`: memory and time of one long generation; "
+        "`layerzoo bench gpu --help`: the kernels, all of them.)",
         allow_abbrev=False,
     )
     parser.missing = f"expected {' or '.join(MODES)}, then names of layers or none for all"
@@ -162,8 +163,8 @@ def prepared(threads: int | None) -> Iterator[None]:
 
 
 def main(argv: Sequence[str]) -> int:
-    if argv and argv[0] == "generate":
-        return importlib.import_module("layerzoo.bench.stream").main(argv[1:])
+    if argv and (other := {"generate": "stream", "gpu": "gpu"}.get(argv[0])):
+        return importlib.import_module(f"layerzoo.bench.{other}").main(argv[1:])
     options = arguments(argv)
     check_writable("--json", options.json)
     check_writable("--plot", options.plot, PICTURES)

@@ -6,6 +6,7 @@ when it is built.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -23,6 +24,8 @@ Tensors = dict[str, Tensor]
 Run = Callable[[Tensors, State], tuple[Tensor, State]]
 
 PEERS: list[Peer] = []
+EVERY = ("*",)
+"""Of a peer's layers: all of them."""
 INSTALL = "pip install 'layerzoo[bench]'"
 
 
@@ -37,7 +40,8 @@ class Arm:
     run: of all tokens, from a state or None. tensors: its input, named, `[B, T, ...]`, prepared
     outside of the timing. parameters: what else gets a gradient. step: of one token, from a state
     that `run` or `step` returned (whose memory it may use again); None if it has none. carries:
-    `run` continues from such a state, too, so that a long prefill can go in pieces.
+    `run` continues from such a state, too, so that a long prefill can go in pieces. without:
+    measures that failed.
     """
 
     run: Run
@@ -45,6 +49,7 @@ class Arm:
     parameters: tuple[Tensor, ...] = ()
     step: Run | None = None
     carries: bool = False
+    without: tuple[str, ...] = ()
 
 
 Build = Callable[[Layer, Tensors], Arm]
@@ -72,7 +77,7 @@ class Peer:
     device: str = ""
 
     def same_as(self, layer: str) -> bool:
-        return layer in self.layers
+        return layer in self.layers or self.layers == EVERY
 
     def runs_on(self, device: str) -> bool:
         return self.device in ("", device)
@@ -160,3 +165,13 @@ def load(module: str, *names: str) -> list[Any]:
         return [inspect.unwrap(getattr(found, name)) for name in names]
     except (ImportError, AttributeError) as error:
         raise Unfit(f"{module} does not load: {error}".splitlines()[0]) from error
+
+
+@peer("chunked", "ops", layers=EVERY, device="cuda")
+def chunked(layer: Any, tensors: Tensors) -> Arm:
+    """Our own portable path, compiled where a layer has something to compile: what kernels must be
+    worth."""
+    twin = copy.deepcopy(layer)
+    twin.impl, twin.compiled = "chunked", True
+    inner = twin.inner(next(twin.parameters()).new_zeros(1, 1, twin.dim))
+    return Arm(inner.fn, tensors, step=inner.fn, carries=True)

@@ -161,14 +161,18 @@ def arms_of(
     for peer in filter(settings.wants, peers_of(settings.mode, layer.name, kind)):
         error = None
         try:
-            arm = peer_arm(peer, layer, ours, settings)
+            arm, failures = peer_arm(peer, layer, ours, settings)
             if compare and peer.same_as(layer.name):
                 error = disagreement(ours, arm)
         except Unfit as reason:
             if settings.against is not None:
                 raise SpecError(f"--against {peer.name}: {label}: {reason}") from None
+            failures = {"": str(reason)}
+            arm = None
+        for measure, reason in failures.items():
             who = peer.name if peer.absent() else f"{peer.name} of {label}"
-            skipped[f"{who}: {reason}"] = None
+            skipped[f"{who}, {measure}: {reason}" if measure else f"{who}: {reason}"] = None
+        if arm is None:
             continue
         if error is not None and not error <= tolerance:
             raise ImplError(
@@ -179,25 +183,38 @@ def arms_of(
     return ours, theirs
 
 
-def peer_arm(peer: Peer, layer: Layer, ours: Arm, settings: Settings) -> Arm:
-    """A peer that has run once.
+def peer_arm(
+    peer: Peer, layer: Layer, ours: Arm, settings: Settings
+) -> tuple[Arm, dict[str, str]]:
+    """A peer that has run once, and why it fails in some measures.
 
     Raises:
         Unfit: it is not installed, or cannot run on this input.
     """
     if reason := peer.absent():
         raise Unfit(reason)
+    failures, ran = dict[str, str](), False
     try:
         arm = peer.build(layer, ours.tensors)
         for measure in settings.measures:
-            if call := call_of(arm, measure):
-                call()
+            try:
+                if call := call_of(arm, measure):
+                    call()
+                    ran = True
+            except Exception as error:  # whatever another library raises
+                failures[measure] = failed(error)
     except Unfit:
         raise
-    except Exception as error:  # whatever another library raises, on input it was not made for
-        what = (str(error).splitlines() or [""])[0]
-        raise Unfit(f"it fails with {type(error).__name__}: {what}") from error
-    return arm
+    except Exception as error:  # on input it was not made for
+        raise Unfit(failed(error)) from error
+    if failures and not ran:
+        raise Unfit(next(iter(failures.values())))
+    return replace(arm, without=tuple(failures)), failures
+
+
+def failed(error: Exception) -> str:
+    what = (str(error).splitlines() or [""])[0]
+    return f"it fails with {type(error).__name__}: {what}"
 
 
 def measured(
