@@ -1,7 +1,7 @@
-"""`python -m layerzoo.kernels.compile`: compile the kernels for GPUs that need not be here, and
-say what each takes of one.
+"""Compile launches for GPUs that need not be here, and say what each takes of one.
 
-It calls the ops under `launch.recorded`, so that what is compiled is what would be launched.
+`layerzoo bench compile` lists launches by `launch.recorded`, so that what is compiled is what
+would be launched.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ TENSOR_CORES = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes. registers: of a thread. spilled: bytes of a thread. shared:
-    bytes of a program. tensor_cores: their instructions in the code, by name."""
+    """What a compiled kernel takes. types: of its arguments, the constants among them. registers:
+    of a thread. spilled: bytes of a thread. shared: bytes of a program. tensor_cores: their
+    instructions in the code, by name."""
 
     name: str
+    types: str
     registers: int
     spilled: int
     shared: int
@@ -80,13 +82,21 @@ def compiled(launch: Launch, target: Target) -> Resources:
     """
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    found: Any = triton.compile(source(launch), target=gpu, options=options)
+    given = source(launch)
+    found: Any = triton.compile(given, target=gpu, options=options)
     text = found.asm["amdgcn"] if target.backend == "hip" else found.asm["ptx"]
     cores: dict[str, int] = {}
     for word in re.findall(TENSOR_CORES, text):
         cores[word] = cores.get(word, 0) + 1
     registers, spilled = amd(text) if target.backend == "hip" else nvidia(found.asm["cubin"])
-    return Resources(launch.kernel.__name__, registers, spilled, found.metadata.shared, cores)
+    types = {
+        name: given.constants.get((n,), kind)
+        for n, (name, kind) in enumerate(given.signature.items())
+    }
+    text = " ".join(f"{name}={value}" for name, value in {**types, **options}.items())
+    return Resources(
+        launch.kernel.__name__, text, registers, spilled, found.metadata.shared, cores
+    )
 
 
 def amd(text: str) -> tuple[int, int]:

@@ -77,6 +77,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 class Launch(NamedTuple):
+    """A launch as it was asked for."""
+
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]

@@ -71,7 +71,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "layerzoo bench",
         description="Time ops (the rules alone) or whole layers, in pairs with peers. "
         "(`layerzoo bench generate --help`: memory and time of one long generation; "
-        "`layerzoo bench gpu --help`: the kernels, all of them.)",
+        "`layerzoo bench gpu --help`: the kernels, all of them; `layerzoo bench compile --help`: "
+        "what they take of a GPU that is not here.)",
         allow_abbrev=False,
     )
     parser.missing = f"expected {' or '.join(MODES)}, then names of layers or none for all"
@@ -163,7 +164,7 @@ def prepared(threads: int | None) -> Iterator[None]:
 
 
 def main(argv: Sequence[str]) -> int:
-    if argv and (other := {"generate": "stream", "gpu": "gpu"}.get(argv[0])):
+    if argv and (other := {"generate": "stream", "gpu": "gpu", "compile": "compile"}.get(argv[0])):
         return importlib.import_module(f"layerzoo.bench.{other}").main(argv[1:])
     options = arguments(argv)
     check_writable("--json", options.json)
