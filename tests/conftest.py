@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from layerzoo import SpecError, layer, list_layers
 from layerzoo.ablations.cells.arms import arm_name, read_arms

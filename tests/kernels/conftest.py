@@ -4,7 +4,6 @@ same tests run there, at larger sizes and in bfloat16 too."""
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from layerzoo.kernels import launch
+from layerzoo.ops import Op
+
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
-from layerzoo.kernels import launch  # noqa: E402
-from layerzoo.ops import Op  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 Tensors = dict[str, Any]
