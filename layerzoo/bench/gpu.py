@@ -65,7 +65,7 @@ def warm(table: Mapping[str, Mapping[str, Any]], jobs: int) -> None:
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     while waiting or running:
         while waiting and len(running) < jobs:
-            command = [sys.executable, "-m", "layerzoo", "bench", *waiting.pop(0)]
+            command = [sys.executable, "-P", "-m", "layerzoo", "bench", *waiting.pop(0)]
             running.append(subprocess.Popen(command, **quiet))
         running[0].wait()
         running = [process for process in running if process.poll() is None]
