@@ -10,7 +10,7 @@ import argparse
 import importlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from layerzoo.arguments import Parser
 from layerzoo.layer import build, check_spec, get_layer, list_layers
+from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError, suggest
 
 T = 192
@@ -39,7 +40,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def launches(spec: dict[str, Any], target: Any, dtype: torch.dtype, D: int) -> Iterator[Any]:
+def launches(spec: dict[str, Any], target: Any, dtype: torch.dtype, D: int) -> list[Any]:
     """What a layer of two heads launches, forward, backward and to decode."""
     recorded = importlib.import_module("layerzoo.kernels.launch").recorded
     torch.manual_seed(0)
@@ -51,14 +52,19 @@ def launches(spec: dict[str, Any], target: Any, dtype: torch.dtype, D: int) -> I
         y.float().sum().backward()
         with torch.no_grad():
             layer(x[:, :1], state)
-    yield from found
+    return found
 
 
-def compile_all(spec: dict[str, Any], target: str, dtype: str, D: int) -> list[dict[str, Any]]:
-    """The figures of every kernel that a layer launches."""
+def compile_all(
+    spec: dict[str, Any], target: str, dtype: str, D: int
+) -> list[dict[str, Any]] | str:
+    """The figures of every kernel that a layer launches, or why it launches none."""
     compiled = importlib.import_module("layerzoo.kernels.compile").compiled
     machine = importlib.import_module("layerzoo.kernels.launch").TARGETS[target]
-    found = launches(spec, machine, getattr(torch, dtype), D)
+    try:
+        found = launches(spec, machine, getattr(torch, dtype), D)
+    except ImplError as reason:
+        return str(reason)
     about = {"target": target, "dtype": dtype, "D": D}
     return [{**compiled(launch, machine)._asdict(), **about} for launch in found]
 
@@ -100,6 +106,11 @@ def main(argv: Sequence[str]) -> int:
             compile_all, *zip(*((specs[n], *rest) for n, *rest in jobs), strict=True)
         )
         for (label, target, *_), found in zip(jobs, results, strict=True):
+            if isinstance(found, str):
+                if options.names:
+                    raise ImplError(found)
+                print(f"skipped: {label} on {target}: {found}")
+                continue
             for row in found:
                 rows.setdefault((row["name"], target, row["types"]), {**row, "of": label})
     cells = [
