@@ -7,6 +7,7 @@ what they need; then one after the other.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -34,6 +35,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", metavar="FOLDER", type=Path, default=Path("kernels/results"), help="of the file")
     add("--only", metavar="TEXT", default="", help="those whose name holds this")
+    add(
+        "--report", metavar="PAGE", type=Path, help="measure nothing; put what --out has in a page"
+    )
     add("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="that compile at once")
     return parser.parse_args(argv)
 
@@ -88,6 +92,9 @@ def measure(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
+    if options.report:
+        importlib.import_module("layerzoo.bench.gpu_report").write(options.out, options.report)
+        return 0
     table = yaml.safe_load(TABLE.read_text())
     chosen = {name: fields for name, fields in table.items() if options.only in name}
     if not chosen:

@@ -1,0 +1,51 @@
+"""The kernels, compiled for GPUs that are not here: `layerzoo bench compile`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerzoo.kernels.launch import TARGETS
+
+GPUS = ("sm_80", "sm_90", "gfx942")
+SPILLED: dict[tuple[str, str], int] = {}
+"""Bytes of a thread that a kernel may spill, by its name and target; all others none."""
+SCALAR = {"step", "decode_kernel"}
+"""Kernels without matrix products."""
+
+
+def compiled(tmp_path: Path, *more: str) -> list[dict[str, Any]]:
+    """In a process of its own: the interpreter that runs here compiles nothing."""
+    path = tmp_path / "kernels.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-m", "layerzoo", "bench", "compile", "--json", str(path)]
+    run = [*command, "--targets", ",".join(GPUS), *more]
+    subprocess.run(run, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(path.read_text())
+
+
+def check(rows: list[dict[str, Any]], spilled: dict[tuple[str, str], int] | None) -> None:
+    assert {row["target"] for row in rows} == set(GPUS)
+    for row in rows:
+        where = f"{row['name']} of {row['of']} on {row['target']}"
+        assert row["shared"] <= TARGETS[row["target"]].shared, where
+        if spilled is not None:
+            assert row["spilled"] <= spilled.get((row["name"], row["target"]), 0), where
+        products = row["name"] not in SCALAR and not row["name"].endswith("_kernel")
+        assert bool(row["tensor_cores"]) == products, where
+
+
+def test_64_channels_in_bfloat16(tmp_path: Path) -> None:
+    check(compiled(tmp_path), SPILLED)
+
+
+@pytest.mark.slow
+def test_other_channels_and_types(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--dtypes", "bfloat16", "--head-dims", "128")
+    check(rows, None)
