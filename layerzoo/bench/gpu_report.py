@@ -126,7 +126,7 @@ def draw(gpu: str, benchmarks: Sequence[dict[str, Any]], path: Path) -> bool:
     columns = 2
     count = -(-len(panels) // columns)
     figure, grid = plt.subplots(
-        count, columns, figsize=(9.6, 2.9 * count), layout="constrained", squeeze=False
+        count, columns, figsize=(11, 2.9 * count), layout="constrained", squeeze=False
     )
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
@@ -148,7 +148,7 @@ def draw(gpu: str, benchmarks: Sequence[dict[str, Any]], path: Path) -> bool:
         axes.set_title(f"{title}: {measure}", fontsize=9)
         axes.set_ylabel(f"time of {peer} / ours")
         axes.set_xlabel("T, tokens a sequence")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         tidy(axes)
     figure.suptitle(gpu, fontsize=11)
     figure.savefig(path)
