@@ -124,7 +124,7 @@ def backward(
 def reduced(dg: Tensor, g: Gate) -> Tensor:
     """Of the partial sums [blocks, B, T, H], the gradient of g."""
     if g is not None and g.ndim == 1:
-        return dg.sum((0, 1, 2))
+        return dg.sum((0, 1, 2), dtype=torch.float64).float()  # of all B T tokens
     return dg[0] if len(dg) == 1 else dg.sum(0)
 
 

@@ -23,17 +23,39 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..tiles import LOG2E
+
 FLOOR = tl.constexpr(-40.0)
 """Of log decays, as in memories/decays.py."""
 
 
 @triton.jit
 def sums(g):
-    """Cumulative sums of g [C] in two parts, of multiples of 2^-12, which is exact, and of the
-    rest: a strong decay does not cost the mild ones around it their digits."""
+    """Cumulative sums of g [C], and their ends, in two parts: of multiples of 2^-12, exact in
+    float32, and of the rest. A strong decay does not cost the mild ones around it their digits."""
     coarse = tl.floor(g * 4096.0 + 0.5) * (1 / 4096.0)
     fine = g - coarse
     return tl.cumsum(coarse, 0), tl.cumsum(fine, 0), tl.sum(coarse, 0), tl.sum(fine, 0)
+
+
+@triton.jit
+def factors(g, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """(before, after, whole, ratio) of log decays g [C]: what reads the state and what is written
+    to it are multiplied by; the state; and the scores, without a mask. Not EXACT is for 16 bits,
+    where the digits of one float32 sum are enough."""
+    if EXACT:
+        coarse, fine, end, rest = sums(g)
+        since = tl.exp(coarse + fine)
+        until = tl.exp((end - coarse) + (rest - fine))
+        whole = tl.exp(end + rest)
+        log = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+        ratio = tl.exp(tl.minimum(-log if REVERSE else log, 0.0))
+    else:
+        total, end = tl.cumsum(g * LOG2E, 0), tl.sum(g * LOG2E, 0)
+        since, until, whole = tl.exp2(total), tl.exp2(tl.minimum(end - total, 0.0)), tl.exp2(end)
+        log = total[:, None] - total[None, :]
+        ratio = tl.exp2(tl.minimum(-log if REVERSE else log, 0.0))
+    return (until if REVERSE else since), (since if REVERSE else until), whole, ratio
 
 
 @triton.jit
@@ -100,50 +122,48 @@ def scan(
         y = tl.load(Y + wide * R + rows[None, :], mask=seen[:, None], other=0.0)
         z = tl.load(Z + wide * C + cols[None, :], mask=seen[:, None], other=0.0)
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        o = tl.dot(x, S.to(dtype), input_precision=PRECISION)
         if G is not None:
             g = log_decays(G, t, seen, gt)
-            coarse, fine, end, rest = sums(g)
-            since = tl.exp(coarse + fine)
-            until = tl.exp((end - coarse) + (rest - fine))
-            log = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-            if REVERSE:
-                log = -log
-            scores *= tl.exp(tl.where(visible, log, float("-inf")))
-            o *= (until if REVERSE else since)[:, None]
-        else:
-            scores = tl.where(visible, scores, 0.0)
+            before, after, whole, ratio = factors(g, REVERSE, dtype == tl.float32)
+            scores *= ratio
+        scores = tl.where(visible, scores, 0.0)
         if REVERSE:
             scores *= scale
         if dG is not None:
             w = tl.load(W + wide * C + cols[None, :], mask=seen[:, None], other=0.0)
-            own = tl.sum(o * w, 1)
-            tile = kept + c.to(tl.int64) * R * C + place(rows, cols, R, C, False)
-            tile_seen = (rows[:, None] >= 0) & (c < chunks)
-            if REVERSE:
-                before = tl.load(tile, mask=tile_seen, other=0.0)
-                dg = tl.load(dG + t * H, mask=seen, other=0.0)
-                dg += tl.sum(tl.where(i[:, None] > i[None, :], own[None, :], 0.0), 1)
-                dg += tl.exp(end + rest) * tl.sum(tl.sum(before * S, 1), 0)
-                given = tl.load(G + t * gt, mask=seen, other=0.0)
-                dg = tl.where(given >= FLOOR, dg, 0.0)  # a clamped one has none
-            else:
-                tl.store(tile, S.to(kept.dtype.element_ty), mask=tile_seen)
+            if not REVERSE:
                 d_ratio = scores * tl.dot(w, tl.trans(z), input_precision=PRECISION)
                 later = (i[:, None] <= i[None, :]).to(dtype)
                 d_log = tl.dot(later, d_ratio.to(dtype), input_precision=PRECISION)
                 dg = tl.sum(tl.where(i[:, None] > i[None, :], d_log, 0.0), 1)
-                dg += tl.sum(tl.where(i[:, None] <= i[None, :], own[None, :], 0.0), 1)
-                dg *= scale
-            tl.store(dG + t * H, dg, mask=seen)
-        o = tl.dot(scores.to(dtype), z, o, input_precision=PRECISION)
+        p = scores.to(dtype)
+        o = tl.dot(x, S.to(dtype), input_precision=PRECISION)
+        if G is not None:
+            o *= before[:, None]
+        if dG is not None:
+            own = tl.sum(o * w, 1)
+        o = tl.dot(p, z, o, input_precision=PRECISION)
         if not REVERSE:
             o *= scale
         tl.store(O + wide * C + cols[None, :], o.to(O.dtype.element_ty), mask=seen[:, None])
+        if dG is not None:
+            tile = kept + c.to(tl.int64) * R * C + place(rows, cols, R, C, False)
+            tile_seen = (rows[:, None] >= 0) & (c < chunks)
+            if REVERSE:
+                old = tl.load(tile, mask=tile_seen, other=0.0)
+                dg = tl.load(dG + t * H, mask=seen, other=0.0)
+                dg += tl.sum(tl.where(i[:, None] > i[None, :], own[None, :], 0.0), 1)
+                dg += whole * tl.sum(tl.sum(old * S, 1), 0)
+                given = tl.load(G + t * gt, mask=seen, other=0.0)
+                dg = tl.where(given >= FLOOR, dg, 0.0)  # a clamped one has none
+            else:
+                tl.store(tile, S.to(kept.dtype.element_ty), mask=tile_seen)
+                dg += tl.sum(tl.where(i[:, None] <= i[None, :], own[None, :], 0.0), 1)
+                dg *= scale
+            tl.store(dG + t * H, dg, mask=seen)
         if G is not None:
-            S *= tl.exp(end + rest)
-            after = since * scale if REVERSE else until
-            z = (z * after[:, None]).to(dtype)
+            S *= whole
+            z = (z * (after * scale if REVERSE else after)[:, None]).to(dtype)
         elif REVERSE:
             z = (z * scale).to(dtype)
         S = tl.dot(tl.trans(y), z, S, input_precision=PRECISION)
@@ -182,14 +202,10 @@ def gather(
         z = tl.load(Z + wide * C + cols[None, :], mask=seen[:, None], other=0.0)
         if G is not None:
             g = log_decays(G, t, seen, gt)
-            coarse, fine, end, rest = sums(g)
-            S *= tl.exp(end + rest)
-            total += end + rest
-            if REVERSE:
-                after = tl.exp(coarse + fine) * scale
-            else:
-                after = tl.exp((end - coarse) + (rest - fine))
-            z = (z * after[:, None]).to(dtype)
+            _, after, whole, _ = factors(g, REVERSE, dtype == tl.float32)
+            S *= whole
+            total += tl.sum(g, 0)
+            z = (z * (after * scale if REVERSE else after)[:, None]).to(dtype)
         elif REVERSE:
             z = (z * scale).to(dtype)
         S = tl.dot(tl.trans(y), z, S, input_precision=PRECISION)

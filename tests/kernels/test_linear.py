@@ -63,7 +63,7 @@ def test_equals_recurrent(judge: Any, shape: tuple[int, ...], decay: str) -> Non
 @pytest.mark.parametrize("strength", ["strong", "resets"])
 @pytest.mark.parametrize("decay", ["constant", "scalar"])
 def test_strong_decays(judge: Any, decay: str, strength: str) -> None:
-    judge(OP, call(), tensors((1, 290, 2, 16, 16), decay, strength), wide=WIDE)
+    judge(OP, call(), tensors((1, 290, 4, 16, 16), decay, strength), wide=WIDE)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
