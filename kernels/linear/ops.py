@@ -22,9 +22,7 @@ def strides(g: Gate) -> tuple[int, int, int]:
 
 
 def chosen(q: Tensor, R: int, C: int) -> dict[str, Any]:
-    return scan.settings(
-        R, C, q.element_size(), launch.target(q.device), q.shape[0] * q.shape[2]
-    )
+    return scan.settings(R, C, q.element_size(), launch.target(q.device), q.shape[0] * q.shape[2])
 
 
 def parts(T: int, slots: int) -> tuple[int, int]:

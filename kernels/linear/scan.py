@@ -106,36 +106,40 @@ def scan(
     i = tl.arange(0, BT)
     state = place(rows, cols, R, C, TRANSPOSED)
     S = tl.load(states + (bh.to(tl.int64) * slots + n) * R * C + state)
-    visible = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
     if G is not None:
         G += b * gb + h * gh
     if dG is not None:
         W += first * C
         dG += block * (tl.num_programs(0) // (blocks * H)).to(tl.int64) * T * H + first
         kept += bh.to(tl.int64) * chunks * R * C
+    in_x = i[:, None] * (H * R) + rows[None, :]
+    in_z = i[:, None] * (H * C) + cols[None, :]
     for m in range(M):
         c = n * M + (M - 1 - m if REVERSE else m)
         t = c * BT + i
         seen = t < T
-        wide = t[:, None].to(tl.int64) * H
-        x = tl.load(X + wide * R + rows[None, :], mask=seen[:, None], other=0.0)
-        y = tl.load(Y + wide * R + rows[None, :], mask=seen[:, None], other=0.0)
-        z = tl.load(Z + wide * C + cols[None, :], mask=seen[:, None], other=0.0)
+        skip = (c * BT).to(tl.int64) * H
+        x = tl.load(X + skip * R + in_x, mask=seen[:, None], other=0.0)
+        y = tl.load(Y + skip * R + in_x, mask=seen[:, None], other=0.0)
+        z = tl.load(Z + skip * C + in_z, mask=seen[:, None], other=0.0)
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         if G is not None:
             g = log_decays(G, t, seen, gt)
             before, after, whole, ratio = factors(g, REVERSE, dtype == tl.float32)
             scores *= ratio
+        # Masks of t, not i: of i they would be kept in registers from chunk to chunk.
+        before_or_at = t[:, None] <= t[None, :]
+        visible = before_or_at if REVERSE else t[:, None] >= t[None, :]
         scores = tl.where(visible, scores, 0.0)
         if REVERSE:
             scores *= scale
         if dG is not None:
-            w = tl.load(W + wide * C + cols[None, :], mask=seen[:, None], other=0.0)
+            w = tl.load(W + skip * C + in_z, mask=seen[:, None], other=0.0)
             if not REVERSE:
                 d_ratio = scores * tl.dot(w, tl.trans(z), input_precision=PRECISION)
-                later = (i[:, None] <= i[None, :]).to(dtype)
+                later = before_or_at.to(dtype)
                 d_log = tl.dot(later, d_ratio.to(dtype), input_precision=PRECISION)
-                dg = tl.sum(tl.where(i[:, None] > i[None, :], d_log, 0.0), 1)
+                dg = tl.sum(tl.where(before_or_at, 0.0, d_log), 1)
         p = scores.to(dtype)
         o = tl.dot(x, S.to(dtype), input_precision=PRECISION)
         if G is not None:
@@ -145,20 +149,20 @@ def scan(
         o = tl.dot(p, z, o, input_precision=PRECISION)
         if not REVERSE:
             o *= scale
-        tl.store(O + wide * C + cols[None, :], o.to(O.dtype.element_ty), mask=seen[:, None])
+        tl.store(O + skip * C + in_z, o.to(O.dtype.element_ty), mask=seen[:, None])
         if dG is not None:
             tile = kept + c.to(tl.int64) * R * C + place(rows, cols, R, C, False)
             tile_seen = (rows[:, None] >= 0) & (c < chunks)
             if REVERSE:
                 old = tl.load(tile, mask=tile_seen, other=0.0)
                 dg = tl.load(dG + t * H, mask=seen, other=0.0)
-                dg += tl.sum(tl.where(i[:, None] > i[None, :], own[None, :], 0.0), 1)
+                dg += tl.sum(tl.where(before_or_at, 0.0, own[None, :]), 1)
                 dg += whole * tl.sum(tl.sum(old * S, 1), 0)
                 given = tl.load(G + t * gt, mask=seen, other=0.0)
                 dg = tl.where(given >= FLOOR, dg, 0.0)  # a clamped one has none
             else:
                 tl.store(tile, S.to(kept.dtype.element_ty), mask=tile_seen)
-                dg += tl.sum(tl.where(i[:, None] <= i[None, :], own[None, :], 0.0), 1)
+                dg += tl.sum(tl.where(before_or_at, own[None, :], 0.0), 1)
                 dg *= scale
             tl.store(dG + t * H, dg, mask=seen)
         if G is not None:
@@ -194,12 +198,15 @@ def gather(
     total = 0.0
     if G is not None:
         G += b * gb + h * gh
+    in_y = i[:, None] * (H * R) + rows[None, :]
+    in_z = i[:, None] * (H * C) + cols[None, :]
     for m in range(M):
-        t = (n * M + (M - 1 - m if REVERSE else m)) * BT + i
+        c = n * M + (M - 1 - m if REVERSE else m)
+        t = c * BT + i
         seen = t < T
-        wide = t[:, None].to(tl.int64) * H
-        y = tl.load(Y + wide * R + rows[None, :], mask=seen[:, None], other=0.0)
-        z = tl.load(Z + wide * C + cols[None, :], mask=seen[:, None], other=0.0)
+        skip = (c * BT).to(tl.int64) * H
+        y = tl.load(Y + skip * R + in_y, mask=seen[:, None], other=0.0)
+        z = tl.load(Z + skip * C + in_z, mask=seen[:, None], other=0.0)
         if G is not None:
             g = log_decays(G, t, seen, gt)
             _, after, whole, _ = factors(g, REVERSE, dtype == tl.float32)
