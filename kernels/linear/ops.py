@@ -65,7 +65,7 @@ def run_scan(
     last: Tensor | None = None, pull: tuple[Tensor, Tensor, Tensor] | None = None, *,
     reverse: bool = False, transposed: bool = False,
 ) -> Tensor:  # fmt: skip
-    """o of `scan.scan`, in segments of `tokens` that start from `states`; `pull` is (W, kept, dG)."""
+    """o of `scan.scan`, in segments of `tokens`; states: before those. pull: (W, kept, dG)."""
     B, T, H, R = x.shape
     C = z.shape[3]
     tile = chosen(x, R, C)

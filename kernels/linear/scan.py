@@ -73,7 +73,7 @@ def place(rows, cols, R: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "gb", "M", "slots"])
 def scan(
-    X, Y, Z, O, G, states, last, W, kept, dG, gb, gt, gh, scale, T, M, slots, H,
+    X, Y, Z, out, G, states, last, W, kept, dG, gb, gt, gh, scale, T, M, slots, H,
     R: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def scan(
     X += first * R
     Y += first * R
     Z += first * C
-    O += first * C  # noqa: E741
+    out += first * C
     rows, cols = tl.arange(0, R), block * BC + tl.arange(0, BC)
     i = tl.arange(0, BT)
     state = place(rows, cols, R, C, TRANSPOSED)
@@ -149,7 +149,7 @@ def scan(
         o = tl.dot(p, z, o, input_precision=PRECISION)
         if not REVERSE:
             o *= scale
-        tl.store(O + skip * C + in_z, o.to(O.dtype.element_ty), mask=seen[:, None])
+        tl.store(out + skip * C + in_z, o.to(out.dtype.element_ty), mask=seen[:, None])
         if dG is not None:
             tile = kept + c.to(tl.int64) * R * C + place(rows, cols, R, C, False)
             tile_seen = (rows[:, None] >= 0) & (c < chunks)
@@ -171,7 +171,7 @@ def scan(
         elif REVERSE:
             z = (z * scale).to(dtype)
         S = tl.dot(tl.trans(y), z, S, input_precision=PRECISION)
-    if last is not None:
+    if last is not None:  # noqa: SIM102
         if n == (0 if REVERSE else tl.num_programs(1) - 1):
             tl.store(last + bh.to(tl.int64) * R * C + state, S)
 
@@ -241,7 +241,7 @@ def chain(initial, states, wholes, N, slots, SIZE: tl.constexpr, BLOCK: tl.const
 
 
 def settings(R: int, C: int, itemsize: int, on: Any, heads: int) -> dict[str, int]:
-    """Tiles of `scan` and `gather`, and into how many segments `heads` sequences are split at most,
+    """Tiles of `scan` and `gather`, and the segments that `heads` sequences are split into at most,
     to have some programs for every multiprocessor.
 
     float32's products are FMAs and hold their operands in registers: small chunks.

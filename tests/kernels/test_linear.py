@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerzoo.ops import ImplError
 from layerzoo.kernels import launch, linear
 from layerzoo.memories.linear import OP, linear_attention
+from layerzoo.ops import ImplError
 
 GPU = torch.cuda.is_available()
 WIDE = ("g", "state")
@@ -42,7 +42,8 @@ def tensors(
         factor = {"mild": 0.05, "strong": 20.0, "resets": 0.05}[strength]
         found["g"] = factor * g
         if strength == "resets":
-            found["g"][torch.rand(size, generator=generator) < 0.1] = -30.0
+            for value in (-30.0, -torch.inf):
+                found["g"][torch.rand(size, generator=generator) < 0.05] = value
     return found
 
 
