@@ -1,4 +1,4 @@
-"""Linear attention with no, constant or scalar decay: S_t = D_t S_{t-1} + k_t^T v_t."""
+"""Linear attention, S_t = D_t S_{t-1} + k_t^T v_t, with any decay."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def run(
         return o.to(dtype), state
     rows, columns = (launch.power_of_two(n) for n in (K, V))
     q, k, v = (launch.pad_channels(x, n) for x, n in ((q, rows), (k, rows), (v, columns)))
+    if g is not None and g.ndim == 4:
+        g = launch.pad_channels(g, rows)
     if (rows, columns) != (K, V):
         state = F.pad(state, (0, columns - V, 0, rows - K))
     o, state = ops.forward(q, k, v, g, state, float(scale))
@@ -46,6 +48,4 @@ def supports(
     for name, n in (("K", k.shape[3]), ("V", v.shape[3])):
         if n > LIMIT:
             return f"{name} = {n} is more than the {LIMIT} channels that it takes"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "it has no decay per channel yet"
     return None

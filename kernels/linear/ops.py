@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import launch
-from . import scan, step
+from .. import launch, vector
+from . import channels, scan, step
 
 Gate = Tensor | None
 
@@ -55,7 +55,7 @@ def split(
     block = min(R * C, 512)
     launch.launch(
         scan.chain, (B * H * R * C // block,), first, states, wholes, N, slots,
-        SIZE=R * C, BLOCK=block, **options,
+        SIZE=R * C, K=1, BLOCK=block, **options,
     )  # fmt: skip
     return states, tokens
 
@@ -80,11 +80,96 @@ def run_scan(
     return o
 
 
+def vector_tile(q: Tensor, v: Tensor) -> dict[str, Any]:
+    """Both ways of the state have chunks of one size: what is prepared is of chunks."""
+    K, V = q.shape[3], v.shape[3]
+    return {**chosen(q, K, V), "BT": min(chosen(q, *n)["BT"] for n in ((K, V), (V, K)))}
+
+
+def vector_split(
+    y: Tensor, z: Tensor, whole: Tensor, first: Tensor, scale: float, reverse: bool
+) -> tuple[Tensor, int]:
+    """As `split`; y and z are fades and v, or in reverse reads and do."""
+    (B, T, H, K), V = y.shape, z.shape[3]
+    tile = vector_tile(y, z)
+    slots = tile["slots"]
+    tokens, N = parts(T, slots)
+    if N == 1:
+        return first.unsqueeze(2), tokens
+    states = launch.empty((B, H, slots, K, V), like=first)
+    wholes = launch.empty((B, H, slots, K), like=first)
+    launch.launch(
+        channels.gather, (B * H * V // tile["BC"], N - 1), y, z, whole, states, wholes, scale, T,
+        tokens // tile["BT"], slots, H, K=K, V=V, BT=tile["BT"], BV=tile["BC"], REVERSE=reverse,
+        PRECISION=launch.precision(y.dtype), num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+    )  # fmt: skip
+    block = min(K * V, 512)
+    launch.launch(
+        scan.chain, (B * H * K * V // block,), first, states, wholes, N, slots, SIZE=K * V, K=K,
+        BLOCK=block, REVERSE=reverse,
+    )  # fmt: skip
+    return states, tokens
+
+
+def vector_scan(
+    x: Tensor, y: Tensor, z: Tensor, A: Gate, whole: Tensor, states: Tensor, tokens: int,
+    scale: float, last: Gate = None, kept: Gate = None, d_whole: Gate = None, *,
+    reverse: bool = False, transposed: bool = False,
+) -> Tensor:  # fmt: skip
+    """out of `channels.scan`."""
+    (B, T, H, R), C = x.shape, z.shape[3]
+    tile = {**chosen(x, R, C), "BT": vector_tile(x, z)["BT"]}
+    del tile["slots"]
+    M, N = -(-tokens // tile["BT"]), -(-T // tokens)
+    out = launch.empty((B, T, H, C), like=x)
+    launch.launch(
+        channels.scan, (B * H * C // tile["BC"], N), x, y, z, out, A, whole, states, last, kept,
+        d_whole, scale, T, M, states.shape[2], H, R=R, C=C, REVERSE=reverse,
+        TRANSPOSED=transposed, PRECISION=launch.precision(x.dtype), **tile,
+    )  # fmt: skip
+    return out
+
+
+def vector_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    (A,), (reads,), fades, whole = vector.forward((q,), k, g, vector_tile(q, v)["BT"])
+    states, tokens = vector_split(fades, v, whole, state, scale, False)
+    last = launch.empty(state.shape, like=state)
+    return vector_scan(reads, fades, v, A, whole, states, tokens, scale, last), last
+
+
+def vector_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float, do: Tensor,
+    d_last: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v, g and the state. What was prepared is prepared again."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    BT = vector_tile(q, v)["BT"]
+    (A,), (reads,), fades, whole = vector.forward((q,), k, g, BT)
+    kept = launch.empty((B, H, -(-T // BT), V, K), like=q)
+    dA, d_whole = launch.empty(A.shape, like=A), launch.empty(whole.shape, like=whole)
+    d_state = launch.empty(state.shape, like=state)
+    back: dict[str, Any] = {"reverse": True}
+    at = vector_split(fades, v, whole, state, scale, False)
+    d_reads = vector_scan(do, v, fades, dA, whole, *at, scale, None, kept, transposed=True)
+    at = vector_split(reads, do, whole, d_last, scale, True)
+    dv = vector_scan(fades, reads, do, A, whole, *at, scale, d_state, **back)
+    d_fades = vector_scan(
+        v, do, reads, None, whole, *at, scale, None, kept, d_whole, transposed=True, **back
+    )
+    dq, dk, dg = vector.backward((q,), k, g, BT, (dA,), (d_reads,), d_fades, d_whole)
+    return dq, dk, dv, dg, d_state
+
+
 @torch.library.custom_op("layerzoo::linear_attention", mutates_args=())
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v, state = (x.contiguous() for x in (q, k, v, state))
+    if g is not None and g.ndim == 4:
+        return vector_forward(q, k, v, g, state, scale)
     states, tokens = split(k, v, g, state, scale, False)
     last = launch.empty(state.shape, like=state)
     return run_scan(q, k, v, g, states, tokens, scale, last), last
@@ -100,8 +185,10 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float,
     do: Tensor, d_last: Tensor, with_g: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g (empty without `with_g`) and the state."""
+    """Gradients of q, k, v, g (empty without `with_g`, but per channel) and the state."""
     q, k, v, state, do, d_last = (x.contiguous() for x in (q, k, v, state, do, d_last))
+    if g is not None and g.ndim == 4:
+        return vector_backward(q, k, v, g, state, scale, do, d_last)  # pyright: ignore
     (B, T, H, K), V = q.shape, v.shape[3]
     tile = chosen(q, V, K)
     at_q = at_k = None
@@ -131,7 +218,8 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, g: Gate, state: Tensor, scale: float, do: Tensor,
     d_last: Tensor, with_g: bool,
 ) -> Any:  # fmt: skip
-    dg = state.new_empty(g.shape if with_g and g is not None else (0,))
+    has_g = g is not None and (with_g or g.ndim == 4)
+    dg = state.new_empty(g.shape if has_g else (0,))
     new = (x.new_empty(x.shape) for x in (q, k, v))
     return *new, dg, state.new_empty(state.shape)
 

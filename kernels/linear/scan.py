@@ -182,7 +182,7 @@ def gather(
     R: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each segment of M chunks adds to the state, into its slot of states, and its log decay,
+    """What each segment of M chunks adds to the state, into its slot of states, and its decay,
     into wholes [B, H, slots]. Programs as in `scan`, but for the last segment in the order of the
     recurrence, which no other needs."""
     blocks: tl.constexpr = C // BC
@@ -219,14 +219,17 @@ def gather(
     slot = bh.to(tl.int64) * slots + n
     tl.store(states + slot * R * C + place(rows, cols, R, C, False), S)
     if block == 0:
-        tl.store(wholes + slot, total)
+        tl.store(wholes + slot, tl.exp(total))
 
 
 @triton.jit(do_not_specialize=["N", "slots"])
-def chain(initial, states, wholes, N, slots, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-          REVERSE: tl.constexpr):  # fmt: skip
-    """From what the N segments add, the states before them, in place: S' = e^whole S + added.
-    Program: BLOCK elements of one (b, h)'s states [slots, SIZE]; initial [B, H, SIZE]."""
+def chain(
+    initial, states, wholes, N, slots, SIZE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """From what the N segments add, the states before them, in place: S' = whole S + added.
+    Program: BLOCK elements of one (b, h)'s states [slots, SIZE]; initial [B, H, SIZE]; wholes
+    [B, H, slots, K], where K is 1 or the rows of a state."""
     blocks: tl.constexpr = SIZE // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -235,13 +238,13 @@ def chain(initial, states, wholes, N, slots, SIZE: tl.constexpr, BLOCK: tl.const
         slot = bh * slots + (N - 1 - m if REVERSE else m)
         added = tl.load(states + slot * SIZE + at)
         tl.store(states + slot * SIZE + at, S)
-        S = tl.exp(tl.load(wholes + slot)) * S + added
+        S = tl.load(wholes + slot * K + at // (SIZE // K)) * S + added
     slot = bh * slots + (0 if REVERSE else N - 1)
     tl.store(states + slot * SIZE + at, S)
 
 
 def settings(R: int, C: int, itemsize: int, on: Any, heads: int) -> dict[str, int]:
-    """Tiles of `scan` and `gather`, and the segments that `heads` sequences are split into at most,
+    """Tiles of `scan` and `gather`, and the most segments that `heads` sequences are split into,
     to have some programs for every multiprocessor.
 
     float32's products are FMAs and hold their operands in registers: small chunks.

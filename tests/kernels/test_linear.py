@@ -15,7 +15,7 @@ from layerzoo.ops import ImplError
 
 GPU = torch.cuda.is_available()
 WIDE = ("g", "state")
-DECAYS = ("none", "constant", "scalar")
+DECAYS = ("none", "constant", "scalar", "vector")
 # B, T, H, K, V: one token; below a chunk; exactly chunks of 32 and 64; chunks and a rest; T split
 SHAPES = [(2, 1, 2, 4, 4), (1, 7, 2, 16, 3), (2, 64, 1, 5, 33), (1, 83, 2, 64, 64)]
 SHAPES += [(1, 300, 1, 16, 16), (2, 270, 1, 20, 16)]
@@ -61,7 +61,7 @@ def test_equals_recurrent(judge: Any, shape: tuple[int, ...], decay: str) -> Non
 
 
 @pytest.mark.parametrize("strength", ["strong", "resets"])
-@pytest.mark.parametrize("decay", ["constant", "scalar"])
+@pytest.mark.parametrize("decay", ["constant", "scalar", "vector"])
 def test_strong_decays(judge: Any, decay: str, strength: str) -> None:
     judge(OP, call(), tensors((1, 290, 4, 16, 16), decay, strength), wide=WIDE)
 
@@ -113,7 +113,7 @@ def test_no_tokens(device: torch.device) -> None:
     assert last.data_ptr() != state.data_ptr()
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar"])
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 def test_compiles_as_one_graph(device: torch.device, decay: str) -> None:
     xs = cast(tensors((1, 40, 2, 16, 16), decay), device, torch.float32)
     leaves = [x.requires_grad_() for x in xs.values()]
