@@ -162,7 +162,7 @@ def scan(
                 dg = tl.where(given >= FLOOR, dg, 0.0)  # a clamped one has none
             else:
                 tl.store(tile, S.to(kept.dtype.element_ty), mask=tile_seen)
-                dg += tl.sum(tl.where(before_or_at, own[None, :], 0.0), 1)
+                dg += tl.cumsum(own, 0, reverse=True)
                 dg *= scale
             tl.store(dG + t * H, dg, mask=seen)
         if G is not None:
@@ -243,18 +243,23 @@ def chain(
     tl.store(states + slot * SIZE + at, S)
 
 
-def settings(R: int, C: int, itemsize: int, on: Any, heads: int) -> dict[str, int]:
-    """Tiles of `scan` and `gather`, and the most segments that `heads` sequences are split into,
-    to have some programs for every multiprocessor.
+def settings(
+    R: int, C: int, itemsize: int, on: Any, heads: int, plain: bool = False
+) -> dict[str, int]:
+    """Tiles of the scans and of `gather`, and the most segments that `heads` sequences are split
+    into, to have some programs for every multiprocessor. plain: there are no decays.
 
     float32's products are FMAs and hold their operands in registers: small chunks.
     """
     if itemsize == 4:
-        tiles = {"BT": 32 if R <= 64 else 16, "BC": min(C, 32), "num_warps": 4, "num_stages": 1}
+        BT = 32 if R <= 64 else 16
+        tiles = {"BT": BT, "BC": min(C, 32), "num_warps": 4 if R <= 128 else 8, "num_stages": 1}
     else:
         BC = min(C, 64 if R <= 128 else 32)
         BT = 32 if on.backend == "hip" and R + BC > 128 else 64
-        tiles = {"BT": BT, "BC": BC, "num_warps": 4, "num_stages": 2 if R <= 128 else 1}
+        warps = 4 if R + BC <= 128 or (plain and R <= 128) or on.backend == "hip" else 8
+        stages = 2 if R <= 128 and on.backend != "hip" else 1
+        tiles = {"BT": BT, "BC": BC, "num_warps": warps, "num_stages": stages}
     programs = max(1, heads * C // tiles["BC"])
     few = programs < 2 * on.multiprocessors
     return {**tiles, "slots": min(64, 4 * on.multiprocessors // programs) if few else 1}
