@@ -1,6 +1,7 @@
 """The recurrence with a decay per key channel, over what `vector` has prepared of the chunks.
 
-With its scores A [C, C], reads = q e^G, fades = k e^(G_end - G) and whole = e^G_end [K], a chunk is
+With its scores A [C, C], reads = q e^G, fades = k e^(G_end - G) and whole = e^G_end [K], a
+chunk is
 
     o = scale (reads S + A v),   S' = diag(whole) S + fades^T v.
 
@@ -73,7 +74,7 @@ def scan(
                 at, there = i[:, None] * (H * BT) + i[None, :], seen[:, None]
             scores = tl.load(A + skip * BT + at, mask=there, other=0.0)
             o = tl.dot(scores, z, o, input_precision=PRECISION)
-        elif not REVERSE:
+        elif not REVERSE:  # noqa: SIM102
             if block == 0:
                 at = i[:, None] * (H * BT) + i[None, :]
                 d_scores = scale * tl.dot(x, tl.trans(y), input_precision=PRECISION)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import launch, vector
@@ -220,7 +219,7 @@ def _(
     d_last: Tensor, with_g: bool,
 ) -> Any:  # fmt: skip
     has_g = g is not None and (with_g or g.ndim == 4)
-    dg = state.new_empty(g.shape if has_g else (0,))
+    dg = state.new_empty(g.shape if g is not None and has_g else (0,))
     new = (x.new_empty(x.shape) for x in (q, k, v))
     return *new, dg, state.new_empty(state.shape)
 
@@ -250,11 +249,11 @@ def one(
     V = v.shape[3]
     o, new = launch.empty(v.shape, like=v), launch.empty(state.shape, like=state)
     vector = g is not None and g.ndim == 4
-    g = g.contiguous() if vector else g
+    g = g.contiguous() if g is not None and vector else g
     gb, _, gh = strides(g)
     tile = step.settings(K, V, launch.target(q.device))
     launch.launch(
-        step.step, (B * H * triton.cdiv(V, tile["BV"]),), q, k, v, g, state, o, new, gb, gh,
+        step.step, (B * H * -(-V // tile["BV"]),), q, k, v, g, state, o, new, gb, gh,
         scale, H, K=K, V=V, VECTOR=vector, **tile,
     )  # fmt: skip
     return o, new

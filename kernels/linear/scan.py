@@ -40,22 +40,29 @@ def sums(g):
 
 @triton.jit
 def factors(g, REVERSE: tl.constexpr, EXACT: tl.constexpr):
-    """(before, after, whole, ratio) of log decays g [C]: what reads the state and what is written
-    to it are multiplied by; the state; and the scores, without a mask. Not EXACT is for 16 bits,
-    where the digits of one float32 sum are enough."""
+    """(before, after, whole, more, ratio) of log decays g [C]: what is read from the state and
+    what is written to it are multiplied by; the state, by whole + more; and the scores, without a
+    mask. Not EXACT is for 16 bits, where the digits of one float32 sum are enough.
+
+    more is what is below whole's last digit: under a constant decay it is the same in all chunks,
+    and many small ones would add it up.
+    """
     if EXACT:
         coarse, fine, end, rest = sums(g)
         since = tl.exp(coarse + fine)
         until = tl.exp((end - coarse) + (rest - fine))
-        whole = tl.exp(end + rest)
+        wide = tl.exp(end.to(tl.float64) + rest.to(tl.float64))
+        whole = wide.to(tl.float32)
+        more = (wide - whole.to(tl.float64)).to(tl.float32)
         log = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
         ratio = tl.exp(tl.minimum(-log if REVERSE else log, 0.0))
     else:
         total, end = tl.cumsum(g * LOG2E, 0), tl.sum(g * LOG2E, 0)
         since, until, whole = tl.exp2(total), tl.exp2(tl.minimum(end - total, 0.0)), tl.exp2(end)
+        more = 0.0
         log = total[:, None] - total[None, :]
         ratio = tl.exp2(tl.minimum(-log if REVERSE else log, 0.0))
-    return (until if REVERSE else since), (since if REVERSE else until), whole, ratio
+    return (until if REVERSE else since), (since if REVERSE else until), whole, more, ratio
 
 
 @triton.jit
@@ -125,7 +132,7 @@ def scan(
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         if G is not None:
             g = log_decays(G, t, seen, gt)
-            before, after, whole, ratio = factors(g, REVERSE, dtype == tl.float32)
+            before, after, whole, more, ratio = factors(g, REVERSE, dtype == tl.float32)
             scores *= ratio
         # Masks of t, not i: of i they would be kept in registers from chunk to chunk.
         before_or_at = t[:, None] <= t[None, :]
@@ -166,7 +173,7 @@ def scan(
                 dg *= scale
             tl.store(dG + t * H, dg, mask=seen)
         if G is not None:
-            S *= whole
+            S = S * whole + S * more
             z = (z * (after * scale if REVERSE else after)[:, None]).to(dtype)
         elif REVERSE:
             z = (z * scale).to(dtype)
@@ -209,8 +216,8 @@ def gather(
         z = tl.load(Z + skip * C + in_z, mask=seen[:, None], other=0.0)
         if G is not None:
             g = log_decays(G, t, seen, gt)
-            _, after, whole, _ = factors(g, REVERSE, dtype == tl.float32)
-            S *= whole
+            _, after, whole, more, _ = factors(g, REVERSE, dtype == tl.float32)
+            S = S * whole + S * more
             total += tl.sum(g, 0)
             z = (z * (after * scale if REVERSE else after)[:, None]).to(dtype)
         elif REVERSE:
@@ -249,11 +256,11 @@ def settings(
     """Tiles of the scans and of `gather`, and the most segments that `heads` sequences are split
     into, to have some programs for every multiprocessor. plain: there are no decays.
 
-    float32's products are FMAs and hold their operands in registers: small chunks.
+    float32's products are FMAs and hold their operands in registers: small tiles.
     """
     if itemsize == 4:
-        BT = 32 if R <= 64 else 16
-        tiles = {"BT": BT, "BC": min(C, 32), "num_warps": 4 if R <= 128 else 8, "num_stages": 1}
+        BC = min(C, 32 if R <= 64 else 16)
+        tiles = {"BT": 16, "BC": BC, "num_warps": 8, "num_stages": 1}
     else:
         BC = min(C, 64 if R <= 128 else 32)
         BT = 32 if on.backend == "hip" and R + BC > 128 else 64

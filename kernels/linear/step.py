@@ -7,6 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .. import launch
 from .scan import FLOOR
 
 
@@ -42,6 +43,6 @@ def step(
 
 def settings(K: int, V: int, on: Any) -> dict[str, int]:
     """Tiles of up to 8192 elements, whole rows where they fit: 32 loads of 16 bytes a thread."""
-    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    BK, BV = (launch.power_of_two(n, 1) for n in (K, V))
     BV = min(BV, max(16, 8192 // BK))
     return {"BK": BK, "BV": BV, "num_warps": 4 if BK * BV >= 4096 else 2, "num_stages": 1}
