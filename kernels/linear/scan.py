@@ -48,7 +48,7 @@ def factors(g, REVERSE: tl.constexpr, EXACT: tl.constexpr):
     and many small ones would add it up.
     """
     if EXACT:
-        coarse, fine, end, rest = sums(g)
+        coarse, fine, end, rest = sums(g)  # pyright: ignore
         since = tl.exp(coarse + fine)
         until = tl.exp((end - coarse) + (rest - fine))
         wide = tl.exp(end.to(tl.float64) + rest.to(tl.float64))
