@@ -25,7 +25,7 @@ F_h by at most 2^-12 / e, a twentieth of what rounding it to bfloat16 does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,7 +66,8 @@ def forward(rows: tuple[Tensor, ...], k: Tensor, g: Tensor, C: int) -> Prepared:
     s = settings(parts, C, K, q.dtype, launch.target(q.device))
     launch.launch(
         _forward, (B * H * N,), q, k, g, scores[0], scores[-1], reads[0], reads[-1], fades, whole,
-        T, H=H, K=K, C=C, BK=s.block, PARTS=parts, num_warps=s.warps, num_stages=s.stages,
+        T, H=H, K=K, C=C, BK=s.block, PARTS=parts,
+        PRECISION=launch.precision(q.dtype), num_warps=s.warps, num_stages=s.stages,
     )  # fmt: skip
     return Prepared(tuple(scores), tuple(reads), fades, whole)
 
@@ -92,7 +93,8 @@ def backward(
     launch.launch(
         _backward, (B * H * N * (K // s.block),), q, k, g, d_s[0], d_s[-1], d_r[0], d_r[-1],
         d_fades.contiguous(), d_whole.contiguous(), d_q, d_k, d_g,
-        T, H=H, K=K, C=C, BK=s.block, PARTS=parts, num_warps=s.warps, num_stages=s.stages,
+        T, H=H, K=K, C=C, BK=s.block, PARTS=parts,
+        PRECISION=launch.precision(q.dtype), num_warps=s.warps, num_stages=s.stages,
     )  # fmt: skip
     return d_q, d_k, d_g
 
@@ -149,7 +151,7 @@ def _across(i, t, h, right: tl.constexpr, left: tl.constexpr):
 
 
 @triton.jit
-def _pieces(g):
+def _pieces(g) -> Any:
     """g as a high and a low part of float16, times UNIT."""
     g = g * UNIT
     high = g.to(tl.float16)
@@ -160,12 +162,14 @@ def _pieces(g):
 def _ones(where, like):
     """What sums `like` by a product: 1 / UNIT for pieces."""
     if like.dtype == tl.float32:
-        return where.to(tl.float32)
-    return tl.where(where, 1 / UNIT, 0.0).to(tl.float16)
+        ones = where.to(tl.float32)
+    else:
+        ones = tl.where(where, 1 / UNIT, 0.0).to(tl.float16)
+    return ones
 
 
 @triton.jit
-def _decays(i, t, g, high, low):
+def _decays(i, t, g, high, low) -> Any:
     """(e^G, e^(Z - G), e^Z) from g [C, K] in units of log 2."""
     z = tl.sum(g, 0)
     if high.dtype == tl.float32:
@@ -182,10 +186,10 @@ def _decays(i, t, g, high, low):
 def _forward(
     q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head: scores [C, C] in registers over a loop over blocks of channels."""
     dt = q.dtype.element_ty
-    precision: tl.constexpr = "ieee" if dt == tl.float32 else "tf32"
     N = (T + C - 1) // C
     n, bh = tl.program_id(0) % N, tl.program_id(0) // N
     first = ((bh // H).to(tl.int64) * T + n * C) * H + bh % H  # row of [B T H, ..]
@@ -205,7 +209,7 @@ def _forward(
             high, low = log, log
         else:
             high, low = _pieces(log)
-        same = tl.dot(x, tl.trans(y), input_precision=precision)
+        same = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         own_q += tl.where(i == t, same, 0.0)
         x, y = x.to(tl.float32), y.to(tl.float32)
         since, until, over = _decays(i, t, log, high, low)
@@ -217,13 +221,13 @@ def _forward(
         h = C // 2
         while h >= 1:
             m = _ones(_between(i, t, h), high)
-            f = tl.exp2(tl.dot(m, high, input_precision=precision))
+            f = tl.exp2(tl.dot(m, high, input_precision=PRECISION))
             seen = _across(i, t, h, 1, 0)
             left = (y * f).to(dt)
-            found = tl.dot((x * f).to(dt), tl.trans(left), input_precision=precision)
+            found = tl.dot((x * f).to(dt), tl.trans(left), input_precision=PRECISION)
             own_q += tl.where(seen, found, 0.0)
             if PARTS == 2:
-                found = tl.dot(left, tl.trans(left), input_precision=precision)
+                found = tl.dot(left, tl.trans(left), input_precision=PRECISION)
                 own_k += tl.where(seen, found, 0.0)
             h = h // 2
     at = i * (H * C) + t
@@ -236,6 +240,7 @@ def _forward(
 def _backward(
     q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of channels of one chunk of one head.
 
@@ -245,7 +250,6 @@ def _backward(
         dE = F (q a + k b),  dg += M^T dE
     """
     dt = q.dtype.element_ty
-    precision: tl.constexpr = "ieee" if dt == tl.float32 else "tf32"
     N = (T + C - 1) // C
     block, chunk = tl.program_id(0) % (K // BK), tl.program_id(0) // (K // BK)
     n, bh = chunk % N, chunk // N
@@ -284,32 +288,32 @@ def _backward(
     dy += d
     row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
     dg = tl.zeros([C, BK], tl.float32) + (tl.load(d_whole + row * K + c) * over)[None, :]
-    dg = tl.dot((t >= i).to(dt), d_since.to(dt), dg, input_precision=precision)
-    dg = tl.dot((t < i).to(dt), (d * y).to(dt), dg, input_precision=precision)
+    dg = tl.dot((t >= i).to(dt), d_since.to(dt), dg, input_precision=PRECISION)
+    dg = tl.dot((t < i).to(dt), (d * y).to(dt), dg, input_precision=PRECISION)
     h = C // 2
     while h >= 1:
         m = _ones(_between(i, t, h), high)
-        f = tl.exp2(tl.dot(m, high, input_precision=precision))
+        f = tl.exp2(tl.dot(m, high, input_precision=PRECISION))
         xf, yf = x * f, y * f
         reader, key = xf.to(dt), yf.to(dt)
         # Loaded for each h, from the cache: in registers all the time, they would not fit.
         D = tl.load(d_scores_q + rows, alive, other=0.0)
         m = tl.where(_across(i, t, h, 1, 0), D, 0.0).to(dt)
-        a = tl.dot(m, key, input_precision=precision)
+        a = tl.dot(m, key, input_precision=PRECISION)
         D = tl.load(d_scores_q + columns, turned, other=0.0)
         m = tl.where(_across(i, t, h, 0, 1), D, 0.0).to(dt)
-        b = tl.dot(m, reader, input_precision=precision)
+        b = tl.dot(m, reader, input_precision=PRECISION)
         if PARTS == 2:
             D = tl.load(d_scores_k + columns, turned, other=0.0)
             m = tl.where(_across(i, t, h, 0, 1), D, 0.0).to(dt)
-            b = tl.dot(m, key, b, input_precision=precision)
+            b = tl.dot(m, key, b, input_precision=PRECISION)
             D = tl.load(d_scores_k + rows, alive, other=0.0)
             m = tl.where(_across(i, t, h, 1, 0), D, 0.0).to(dt)
-            b = tl.dot(m, key, b, input_precision=precision)
+            b = tl.dot(m, key, b, input_precision=PRECISION)
         dx += a * f
         dy += b * f
         dE = (xf * a + yf * b).to(dt)
-        dg = tl.dot(_around(i, t, h).to(dt), dE, dg, input_precision=precision)
+        dg = tl.dot(_around(i, t, h).to(dt), dE, dg, input_precision=PRECISION)
         h = h // 2
     tl.store(d_q + at, dx.to(dt), alive)
     tl.store(d_k + at, dy.to(dt), alive)
