@@ -134,7 +134,7 @@ def test_vector_follows_the_formulas(case: Case, dtype: torch.dtype, device: tor
     want = formulas(exact[0], exact[1], exact[2].clamp(min=FLOOR), case)
     generator = torch.Generator().manual_seed(1)
     d = [torch.randn(x.shape, generator=generator).to(device, dtype) for x in want]
-    loss = sum((x * w.double()).sum() for x, w in zip(want, d, strict=True))
+    loss = torch.stack([(x * w.double()).sum() for x, w in zip(want, d, strict=True)]).sum()
     want = [x.detach() for x in (*want, *torch.autograd.grad(loss, exact))]
     found, grads = portable(q, k, g, case, d)
     rows = (q, k)[: case.parts]
