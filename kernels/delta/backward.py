@@ -1,0 +1,192 @@
+"""The delta rule's backward kernels: the scan of the state's gradient, and what chunks then do.
+
+With dS the gradient of the state after a chunk (S the one before it), and y = scale do:
+
+    du = scores^T y + (k until) dS,   z = solve^T (beta du) = dv,
+    dS before = whole dS + (q since)^T y - (k since)^T z,
+    d scores = y u^T,   d A = -z u^T,   d(q since) = y S^T,   d(k since) = -z S^T,
+    d(k until) = u dS^T,   d beta = sum over V of r (du - A^T z).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    FLOOR,
+    load_gate,
+    load_rows,
+    ratios,
+    store_gate,
+    store_rows,
+    sums,
+)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def reverse_scan(
+    q, k, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state, d_states, scale, T, N,
+    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program takes BV columns of the state's gradient of one head, `[K, BV]` in registers,
+    through all chunks from the end. Writes dv `[B, T, H, V]`, the gradients of the states after
+    the chunks `[B, N, H, K, V]`, and that of the state given."""
+    blocks: tl.constexpr = V // BV
+    bh = tl.program_id(0) // blocks
+    b, h = (bh // H).to(tl.int64), bh % H
+    d = tl.arange(0, K)
+    c = (tl.program_id(0) % blocks) * BV + tl.arange(0, BV)
+    i = tl.arange(0, C)
+    place = d[:, None] * V + c[None, :]
+    low = q.dtype.element_ty
+    untils = gates + (b * 0 + B) * T * H
+    dS = tl.load(d_end + (b * H + h) * K * V + place).to(tl.float32)
+    for m in range(0, N):
+        n = N - 1 - m
+        first = n * C
+        row = (b * T + first) * H + h
+        ks = load_rows(k, row, first, T, d, H, K, C)
+        qs = load_rows(q, row, first, T, d, H, K, C)
+        ys = load_rows(do, row, first, T, c, H, V, C)
+        M = load_rows(solve, row, first, T, i, H, C, C)
+        s = load_rows(scores, row, first, T, i, H, C, C)
+        strength = load_gate(beta, row, first, T, H, C)
+        after = dS.to(low)
+        tl.store(d_states + ((b * N + n) * H + h) * K * V + place, after)
+        fs = load_rows(fade, row, first, T, d, H, K, C) if DECAY == 2 else ks
+        du = tl.dot(fs, after, input_precision=PRECISION)
+        if DECAY == 1:
+            since = load_gate(gates, row, first, T, H, C)
+            du *= load_gate(untils, row, first, T, H, C)[:, None]
+        du += tl.dot(tl.trans(s), ys, input_precision=PRECISION) * scale
+        du *= strength[:, None]
+        z = tl.dot(tl.trans(M), du.to(low), input_precision=PRECISION)
+        store_rows(dv, row, first, T, c, z, H, V, C)
+        y = ys.to(tl.float32) * scale
+        if DECAY == 1:
+            y *= since[:, None]
+            z *= since[:, None]
+            dS *= tl.load(whole + (b * N + n) * H + h)
+        elif DECAY == 2:
+            dS *= tl.load(whole + ((b * N + n) * H + h) * K + d)[:, None]
+        dS = tl.dot(tl.trans(qs), y.to(low), dS, input_precision=PRECISION)
+        dS = tl.dot(tl.trans(ks), (-z).to(low), dS, input_precision=PRECISION)
+    tl.store(d_state + (b * H + h) * K * V + place, dS)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def gradients(
+    q, k, fade, beta, g, A, gates, whole, do, r, z, states, d_states,
+    dq, dk, d_beta, dg, d_scores, dA, d_fade, d_whole, scale, T, N,
+    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program does one chunk of one head, all K and, in blocks, all V.
+
+    With DECAY = 2, `q` and `k` are given as they read (times since), A `[2, B, T, H, C]` holds
+    both scores, and the gradients of those (dq, dk, d_scores, dA, d_fade, d_whole) are written;
+    else dq and dk are those of q and k themselves, and dg that of the log decay of a token.
+
+    Transposes are computed as products of their own: on sm_90 a product's result, transposed, is
+    no safe operand of another.
+    """
+    n, bh = tl.program_id(0) % N, tl.program_id(0) // N
+    b, h = (bh // H).to(tl.int64), bh % H
+    first = n * C
+    row = (b * T + first) * H + h
+    place = ((b * N + n) * H + h) * K * V
+    i = tl.arange(0, C)
+    d = tl.arange(0, K)
+    low = q.dtype.element_ty
+    yr = tl.zeros([C, C], tl.float32)
+    zr = tl.zeros([C, C], tl.float32)
+    ry = tl.zeros([C, C], tl.float32)
+    rz = tl.zeros([C, C], tl.float32)
+    dqs = tl.zeros([C, K], tl.float32)
+    dks = tl.zeros([C, K], tl.float32)
+    dfs = tl.zeros([C, K], tl.float32)
+    kept = tl.zeros([K], tl.float32)
+    for p in range(0, V // BV):
+        c = p * BV + tl.arange(0, BV)
+        at = place + d[:, None] * V + c[None, :]
+        S = tl.load(states + at)
+        dS = tl.load(d_states + at)
+        ys = load_rows(do, row, first, T, c, H, V, C)
+        rs = load_rows(r, row, first, T, c, H, V, C)
+        zs = load_rows(z, row, first, T, c, H, V, C)
+        yr = tl.dot(ys, tl.trans(rs), yr, input_precision=PRECISION)
+        zr = tl.dot(zs, tl.trans(rs), zr, input_precision=PRECISION)
+        if DECAY != 2:
+            ry = tl.dot(rs, tl.trans(ys), ry, input_precision=PRECISION)
+            rz = tl.dot(rs, tl.trans(zs), rz, input_precision=PRECISION)
+        dqs = tl.dot(ys, tl.trans(S), dqs, input_precision=PRECISION)
+        dks = tl.dot(zs, tl.trans(S), dks, input_precision=PRECISION)
+        dfs = tl.dot(rs, tl.trans(dS), dfs, input_precision=PRECISION)
+        if DECAY != 0:
+            kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    strength = load_gate(beta, row, first, T, H, C)
+    ks = load_rows(k, row, first, T, d, H, K, C)
+    qs = load_rows(q, row, first, T, d, H, K, C)
+    seen = i[:, None] >= i[None, :]
+    before = i[:, None] > i[None, :]
+    if DECAY == 2:
+        s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
+        a = load_rows(A + (b * 0 + B) * T * H * C, row, first, T, i, H, C, C).to(tl.float32)
+        fs = load_rows(fade, row, first, T, d, H, K, C)
+    else:
+        s = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
+        a = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
+        fs = ks
+    if DECAY == 1:
+        log = load_gate(g, row, first, T, H, C)
+        coarse, fine = sums(log)
+        ratio = ratios(coarse, fine)
+        s *= ratio
+        a *= ratio
+        since = load_gate(gates, row, first, T, H, C)
+        dfs *= load_gate(gates + (b * 0 + B) * T * H, row, first, T, H, C)[:, None]
+    yr = tl.where(seen, yr * scale, 0.0)
+    zr = tl.where(before, zr, 0.0)
+    pairs = yr * s - zr * a
+    left = tl.sum(dfs * fs.to(tl.float32), 1)
+    store_gate(d_beta, row, first, T, tl.sum(pairs, 0) + left, H, C)
+    yr *= strength[None, :]
+    zr *= -strength[None, :]
+    dqs *= scale
+    dfs *= strength[:, None]
+    if DECAY == 2:
+        store_rows(d_scores, row, first, T, i, yr, H, C, C)
+        store_rows(dA, row, first, T, i, zr, H, C, C)
+        store_rows(dq, row, first, T, d, dqs, H, K, C)
+        store_rows(dk, row, first, T, d, -dks, H, K, C)
+        store_rows(d_fade, row, first, T, d, dfs, H, K, C)
+        tl.store(d_whole + ((b * N + n) * H + h) * K + d, kept)
+    else:
+        ry = tl.where(i[:, None] <= i[None, :], ry * (strength * scale)[:, None], 0.0)
+        rz = tl.where(i[:, None] < i[None, :], rz * -strength[:, None], 0.0)
+        if DECAY == 1:
+            dqs *= since[:, None]
+            dks *= since[:, None]
+            read = tl.sum(dqs * qs.to(tl.float32) - dks * ks.to(tl.float32), 1)
+            # g_t is in the pairs of i >= t > j, in what is read from t on, in what is left of the
+            # tokens before it, and in what is left of the state
+            pairs = tl.cumsum(pairs * strength[None, :], 0, reverse=True)
+            total = tl.sum(tl.where(before, pairs, 0.0), 1) + tl.cumsum(read, 0, reverse=True)
+            left *= strength
+            total += tl.sum(tl.where(before, left[None, :], 0.0), 1)
+            total += tl.sum(kept, 0) * tl.load(whole + (b * N + n) * H + h)
+            total = tl.where(log >= FLOOR, total, 0.0)
+            store_gate(dg, row, first, T, total, H, C)
+            yr *= ratio
+            zr *= ratio
+            ratio = ratios(-coarse, -fine)  # transposed
+            ry *= ratio
+            rz *= ratio
+        dqs = tl.dot(yr.to(low), ks, dqs, input_precision=PRECISION)
+        store_rows(dq, row, first, T, d, dqs, H, K, C)
+        dks = tl.dot(zr.to(low), ks, dfs - dks, input_precision=PRECISION)
+        dks = tl.dot(rz.to(low), ks, dks, input_precision=PRECISION)
+        dks = tl.dot(ry.to(low), qs, dks, input_precision=PRECISION)
+        store_rows(dk, row, first, T, d, dks, H, K, C)

@@ -1,0 +1,199 @@
+"""The delta rule's kernels as operators of torch, with their gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import launch
+from .backward import gradients, reverse_scan
+from .forward import prepare, scan
+from .step import step
+
+
+class Settings(NamedTuple):
+    """chunk: tokens. columns: of V, in the scans and in `gradients`; (warps, stages) of each."""
+
+    chunk: int
+    columns: int
+    columns_of_gradients: int
+    prepare: dict[str, int]
+    scan: dict[str, int]
+    reverse: dict[str, int]
+    gradients: dict[str, int]
+
+
+def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Target) -> Settings:
+    """Of `rows` = B H states `[K, V]`. The chain from chunk to chunk is what the scans wait for:
+    few columns a program, until the machine is full."""
+
+    def of(warps: int, stages: int) -> dict[str, int]:
+        return {"num_warps": warps, "num_stages": stages}
+
+    if dtype == torch.float32:
+        columns, chunk = min(V, 32), 32 if K <= 64 else 16
+        return Settings(chunk, columns, min(V, 32), of(4, 1), of(4, 1), of(4, 1), of(4, 1))
+    chunk = 64 if K <= 128 else 32
+    columns = min(V, 64 if K <= 128 else 32)
+    while columns > 16 and rows * (V // columns) < 0.75 * target.multiprocessors:
+        columns //= 2
+    stages = 1 if target.backend == "hip" else 2
+    wide = 8 if K > 64 else 4
+    return Settings(
+        chunk, columns, min(V, 64), of(4, 1), of(4, stages), of(4, stages), of(wide, 1)
+    )
+
+
+def plan(q: Tensor, v: Tensor) -> Settings:
+    B, _, H, K = q.shape
+    return settings(B * H, K, v.shape[-1], q.dtype, launch.target(q.device))
+
+
+def chunks(T: int, size: int) -> int:
+    return (T + size - 1) // size
+
+
+def constants(q: Tensor, g: Tensor | None, size: int) -> dict[str, Any]:
+    decay = 0 if g is None else g.dim() - 2
+    precision = launch.precision(q.dtype)
+    B, _, H, K = q.shape
+    return {"B": B, "H": H, "K": K, "C": size, "DECAY": decay, "PRECISION": precision}
+
+
+@torch.library.custom_op("layerzoo::delta_rule", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the last state, and for the backward: scores, solve, gates, whole, r and states, the
+    last two empty but for `save`."""
+    use = plan(q, v)
+    target = launch.target(q.device)
+    (B, T, H, K), V, C = q.shape, v.shape[-1], use.chunk
+    N, const = chunks(T, C), constants(q, g, C)
+    o, end, scores, solve, gates, whole, r, states = allocate(q, v, g, save, C)
+    const["SOLVE"] = "ieee" if q.dtype == torch.float32 or target.backend == "hip" else "tf32x3"
+    args = (q, k, beta, g, None, scores, solve, gates, whole, T, N)
+    launch.launch(prepare, (N * B * H,), *args, **use.prepare, **const)
+    del const["SOLVE"]
+    args = (q, k, k, v, beta, scores, solve, gates, whole, state, o, end, r, states, scale, T, N)
+    const |= {"V": V, "BV": use.columns, "SAVE": save}
+    launch.launch(scan, (B * H * (V // use.columns),), *args, **use.scan, **const)
+    return o, end, scores, solve, gates, whole, r, states
+
+
+def allocate(q: Tensor, v: Tensor, g: Tensor | None, save: bool, C: int) -> Any:
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    N, wide = chunks(T, C), torch.float32
+    return (
+        launch.empty((B, T, H, V), like=q),
+        launch.empty((B, H, K, V), like=q, dtype=wide),
+        launch.empty((B, T, H, C), like=q),
+        launch.empty((B, T, H, C), like=q),
+        launch.empty((2, B, T, H) if g is not None else (0,), like=q, dtype=wide),
+        launch.empty((B, N, H) if g is not None else (0,), like=q, dtype=wide),
+        launch.empty((B, T, H, V) if save else (0,), like=q),
+        launch.empty((B, N, H, K, V) if save else (0,), like=q),
+    )
+
+
+@forward.register_fake
+def _(q: Any, k: Any, v: Any, beta: Any, g: Any, state: Any, scale: float, save: bool) -> Any:
+    return allocate(q, v, g, save, plan(q, v).chunk)
+
+
+@torch.library.custom_op("layerzoo::delta_rule_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scores: Tensor,
+    solve: Tensor,
+    gates: Tensor,
+    whole: Tensor,
+    r: Tensor,
+    states: Tensor,
+    do: Tensor,
+    d_end: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, beta, g (empty without one) and of the state given."""
+    use = plan(q, v)
+    (B, T, H, K), V, C = q.shape, v.shape[-1], use.chunk
+    N, const = chunks(T, C), constants(q, g, C)
+    dq, dk, dv, d_beta, dg, d_state = allocate_gradients(q, k, v, beta, g)
+    d_states = launch.empty(states.shape, like=states)
+    const |= {"V": V, "BV": use.columns}
+    args = (q, k, k, beta, scores, solve, gates, whole, do, d_end, dv, d_state, d_states)
+    grid = (B * H * (V // use.columns),)
+    launch.launch(reverse_scan, grid, *args, scale, T, N, **use.reverse, **const)
+    const["BV"] = use.columns_of_gradients
+    given = (q, k, k, beta, g, None, gates, whole, do, r, dv, states, d_states)
+    made = (dq, dk, d_beta, dg, None, None, None, None)
+    args = (*given, *made, scale, T, N)
+    launch.launch(gradients, (N * B * H,), *args, **use.gradients, **const)
+    return dq, dk, dv, d_beta, dg, d_state
+
+
+def allocate_gradients(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> Any:
+    (B, _, H, K), V, wide = q.shape, v.shape[-1], torch.float32
+    return (
+        launch.empty(q.shape, like=q),
+        launch.empty(k.shape, like=q),
+        launch.empty(v.shape, like=q),
+        launch.empty(beta.shape, like=beta),
+        launch.empty(g.shape if g is not None else (0,), like=beta),
+        launch.empty((B, H, K, V), like=q, dtype=wide),
+    )
+
+
+@backward.register_fake
+def _(q: Any, k: Any, v: Any, beta: Any, g: Any, *args: Any) -> Any:
+    return allocate_gradients(q, k, v, beta, g)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, beta, g, _, ctx.scale, ctx.saved = inputs
+    ctx.save_for_backward(q, k, v, beta, g, *output[2:])
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx: Any, do: Tensor, d_end: Tensor, *_: Any) -> Any:
+    q, k, v, beta, g, *saved = ctx.saved_tensors
+    do, d_end = do.contiguous(), d_end.contiguous()
+    *grads, dg, d_state = backward(q, k, v, beta, g, *saved, do, d_end, ctx.scale)
+    return *grads, None if g is None else dg, d_state, None, None
+
+
+forward.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("layerzoo::delta_rule_step", mutates_args=())
+def one_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same for T = 1."""
+    B, _, H, K = q.shape
+    V = v.shape[-1]
+    columns = min(V, 32 if K <= 128 else 16)
+    o, end = launch.empty(v.shape, like=q), launch.empty(state.shape, like=state)
+    decay = 0 if g is None else g.dim() - 2
+    const = {"H": H, "K": K, "V": V, "BV": columns, "DECAY": decay}
+    args = (q, k, v, beta, g, state, o, end, scale)
+    launch.launch(step, (B * H * (V // columns),), *args, num_warps=4, num_stages=1, **const)
+    return o, end
+
+
+@one_step.register_fake
+def _(q: Any, k: Any, v: Any, beta: Any, g: Any, state: Any, scale: float) -> Any:
+    return launch.empty(v.shape, like=q), launch.empty(state.shape, like=state)
