@@ -81,9 +81,10 @@ def gradients(
     q, k, fade, beta, g, A, gates, whole, do, r, z, states, d_states,
     dq, dk, d_beta, dg, d_scores, dA, d_fade, d_whole, scale, T, N,
     B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program does one chunk of one head, all K and, in blocks, all V.
+    """A program does one chunk of one head: first what is `[C, C]`, then BK key channels at a
+    time.
 
     With DECAY = 2, `q` and `k` are given as they read (times since), A `[2, B, T, H, C]` holds
     both scores, and the gradients of those (dq, dk, d_scores, dA, d_fade, d_whole) are written;
@@ -98,47 +99,31 @@ def gradients(
     row = (b * T + first) * H + h
     place = ((b * N + n) * H + h) * K * V
     i = tl.arange(0, C)
-    d = tl.arange(0, K)
     low = q.dtype.element_ty
+    seen = i[:, None] >= i[None, :]
+    before = i[:, None] > i[None, :]
+    strength = load_gate(beta, row, first, T, H, C)
+    if DECAY == 2:
+        s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
+        a = load_rows(A + (b * 0 + B) * T * H * C, row, first, T, i, H, C, C).to(tl.float32)
+    else:
+        s = tl.zeros([C, C], tl.float32)
+        a = tl.zeros([C, C], tl.float32)
+        for p in range(0, K // BK):
+            d = p * BK + tl.arange(0, BK)
+            ks = load_rows(k, row, first, T, d, H, K, C)
+            qs = load_rows(q, row, first, T, d, H, K, C)
+            s = tl.dot(qs, tl.trans(ks), s, input_precision=PRECISION)
+            a = tl.dot(ks, tl.trans(ks), a, input_precision=PRECISION)
     yr = tl.zeros([C, C], tl.float32)
     zr = tl.zeros([C, C], tl.float32)
-    ry = tl.zeros([C, C], tl.float32)
-    rz = tl.zeros([C, C], tl.float32)
-    dqs = tl.zeros([C, K], tl.float32)
-    dks = tl.zeros([C, K], tl.float32)
-    dfs = tl.zeros([C, K], tl.float32)
-    kept = tl.zeros([K], tl.float32)
     for p in range(0, V // BV):
         c = p * BV + tl.arange(0, BV)
-        at = place + d[:, None] * V + c[None, :]
-        S = tl.load(states + at)
-        dS = tl.load(d_states + at)
         ys = load_rows(do, row, first, T, c, H, V, C)
         rs = load_rows(r, row, first, T, c, H, V, C)
         zs = load_rows(z, row, first, T, c, H, V, C)
         yr = tl.dot(ys, tl.trans(rs), yr, input_precision=PRECISION)
         zr = tl.dot(zs, tl.trans(rs), zr, input_precision=PRECISION)
-        if DECAY != 2:
-            ry = tl.dot(rs, tl.trans(ys), ry, input_precision=PRECISION)
-            rz = tl.dot(rs, tl.trans(zs), rz, input_precision=PRECISION)
-        dqs = tl.dot(ys, tl.trans(S), dqs, input_precision=PRECISION)
-        dks = tl.dot(zs, tl.trans(S), dks, input_precision=PRECISION)
-        dfs = tl.dot(rs, tl.trans(dS), dfs, input_precision=PRECISION)
-        if DECAY != 0:
-            kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-    strength = load_gate(beta, row, first, T, H, C)
-    ks = load_rows(k, row, first, T, d, H, K, C)
-    qs = load_rows(q, row, first, T, d, H, K, C)
-    seen = i[:, None] >= i[None, :]
-    before = i[:, None] > i[None, :]
-    if DECAY == 2:
-        s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
-        a = load_rows(A + (b * 0 + B) * T * H * C, row, first, T, i, H, C, C).to(tl.float32)
-        fs = load_rows(fade, row, first, T, d, H, K, C)
-    else:
-        s = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
-        a = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
-        fs = ks
     if DECAY == 1:
         log = load_gate(g, row, first, T, H, C)
         coarse, fine = sums(log)
@@ -146,47 +131,94 @@ def gradients(
         s *= ratio
         a *= ratio
         since = load_gate(gates, row, first, T, H, C)
-        dfs *= load_gate(gates + (b * 0 + B) * T * H, row, first, T, H, C)[:, None]
+        until = load_gate(gates + (b * 0 + B) * T * H, row, first, T, H, C)
     yr = tl.where(seen, yr * scale, 0.0)
     zr = tl.where(before, zr, 0.0)
     pairs = yr * s - zr * a
-    left = tl.sum(dfs * fs.to(tl.float32), 1)
-    store_gate(d_beta, row, first, T, tl.sum(pairs, 0) + left, H, C)
+    of_beta = tl.sum(pairs, 0)
     yr *= strength[None, :]
     zr *= -strength[None, :]
-    dqs *= scale
-    dfs *= strength[:, None]
     if DECAY == 2:
         store_rows(d_scores, row, first, T, i, yr, H, C, C)
         store_rows(dA, row, first, T, i, zr, H, C, C)
-        store_rows(dq, row, first, T, d, dqs, H, K, C)
-        store_rows(dk, row, first, T, d, -dks, H, K, C)
-        store_rows(d_fade, row, first, T, d, dfs, H, K, C)
-        tl.store(d_whole + ((b * N + n) * H + h) * K + d, kept)
     else:
-        ry = tl.where(i[:, None] <= i[None, :], ry * (strength * scale)[:, None], 0.0)
-        rz = tl.where(i[:, None] < i[None, :], rz * -strength[:, None], 0.0)
         if DECAY == 1:
-            dqs *= since[:, None]
-            dks *= since[:, None]
-            read = tl.sum(dqs * qs.to(tl.float32) - dks * ks.to(tl.float32), 1)
             # g_t is in the pairs of i >= t > j, in what is read from t on, in what is left of the
             # tokens before it, and in what is left of the state
             pairs = tl.cumsum(pairs * strength[None, :], 0, reverse=True)
-            total = tl.sum(tl.where(before, pairs, 0.0), 1) + tl.cumsum(read, 0, reverse=True)
-            left *= strength
-            total += tl.sum(tl.where(before, left[None, :], 0.0), 1)
-            total += tl.sum(kept, 0) * tl.load(whole + (b * N + n) * H + h)
-            total = tl.where(log >= FLOOR, total, 0.0)
-            store_gate(dg, row, first, T, total, H, C)
+            total = tl.sum(tl.where(before, pairs, 0.0), 1)
             yr *= ratio
             zr *= ratio
+        yk = yr.to(low)
+        zk = zr.to(low)
+        ry = tl.zeros([C, C], tl.float32)
+        rz = tl.zeros([C, C], tl.float32)
+        for p in range(0, V // BV):
+            c = p * BV + tl.arange(0, BV)
+            ys = load_rows(do, row, first, T, c, H, V, C)
+            rs = load_rows(r, row, first, T, c, H, V, C)
+            zs = load_rows(z, row, first, T, c, H, V, C)
+            ry = tl.dot(rs, tl.trans(ys), ry, input_precision=PRECISION)
+            rz = tl.dot(rs, tl.trans(zs), rz, input_precision=PRECISION)
+        if DECAY == 1:
             ratio = ratios(-coarse, -fine)  # transposed
             ry *= ratio
             rz *= ratio
-        dqs = tl.dot(yr.to(low), ks, dqs, input_precision=PRECISION)
-        store_rows(dq, row, first, T, d, dqs, H, K, C)
-        dks = tl.dot(zr.to(low), ks, dfs - dks, input_precision=PRECISION)
-        dks = tl.dot(rz.to(low), ks, dks, input_precision=PRECISION)
-        dks = tl.dot(ry.to(low), qs, dks, input_precision=PRECISION)
-        store_rows(dk, row, first, T, d, dks, H, K, C)
+        ry *= strength[:, None] * scale
+        rz *= -strength[:, None]
+        ky = tl.where(i[:, None] <= i[None, :], ry, 0.0).to(low)
+        kz = tl.where(i[:, None] < i[None, :], rz, 0.0).to(low)
+    left = tl.zeros([C], tl.float32)
+    read = tl.zeros([C], tl.float32)
+    kept = tl.zeros([1], tl.float32)
+    for m in range(0, K // BK):
+        d = m * BK + tl.arange(0, BK)
+        dqs = tl.zeros([C, BK], tl.float32)
+        dks = tl.zeros([C, BK], tl.float32)
+        dfs = tl.zeros([C, BK], tl.float32)
+        inner = tl.zeros([BK], tl.float32)
+        for p in range(0, V // BV):
+            c = p * BV + tl.arange(0, BV)
+            at = place + d[:, None] * V + c[None, :]
+            S = tl.load(states + at)
+            dS = tl.load(d_states + at)
+            ys = load_rows(do, row, first, T, c, H, V, C)
+            rs = load_rows(r, row, first, T, c, H, V, C)
+            zs = load_rows(z, row, first, T, c, H, V, C)
+            dqs = tl.dot(ys, tl.trans(S), dqs, input_precision=PRECISION)
+            dks = tl.dot(zs, tl.trans(S), dks, input_precision=PRECISION)
+            dfs = tl.dot(rs, tl.trans(dS), dfs, input_precision=PRECISION)
+            if DECAY != 0:
+                inner += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        dqs *= scale
+        if DECAY == 2:
+            fs = load_rows(fade, row, first, T, d, H, K, C)
+            left += tl.sum(dfs * fs.to(tl.float32), 1)
+            store_rows(dq, row, first, T, d, dqs, H, K, C)
+            store_rows(dk, row, first, T, d, -dks, H, K, C)
+            store_rows(d_fade, row, first, T, d, dfs * strength[:, None], H, K, C)
+            tl.store(d_whole + ((b * N + n) * H + h) * K + d, inner)
+        else:
+            ks = load_rows(k, row, first, T, d, H, K, C)
+            qs = load_rows(q, row, first, T, d, H, K, C)
+            if DECAY == 1:
+                dqs *= since[:, None]
+                dks *= since[:, None]
+                dfs *= until[:, None]
+                read += tl.sum(dqs * qs.to(tl.float32) - dks * ks.to(tl.float32), 1)
+                kept += tl.sum(inner, 0)
+            left += tl.sum(dfs * ks.to(tl.float32), 1)
+            dqs = tl.dot(yk, ks, dqs, input_precision=PRECISION)
+            store_rows(dq, row, first, T, d, dqs, H, K, C)
+            dks = dfs * strength[:, None] - dks
+            dks = tl.dot(zk, ks, dks, input_precision=PRECISION)
+            dks = tl.dot(kz, ks, dks, input_precision=PRECISION)
+            dks = tl.dot(ky, qs, dks, input_precision=PRECISION)
+            store_rows(dk, row, first, T, d, dks, H, K, C)
+    store_gate(d_beta, row, first, T, of_beta + left, H, C)
+    if DECAY == 1:
+        left *= strength
+        total += tl.cumsum(read, 0, reverse=True)
+        total += tl.sum(tl.where(before, left[None, :], 0.0), 1)
+        total += tl.sum(kept, 0) * tl.load(whole + (b * N + n) * H + h)
+        store_gate(dg, row, first, T, tl.where(log >= FLOOR, total, 0.0), H, C)

@@ -137,7 +137,7 @@ def backward(
     args = (q, k, k, beta, scores, solve, gates, whole, do, d_end, dv, d_state, d_states)
     grid = (B * H * (V // use.columns),)
     launch.launch(reverse_scan, grid, *args, scale, T, N, **use.reverse, **const)
-    const["BV"] = use.columns_of_gradients
+    const |= {"BK": min(K, 64), "BV": use.columns_of_gradients}
     given = (q, k, k, beta, g, None, gates, whole, do, r, dv, states, d_states)
     made = (dq, dk, d_beta, dg, None, None, None, None)
     args = (*given, *made, scale, T, N)

@@ -110,13 +110,15 @@ def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):
         known = tl.sum(row[:, :, None] * X, 1)
         X = tl.where(i == n, X - known[:, None, :], X)
     if N == 1:
-        return tl.reshape(X, (16, 16))
-    if N == 2:
+        out = tl.reshape(X, (16, 16))
+    elif N == 2:
         up, down = tl.split(tl.permute(X, (1, 2, 0)))
-        return corner(A, up, down, 32, PRECISION)
-    evens, odds = tl.split(tl.permute(tl.reshape(X, (2, 2, 16, 16)), (2, 3, 0, 1)))
-    X0, X2 = tl.split(evens)
-    X1, X3 = tl.split(odds)
-    up = corner(quarter(A, 0, 0, 64), X0, X1, 32, PRECISION)
-    down = corner(quarter(A, 1, 1, 64), X2, X3, 32, PRECISION)
-    return corner(A, up, down, 64, PRECISION)
+        out = corner(A, up, down, 32, PRECISION)
+    else:
+        evens, odds = tl.split(tl.permute(tl.reshape(X, (2, 2, 16, 16)), (2, 3, 0, 1)))
+        X0, X2 = tl.split(evens)
+        X1, X3 = tl.split(odds)
+        up = corner(quarter(A, 0, 0, 64), X0, X1, 32, PRECISION)
+        down = corner(quarter(A, 1, 1, 64), X2, X3, 32, PRECISION)
+        out = corner(A, up, down, 64, PRECISION)
+    return out
