@@ -78,7 +78,7 @@ def reverse_scan(
 
 @triton.jit(do_not_specialize=["T", "N"])
 def gradients(
-    q, k, fade, beta, g, A, gates, whole, do, r, z, states, d_states,
+    q, k, fade, beta, g, scores, A, gates, whole, do, r, z, states, d_states,
     dq, dk, d_beta, dg, d_scores, dA, d_fade, d_whole, scale, T, N,
     B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,9 +86,9 @@ def gradients(
     """A program does one chunk of one head: first what is `[C, C]`, then BK key channels at a
     time.
 
-    With DECAY = 2, `q` and `k` are given as they read (times since), A `[2, B, T, H, C]` holds
-    both scores, and the gradients of those (dq, dk, d_scores, dA, d_fade, d_whole) are written;
-    else dq and dk are those of q and k themselves, and dg that of the log decay of a token.
+    With DECAY = 2, q and k are given as they read (times since), with both scores, and the
+    gradients of those are written (dq, dk, d_scores, dA, d_fade, d_whole); else dq and dk are
+    those of q and k themselves, and dg that of the log decay of a token.
 
     Transposes are computed as products of their own: on sm_90 a product's result, transposed, is
     no safe operand of another.
@@ -104,8 +104,8 @@ def gradients(
     before = i[:, None] > i[None, :]
     strength = load_gate(beta, row, first, T, H, C)
     if DECAY == 2:
-        s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
-        a = load_rows(A + (b * 0 + B) * T * H * C, row, first, T, i, H, C, C).to(tl.float32)
+        s = load_rows(scores, row, first, T, i, H, C, C).to(tl.float32)
+        a = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
     else:
         s = tl.zeros([C, C], tl.float32)
         a = tl.zeros([C, C], tl.float32)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import launch
+from .. import launch, vector
 from .backward import gradients, reverse_scan
 from .forward import prepare, scan
 from .step import step
@@ -76,30 +76,34 @@ def forward(
     """o, the last state, and for the backward: scores, solve, gates, whole, r and states, the
     last two empty but for `save`."""
     use = plan(q, v)
-    target = launch.target(q.device)
     (B, T, H, K), V, C = q.shape, v.shape[-1], use.chunk
     N, const = chunks(T, C), constants(q, g, C)
     o, end, scores, solve, gates, whole, r, states = allocate(q, v, g, save, C)
-    const["SOLVE"] = "ieee" if q.dtype == torch.float32 or target.backend == "hip" else "tf32x3"
-    args = (q, k, beta, g, None, scores, solve, gates, whole, T, N)
-    launch.launch(prepare, (N * B * H,), *args, **use.prepare, **const)
-    del const["SOLVE"]
-    args = (q, k, k, v, beta, scores, solve, gates, whole, state, o, end, r, states, scale, T, N)
+    read, known, fade, A = q, k, k, None
+    if const["DECAY"] == 2:
+        assert g is not None
+        (scores, A), (read, known), fade, whole = vector.forward((q, k), k, g, C)
+    exact = q.dtype == torch.float32 or launch.target(q.device).backend == "hip"
+    args = (q, k, beta, g, A, scores, solve, gates, whole, T, N)
+    constant = {**const, "SOLVE": "ieee" if exact else "tf32x3"}
+    launch.launch(prepare, (N * B * H,), *args, **use.prepare, **constant)
     const |= {"V": V, "BV": use.columns, "SAVE": save}
+    given = (read, known, fade, v, beta, scores, solve, gates, whole, state)
+    args = (*given, o, end, r, states, scale, T, N)
     launch.launch(scan, (B * H * (V // use.columns),), *args, **use.scan, **const)
     return o, end, scores, solve, gates, whole, r, states
 
 
 def allocate(q: Tensor, v: Tensor, g: Tensor | None, save: bool, C: int) -> Any:
     (B, T, H, K), V = q.shape, v.shape[-1]
-    N, wide = chunks(T, C), torch.float32
+    N, wide, scalar = chunks(T, C), torch.float32, g is not None and g.dim() == 3
     return (
         launch.empty((B, T, H, V), like=q),
         launch.empty((B, H, K, V), like=q, dtype=wide),
         launch.empty((B, T, H, C), like=q),
         launch.empty((B, T, H, C), like=q),
-        launch.empty((2, B, T, H) if g is not None else (0,), like=q, dtype=wide),
-        launch.empty((B, N, H) if g is not None else (0,), like=q, dtype=wide),
+        launch.empty((2, B, T, H) if scalar else (0,), like=q, dtype=wide),
+        launch.empty((0,) if g is None else (B, N, *g.shape[2:]), like=q, dtype=wide),
         launch.empty((B, T, H, V) if save else (0,), like=q),
         launch.empty((B, N, H, K, V) if save else (0,), like=q),
     )
@@ -133,15 +137,28 @@ def backward(
     N, const = chunks(T, C), constants(q, g, C)
     dq, dk, dv, d_beta, dg, d_state = allocate_gradients(q, k, v, beta, g)
     d_states = launch.empty(states.shape, like=states)
+    by_channel = const["DECAY"] == 2
+    prepared = vector.forward((q, k), k, g, C) if g is not None and by_channel else None
+    (read, known), fade = (prepared.reads, prepared.fades) if prepared else ((q, k), k)
     const |= {"V": V, "BV": use.columns}
-    args = (q, k, k, beta, scores, solve, gates, whole, do, d_end, dv, d_state, d_states)
+    args = (read, known, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state)
     grid = (B * H * (V // use.columns),)
-    launch.launch(reverse_scan, grid, *args, scale, T, N, **use.reverse, **const)
+    launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, **use.reverse, **const)
     const |= {"BK": min(K, 64), "BV": use.columns_of_gradients}
-    given = (q, k, k, beta, g, None, gates, whole, do, r, dv, states, d_states)
-    made = (dq, dk, d_beta, dg, None, None, None, None)
+    d_scores = d_A = d_fade = d_whole = None
+    d_read, d_known, A = dq, dk, None
+    if prepared:
+        A = prepared.scores[1]
+        d_read, d_known, d_fade = (launch.empty(q.shape, like=q) for _ in range(3))
+        d_scores, d_A = (launch.empty(scores.shape, like=q) for _ in range(2))
+        d_whole = launch.empty(whole.shape, like=whole)
+    given = (read, known, fade, beta, g, scores, A, gates, whole, do, r, dv, states, d_states)
+    made = (d_read, d_known, d_beta, dg, d_scores, d_A, d_fade, d_whole)
     args = (*given, *made, scale, T, N)
     launch.launch(gradients, (N * B * H,), *args, **use.gradients, **const)
+    if g is not None and d_scores is not None:
+        made = ((d_scores, d_A), (d_read, d_known), d_fade, d_whole)
+        dq, dk, dg = vector.backward((q, k), k, g, C, *made)
     return dq, dk, dv, d_beta, dg, d_state
 
 

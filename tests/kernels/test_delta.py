@@ -21,6 +21,9 @@ CASES: dict[str, tuple[int, int, int, int, int, str]] = {
     "odd channels": (2, 37, 1, 5, 19, "constant"),
     "resets": (1, 70, 2, 32, 16, "resets"),
     "no decay": (1, 70, 1, 16, 64, "none"),
+    "channels": (1, 75, 2, 16, 32, "vector"),
+    "odd channels, decayed": (2, 9, 1, 5, 19, "vector"),
+    "resets of channels": (1, 70, 1, 16, 16, "vector resets"),
 }
 
 
@@ -41,8 +44,9 @@ def arguments(B: int, T: int, H: int, K: int, V: int, decay: str, state: bool = 
     if decay == "constant":
         args["log_decay"] = -normal(H).abs() / 10
     elif decay != "none":
-        args["log_decay"] = -0.2 * normal(B, T, H).abs()
-    if decay == "resets":
+        channels = (K,) if "vector" in decay else ()
+        args["log_decay"] = -0.2 * normal(B, T, H, *channels).abs()
+    if "resets" in decay:
         args["log_decay"][:, ::7] = -60.0
         args["beta"][:, ::5] = 0
     return args
@@ -60,7 +64,7 @@ def test_outputs_and_gradients(judge: Any, case: str) -> None:
     judge(OP, call, arguments(*CASES[case]), wide=WIDE)
 
 
-@pytest.mark.parametrize("decay", ["none", "constant", "scalar"])
+@pytest.mark.parametrize("decay", ["none", "constant", "scalar", "vector"])
 def test_a_decode_step(judge: Any, decay: str) -> None:
     judge(OP, call, arguments(3, 1, 2, 16, 33, decay), wide=WIDE, grad=False)
 
