@@ -40,10 +40,7 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
     while columns > 16 and rows * (V // columns) < 0.75 * target.multiprocessors:
         columns //= 2
     stages = 1 if target.backend == "hip" else 2
-    wide = 8 if K > 64 else 4
-    return Settings(
-        chunk, columns, min(V, 64), of(4, 1), of(4, stages), of(4, stages), of(wide, 1)
-    )
+    return Settings(chunk, columns, min(V, 64), of(4, 1), of(4, stages), of(4, stages), of(8, 1))
 
 
 def plan(q: Tensor, v: Tensor) -> Settings:
@@ -76,7 +73,7 @@ def forward(
     """o, the last state, and for the backward: scores, solve, gates, whole, r and states, the
     last two empty but for `save`."""
     use = plan(q, v)
-    (B, T, H, K), V, C = q.shape, v.shape[-1], use.chunk
+    (B, T, H, _), V, C = q.shape, v.shape[-1], use.chunk
     N, const = chunks(T, C), constants(q, g, C)
     o, end, scores, solve, gates, whole, r, states = allocate(q, v, g, save, C)
     read, known, fade, A = q, k, k, None

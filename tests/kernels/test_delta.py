@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-GPU = torch.cuda.is_available()
 from torch.nn import functional as F
 
 from layerzoo.memories import delta
+from layerzoo.memories.chunks import unit_lower_inverse
 from layerzoo.memories.delta import OP, delta_rule
 from layerzoo.ops import ImplError
+
+GPU = torch.cuda.is_available()
 
 CASES: dict[str, tuple[int, int, int, int, int, str]] = {
     "one token": (2, 1, 2, 16, 16, "scalar"),
@@ -59,9 +61,29 @@ def call(impl: str, *, q: Any, k: Any, v: Any, beta: Any, log_decay: Any = None,
 WIDE = ("beta", "log_decay", "state")
 
 
+@pytest.fixture(autouse=True)
+def _low_precision_has_no_triangular_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        delta,
+        "unit_lower_inverse",
+        lambda A: (
+            unit_lower_inverse(A.float()).to(A.dtype)
+            if A.element_size() == 2
+            else unit_lower_inverse(A)
+        ),
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients(judge: Any, case: str) -> None:
     judge(OP, call, arguments(*CASES[case]), wide=WIDE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
+@pytest.mark.parametrize("decay", ["none", "scalar", "resets", "vector"])
+def test_chunks_of_16_bits(judge: Any, decay: str) -> None:
+    """Which are longer; and of float16 the interpreter takes care."""
+    judge(OP, call, arguments(1, 150, 2, 16, 32, decay), wide=WIDE)
 
 
 @pytest.mark.parametrize("decay", ["none", "constant", "scalar", "vector"])
