@@ -70,11 +70,13 @@ def prepare(
 def scan(
     q, k, fade, v, beta, scores, solve, gates, whole, state, o, end, r, states, scale, T, N,
     B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BV: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes BV columns of one head's state, `[K, BV]` in float32 registers, through all
     chunks. With DECAY = 2, q, k and fade are decayed already, and whole is `[B, N, H, K]`.
-    With SAVE, r `[B, T, H, V]` and the states before the chunks `[B, N, H, K, V]` are written."""
+    With SAVE, r `[B, T, H, V]` and the states before the chunks `[B, N, H, K, V]` are written;
+    without OUT, `outputs` makes o of them."""
     blocks: tl.constexpr = V // BV
     bh = tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), bh % H
@@ -89,10 +91,8 @@ def scan(
         first = n * C
         row = (b * T + first) * H + h
         ks = load_rows(k, row, first, T, d, H, K, C)
-        qs = load_rows(q, row, first, T, d, H, K, C)
         vs = load_rows(v, row, first, T, c, H, V, C)
         M = load_rows(solve, row, first, T, i, H, C, C)
-        s = load_rows(scores, row, first, T, i, H, C, C)
         strength = load_gate(beta, row, first, T, H, C)
         known = S.to(low)
         if SAVE:
@@ -106,11 +106,14 @@ def scan(
             store_rows(r, row, first, T, c, e, H, V, C)
         u = e * strength[:, None]
         written = u.to(low)
-        out = tl.dot(qs, known, input_precision=PRECISION)
-        if DECAY == 1:
-            out *= since[:, None]
-        out = tl.dot(s, written, out, input_precision=PRECISION)
-        store_rows(o, row, first, T, c, out * scale, H, V, C)
+        if OUT:
+            qs = load_rows(q, row, first, T, d, H, K, C)
+            s = load_rows(scores, row, first, T, i, H, C, C)
+            out = tl.dot(qs, known, input_precision=PRECISION)
+            if DECAY == 1:
+                out *= since[:, None]
+            out = tl.dot(s, written, out, input_precision=PRECISION)
+            store_rows(o, row, first, T, c, out * scale, H, V, C)
         if DECAY == 0:
             S = tl.dot(tl.trans(ks), written, S, input_precision=PRECISION)
         elif DECAY == 1:
@@ -122,3 +125,30 @@ def scan(
             fs = load_rows(fade, row, first, T, d, H, K, C)
             S = tl.dot(tl.trans(fs), written, S, input_precision=PRECISION)
     tl.store(end + (b * H + h) * K * V + place, S)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def outputs(
+    q, beta, scores, gates, r, states, o, scale, T, N,
+    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o of what the scan has left behind. A program does BV columns of one chunk of one head."""
+    blocks: tl.constexpr = V // BV
+    n, bh = (tl.program_id(0) // blocks) % N, tl.program_id(0) // (blocks * N)
+    b, h = (bh // H).to(tl.int64), bh % H
+    first = n * C
+    row = (b * T + first) * H + h
+    d = tl.arange(0, K)
+    c = (tl.program_id(0) % blocks) * BV + tl.arange(0, BV)
+    i = tl.arange(0, C)
+    S = tl.load(states + ((b * N + n) * H + h) * K * V + d[:, None] * V + c[None, :])
+    qs = load_rows(q, row, first, T, d, H, K, C)
+    out = tl.dot(qs, S, input_precision=PRECISION)
+    if DECAY == 1:
+        out *= load_gate(gates, row, first, T, H, C)[:, None]
+    u = load_rows(r, row, first, T, c, H, V, C).to(tl.float32)
+    u = (u * load_gate(beta, row, first, T, H, C)[:, None]).to(q.dtype.element_ty)
+    s = load_rows(scores, row, first, T, i, H, C, C)
+    out = tl.dot(s, u, out, input_precision=PRECISION)
+    store_rows(o, row, first, T, c, out * scale, H, V, C)

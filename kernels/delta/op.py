@@ -9,38 +9,50 @@ from torch import Tensor
 
 from .. import launch, vector
 from .backward import gradients, reverse_scan
-from .forward import prepare, scan
+from .forward import outputs, prepare, scan
 from .step import step
 
 
 class Settings(NamedTuple):
-    """chunk: tokens. columns: of V, in the scans and in `gradients`; (warps, stages) of each."""
+    """chunk: tokens. columns: of V, in the scans; `wide`: in the kernels of single chunks. fused:
+    the scan gives the outputs, too. Then the warps and stages of each kernel."""
 
     chunk: int
     columns: int
-    columns_of_gradients: int
+    wide: int
+    fused: bool
     prepare: dict[str, int]
     scan: dict[str, int]
+    outputs: dict[str, int]
     reverse: dict[str, int]
     gradients: dict[str, int]
 
 
 def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of `rows` = B H states `[K, V]`. The chain from chunk to chunk is what the scans wait for:
-    few columns a program, until the machine is full."""
+    """Of `rows` = B H states `[K, V]`.
+
+    With many, the scans fill the machine, and the forward one gives the outputs in the fewest
+    bytes. With few, all waits for its chain from chunk to chunk: as little as possible is left
+    in it, and few columns a program.
+    """
 
     def of(warps: int, stages: int) -> dict[str, int]:
         return {"num_warps": warps, "num_stages": stages}
 
-    if dtype == torch.float32:
-        columns, chunk = min(V, 32), 32 if K <= 64 else 16
-        return Settings(chunk, columns, min(V, 32), of(4, 1), of(4, 1), of(4, 1), of(4, 1))
-    chunk = 64 if K <= 128 else 32
-    columns = min(V, 64 if K <= 128 else 32)
-    while columns > 16 and rows * (V // columns) < 0.75 * target.multiprocessors:
+    single = dtype == torch.float32
+    most = 32 if single or K > 128 else 64
+    columns = wide = min(V, most)
+    enough = 0.75 * target.multiprocessors
+    fused = rows * (V // columns) >= enough
+    while columns > 16 and rows * (V // columns) < enough:
         columns //= 2
+    if single:
+        chunk = 32 if K <= 64 else 16
+        return Settings(chunk, columns, wide, fused, *(of(4, 1) for _ in range(5)))
     stages = 1 if target.backend == "hip" else 2
-    return Settings(chunk, columns, min(V, 64), of(4, 1), of(4, stages), of(4, stages), of(8, 1))
+    scans = of(8 if K * columns > 64 * 64 else 4, stages)
+    chunk = 64 if K <= 128 else 32
+    return Settings(chunk, columns, wide, fused, of(4, 1), scans, of(4, 1), scans, of(8, 1))
 
 
 def plan(q: Tensor, v: Tensor) -> Settings:
@@ -70,12 +82,12 @@ def forward(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the last state, and for the backward: scores, solve, gates, whole, r and states, the
-    last two empty but for `save`."""
+    """o, the last state, and what the backward wants with `save`: scores, solve, gates, whole, r
+    and states."""
     use = plan(q, v)
     (B, T, H, _), V, C = q.shape, v.shape[-1], use.chunk
     N, const = chunks(T, C), constants(q, g, C)
-    o, end, scores, solve, gates, whole, r, states = allocate(q, v, g, save, C)
+    o, end, scores, solve, gates, whole, r, states = allocate(q, v, g, save, use)
     read, known, fade, A = q, k, k, None
     if const["DECAY"] == 2:
         assert g is not None
@@ -84,15 +96,20 @@ def forward(
     args = (q, k, beta, g, A, scores, solve, gates, whole, T, N)
     constant = {**const, "SOLVE": "ieee" if exact else "tf32x3"}
     launch.launch(prepare, (N * B * H,), *args, **use.prepare, **constant)
-    const |= {"V": V, "BV": use.columns, "SAVE": save}
+    const |= {"V": V, "BV": use.columns}
     given = (read, known, fade, v, beta, scores, solve, gates, whole, state)
     args = (*given, o, end, r, states, scale, T, N)
-    launch.launch(scan, (B * H * (V // use.columns),), *args, **use.scan, **const)
+    constant = {**const, "OUT": use.fused, "SAVE": save or not use.fused}
+    launch.launch(scan, (B * H * (V // use.columns),), *args, **use.scan, **constant)
+    if not use.fused:
+        const["BV"] = use.wide
+        args = (read, beta, scores, gates, r, states, o, scale, T, N)
+        launch.launch(outputs, (N * B * H * (V // use.wide),), *args, **use.outputs, **const)
     return o, end, scores, solve, gates, whole, r, states
 
 
-def allocate(q: Tensor, v: Tensor, g: Tensor | None, save: bool, C: int) -> Any:
-    (B, T, H, K), V = q.shape, v.shape[-1]
+def allocate(q: Tensor, v: Tensor, g: Tensor | None, save: bool, use: Settings) -> Any:
+    (B, T, H, K), V, C, keep = q.shape, v.shape[-1], use.chunk, save or not use.fused
     N, wide, scalar = chunks(T, C), torch.float32, g is not None and g.dim() == 3
     return (
         launch.empty((B, T, H, V), like=q),
@@ -101,14 +118,14 @@ def allocate(q: Tensor, v: Tensor, g: Tensor | None, save: bool, C: int) -> Any:
         launch.empty((B, T, H, C), like=q),
         launch.empty((2, B, T, H) if scalar else (0,), like=q, dtype=wide),
         launch.empty((0,) if g is None else (B, N, *g.shape[2:]), like=q, dtype=wide),
-        launch.empty((B, T, H, V) if save else (0,), like=q),
-        launch.empty((B, N, H, K, V) if save else (0,), like=q),
+        launch.empty((B, T, H, V) if keep else (0,), like=q),
+        launch.empty((B, N, H, K, V) if keep else (0,), like=q),
     )
 
 
 @forward.register_fake
 def _(q: Any, k: Any, v: Any, beta: Any, g: Any, state: Any, scale: float, save: bool) -> Any:
-    return allocate(q, v, g, save, plan(q, v).chunk)
+    return allocate(q, v, g, save, plan(q, v))
 
 
 @torch.library.custom_op("layerzoo::delta_rule_backward", mutates_args=())
@@ -141,7 +158,7 @@ def backward(
     args = (read, known, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state)
     grid = (B * H * (V // use.columns),)
     launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, **use.reverse, **const)
-    const |= {"BK": min(K, 64), "BV": use.columns_of_gradients}
+    const |= {"BK": min(K, 64), "BV": use.wide}
     d_scores = d_A = d_fade = d_whole = None
     d_read, d_known, A = dq, dk, None
     if prepared:
@@ -153,9 +170,9 @@ def backward(
     made = (d_read, d_known, d_beta, dg, d_scores, d_A, d_fade, d_whole)
     args = (*given, *made, scale, T, N)
     launch.launch(gradients, (N * B * H,), *args, **use.gradients, **const)
-    if g is not None and d_scores is not None:
-        made = ((d_scores, d_A), (d_read, d_known), d_fade, d_whole)
-        dq, dk, dg = vector.backward((q, k), k, g, C, *made)
+    if prepared:
+        made: Any = (g, C, (d_scores, d_A), (d_read, d_known), d_fade, d_whole)
+        dq, dk, dg = vector.backward((q, k), k, *made)
     return dq, dk, dv, d_beta, dg, d_state
 
 

@@ -23,10 +23,18 @@ CASES: dict[str, tuple[int, int, int, int, int, str]] = {
     "odd channels": (2, 37, 1, 5, 19, "constant"),
     "resets": (1, 70, 2, 32, 16, "resets"),
     "no decay": (1, 70, 1, 16, 64, "none"),
+    "many heads": (1, 75, 4, 16, 16, "scalar"),
     "channels": (1, 75, 2, 16, 32, "vector"),
     "odd channels, decayed": (2, 9, 1, 5, 19, "vector"),
     "resets of channels": (1, 70, 1, 16, 16, "vector resets"),
 }
+if GPU:
+    CASES |= {
+        f"{heads} heads of {D}, {decay}": (2, 300, heads, D, D, decay)
+        for heads in (3, 64)
+        for D in (64, 128)
+        for decay in ("none", "scalar", "resets", "vector", "vector resets")
+    }
 
 
 def arguments(B: int, T: int, H: int, K: int, V: int, decay: str, state: bool = True) -> Any:
@@ -80,10 +88,12 @@ def test_outputs_and_gradients(judge: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16], ids=["float16"])
-@pytest.mark.parametrize("decay", ["none", "scalar", "resets", "vector"])
-def test_chunks_of_16_bits(judge: Any, decay: str) -> None:
+@pytest.mark.parametrize(
+    ("heads", "decay"), [(2, "none"), (4, "scalar"), (2, "resets"), (4, "vector")]
+)
+def test_chunks_of_16_bits(judge: Any, heads: int, decay: str) -> None:
     """Which are longer; and of float16 the interpreter takes care."""
-    judge(OP, call, arguments(1, 150, 2, 16, 32, decay), wide=WIDE)
+    judge(OP, call, arguments(1, 150, heads, 16, 32, decay), wide=WIDE)
 
 
 @pytest.mark.parametrize("decay", ["none", "constant", "scalar", "vector"])
