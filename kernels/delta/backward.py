@@ -76,12 +76,36 @@ def reverse_scan(
     tl.store(d_state + (b * H + h) * K * V + place, dS)
 
 
+@triton.jit
+def products(
+    x, y, row, first, T,
+    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`[C, C]`: x y^T of a chunk."""
+    out = tl.zeros([C, C], tl.float32)
+    for p in range(0, D // BD):
+        d = p * BD + tl.arange(0, BD)
+        xs = load_rows(x, row, first, T, d, H, D, C)
+        ys = load_rows(y, row, first, T, d, H, D, C)
+        out = tl.dot(xs, tl.trans(ys), out, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def across(pairs, strength, C: tl.constexpr):
+    """Sums over i >= t > j of pairs_ij strength_j."""
+    i = tl.arange(0, C)
+    pairs = tl.cumsum(pairs * strength[None, :], 0, reverse=True)
+    return tl.sum(tl.where(i[:, None] > i[None, :], pairs, 0.0), 1)
+
+
 @triton.jit(do_not_specialize=["T", "N"])
 def gradients(
     q, k, fade, beta, g, scores, A, gates, whole, do, r, z, states, d_states,
     dq, dk, d_beta, dg, d_scores, dA, d_fade, d_whole, scale, T, N,
     B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """A program does one chunk of one head: first what is `[C, C]`, then BK key channels at a
     time.
@@ -89,6 +113,10 @@ def gradients(
     With DECAY = 2, q and k are given as they read (times since), with both scores, and the
     gradients of those are written (dq, dk, d_scores, dA, d_fade, d_whole); else dq and dk are
     those of q and k themselves, and dg that of the log decay of a token.
+
+    dg_t has the pairs of i >= t > j, what is read from t on, what is left of the tokens before t,
+    and what is left of the state. With EXACT the first are summed as they are; else as those of
+    i >= t less those of j >= t.
 
     Transposes are computed as products of their own: on sm_90 a product's result, transposed, is
     no safe operand of another.
@@ -103,71 +131,56 @@ def gradients(
     seen = i[:, None] >= i[None, :]
     before = i[:, None] > i[None, :]
     strength = load_gate(beta, row, first, T, H, C)
-    if DECAY == 2:
-        s = load_rows(scores, row, first, T, i, H, C, C).to(tl.float32)
-        a = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
-    else:
-        s = tl.zeros([C, C], tl.float32)
-        a = tl.zeros([C, C], tl.float32)
-        for p in range(0, K // BK):
-            d = p * BK + tl.arange(0, BK)
-            ks = load_rows(k, row, first, T, d, H, K, C)
-            qs = load_rows(q, row, first, T, d, H, K, C)
-            s = tl.dot(qs, tl.trans(ks), s, input_precision=PRECISION)
-            a = tl.dot(ks, tl.trans(ks), a, input_precision=PRECISION)
-    yr = tl.zeros([C, C], tl.float32)
-    zr = tl.zeros([C, C], tl.float32)
-    for p in range(0, V // BV):
-        c = p * BV + tl.arange(0, BV)
-        ys = load_rows(do, row, first, T, c, H, V, C)
-        rs = load_rows(r, row, first, T, c, H, V, C)
-        zs = load_rows(z, row, first, T, c, H, V, C)
-        yr = tl.dot(ys, tl.trans(rs), yr, input_precision=PRECISION)
-        zr = tl.dot(zs, tl.trans(rs), zr, input_precision=PRECISION)
     if DECAY == 1:
         log = load_gate(g, row, first, T, H, C)
         coarse, fine = sums(log)
-        ratio = ratios(coarse, fine)
-        s *= ratio
-        a *= ratio
         since = load_gate(gates, row, first, T, H, C)
         until = load_gate(gates + (b * 0 + B) * T * H, row, first, T, H, C)
-    yr = tl.where(seen, yr * scale, 0.0)
-    zr = tl.where(before, zr, 0.0)
-    pairs = yr * s - zr * a
-    of_beta = tl.sum(pairs, 0)
-    yr *= strength[None, :]
-    zr *= -strength[None, :]
+    # One square after the other, for their registers.
     if DECAY == 2:
-        store_rows(d_scores, row, first, T, i, yr, H, C, C)
-        store_rows(dA, row, first, T, i, zr, H, C, C)
+        s = load_rows(scores, row, first, T, i, H, C, C).to(tl.float32)
     else:
+        s = products(q, k, row, first, T, H, K, BK, C, PRECISION)
+    dy = products(do, r, row, first, T, H, V, BV, C, PRECISION)
+    dy = tl.where(seen, dy * scale, 0.0)
+    if DECAY == 1:
+        dy *= ratios(coarse, fine)
+    pairs = dy * s
+    of_beta = tl.sum(pairs, 0)
+    dy *= strength[None, :]
+    if DECAY == 2:
+        store_rows(d_scores, row, first, T, i, dy, H, C, C)
+        s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
+    else:
+        yk = dy.to(low)
         if DECAY == 1:
-            # g_t is in the pairs of i >= t > j, in what is read from t on, in what is left of the
-            # tokens before it, and in what is left of the state
-            pairs = tl.cumsum(pairs * strength[None, :], 0, reverse=True)
-            total = tl.sum(tl.where(before, pairs, 0.0), 1)
-            yr *= ratio
-            zr *= ratio
-        yk = yr.to(low)
-        zk = zr.to(low)
-        ry = tl.zeros([C, C], tl.float32)
-        rz = tl.zeros([C, C], tl.float32)
-        for p in range(0, V // BV):
-            c = p * BV + tl.arange(0, BV)
-            ys = load_rows(do, row, first, T, c, H, V, C)
-            rs = load_rows(r, row, first, T, c, H, V, C)
-            zs = load_rows(z, row, first, T, c, H, V, C)
-            ry = tl.dot(rs, tl.trans(ys), ry, input_precision=PRECISION)
-            rz = tl.dot(rs, tl.trans(zs), rz, input_precision=PRECISION)
+            rows = tl.sum(pairs * strength[None, :], 1)
+            total = across(pairs, strength, C) if EXACT else rows
+        s = products(k, k, row, first, T, H, K, BK, C, PRECISION)
+    dz = products(z, r, row, first, T, H, V, BV, C, PRECISION)
+    dz = tl.where(before, -dz, 0.0)
+    if DECAY == 1:
+        dz *= ratios(coarse, fine)
+    pairs = dz * s
+    of_beta += tl.sum(pairs, 0)
+    dz *= strength[None, :]
+    if DECAY == 2:
+        store_rows(dA, row, first, T, i, dz, H, C, C)
+    else:
+        zk = dz.to(low)
+        dy = products(r, do, row, first, T, H, V, BV, C, PRECISION)
+        dz = products(r, z, row, first, T, H, V, BV, C, PRECISION)
         if DECAY == 1:
-            ratio = ratios(-coarse, -fine)  # transposed
-            ry *= ratio
-            rz *= ratio
-        ry *= strength[:, None] * scale
-        rz *= -strength[:, None]
-        ky = tl.where(i[:, None] <= i[None, :], ry, 0.0).to(low)
-        kz = tl.where(i[:, None] < i[None, :], rz, 0.0).to(low)
+            if EXACT:
+                total += across(pairs, strength, C)
+            else:
+                total += tl.sum(pairs * strength[None, :], 1) - of_beta * strength
+                total = tl.cumsum(total, 0, reverse=True)
+            turned = ratios(-coarse, -fine)
+            dy *= turned
+            dz *= turned
+        ky = tl.where(i[:, None] <= i[None, :], dy * (strength * scale)[:, None], 0.0).to(low)
+        kz = tl.where(i[:, None] < i[None, :], -dz * strength[:, None], 0.0).to(low)
     left = tl.zeros([C], tl.float32)
     read = tl.zeros([C], tl.float32)
     kept = tl.zeros([1], tl.float32)

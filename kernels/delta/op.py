@@ -158,7 +158,7 @@ def backward(
     args = (read, known, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state)
     grid = (B * H * (V // use.columns),)
     launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, **use.reverse, **const)
-    const |= {"BK": min(K, 64), "BV": use.wide}
+    const |= {"BK": min(K, 64), "BV": use.wide, "EXACT": q.dtype == torch.float32}
     d_scores = d_A = d_fade = d_whole = None
     d_read, d_known, A = dq, dk, None
     if prepared:
