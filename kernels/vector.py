@@ -121,11 +121,32 @@ def settings_backward(
     return Settings(min(K, 64), 8, 1)
 
 
+# Masks [C, C] of one halving compare a column with limits of its row: what does not depend on
+# both and h is a vector, or the compiler would keep matrices of invariants in registers.
+
+
 @triton.jit
 def _between(i, t, h):
     """Where token t's decay lies between token i and the middle of its block of 2h: M_h[i, t]."""
-    middle = (i & -(2 * h)) + h
-    return ((i >= middle) & (t >= middle) & (t <= i)) | ((t > i) & (t < middle))
+    half = i & -h
+    right = (i & h) != 0
+    return (t >= tl.where(right, half, i + 1)) & (t < tl.where(right, i + 1, half + h))
+
+
+@triton.jit
+def _around(i, t, h):
+    """M_h[t, i]."""
+    half = i & -h
+    right = (i & h) != 0
+    return (t >= tl.where(right, i, half)) & (t < tl.where(right, half + h, i))
+
+
+@triton.jit
+def _across(i, t, h, right: tl.constexpr, left: tl.constexpr):
+    """Where t is in the other half of i's block; for i in right halves, in left ones, or both."""
+    other = (i & -h) ^ h
+    some = tl.where((i & h) != 0, right * h, left * h)
+    return (t >= other) & (t < other + some)
 
 
 @triton.jit
@@ -171,10 +192,13 @@ def _forward(
     first = ((bh // H).to(tl.int64) * T + n * C) * H + bh % H  # row of [B T H, ..]
     i, t, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], tl.arange(0, BK)
     alive = n * C + i < T
+    row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
+    q, k, g, fades = q + first * K, k + first * K, g + first * K, fades + first * K
+    reads_q, reads_k, whole = reads_q + first * K, reads_k + first * K, whole + row * K
     own_q = tl.zeros([C, C], tl.float32)
     own_k = tl.zeros([C, C], tl.float32)
     for c0 in range(0, K, BK):
-        at = first * K + i * (H * K) + c0 + c[None, :]
+        at = i * (H * K) + c0 + c[None, :]
         x = tl.load(q + at, alive, other=0.0)
         y = tl.load(k + at, alive, other=0.0)
         log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2E
@@ -190,13 +214,12 @@ def _forward(
         if PARTS == 2:
             tl.store(reads_k + at, (y * since).to(dt), alive)
         tl.store(fades + at, (y * until).to(dt), alive)
-        row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
-        tl.store(whole + row * K + c0 + c, over)
+        tl.store(whole + c0 + c, over)
         h = C // 2
         while h >= 1:
             m = _ones(_between(i, t, h), high)
             f = tl.exp2(tl.dot(m, high, input_precision=precision))
-            seen = (i > t) & ((i ^ t) >= h) & ((i ^ t) < 2 * h)
+            seen = _across(i, t, h, 1, 0)
             left = (y * f).to(dt)
             found = tl.dot((x * f).to(dt), tl.trans(left), input_precision=precision)
             own_q += tl.where(seen, found, 0.0)
@@ -204,10 +227,10 @@ def _forward(
                 found = tl.dot(left, tl.trans(left), input_precision=precision)
                 own_k += tl.where(seen, found, 0.0)
             h = h // 2
-    at = first * C + i * (H * C) + t
-    tl.store(scores_q + at, own_q.to(dt), alive)
+    at = i * (H * C) + t
+    tl.store(scores_q + first * C + at, own_q.to(dt), alive)
     if PARTS == 2:
-        tl.store(scores_k + at, own_k.to(dt), alive)
+        tl.store(scores_k + first * C + at, own_k.to(dt), alive)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -231,17 +254,20 @@ def _backward(
     i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     c = block * BK + tl.arange(0, BK)
     alive = n * C + i < T
-    at = first * K + i * (H * K) + c[None, :]
+    at = i * (H * K) + c[None, :]
+    q, k, g, d_fades = q + first * K, k + first * K, g + first * K, d_fades + first * K
+    d_reads_q, d_reads_k = d_reads_q + first * K, d_reads_k + first * K
+    d_q, d_k, d_g = d_q + first * K, d_k + first * K, d_g + first * K
+    d_scores_q, d_scores_k = d_scores_q + first * C, d_scores_k + first * C
     x = tl.load(q + at, alive, other=0.0).to(tl.float32)
     y = tl.load(k + at, alive, other=0.0).to(tl.float32)
-    given = tl.load(g + at, alive, other=0.0)
-    log = tl.maximum(given, FLOOR) * LOG2E
+    log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2E
     if dt == tl.float32:
         high, low = log, log
     else:
         high, low = _pieces(log)
-    rows = first * C + i * (H * C) + t
-    columns = first * C + t * (H * C) + i
+    rows = i * (H * C) + t
+    columns = t * (H * C) + i
     turned = n * C + t < T
     D = tl.load(d_scores_q + rows, alive, other=0.0)
     DT = tl.load(d_scores_q + columns, turned, other=0.0)
@@ -270,19 +296,20 @@ def _backward(
         m = _ones(_between(i, t, h), high)
         f = tl.exp2(tl.dot(m, high, input_precision=precision))
         xf, yf = x * f, y * f
-        pairs = ((i ^ t) >= h) & ((i ^ t) < 2 * h)
-        key = yf.to(dt)
-        a = tl.dot(tl.where(pairs & (i > t), D, 0.0).to(dt), key, input_precision=precision)
-        b = tl.dot(
-            tl.where(pairs & (i < t), DT, 0.0).to(dt), xf.to(dt), input_precision=precision
-        )
+        reader, key = xf.to(dt), yf.to(dt)
+        m = tl.where(_across(i, t, h, 1, 0), D, 0.0).to(dt)
+        a = tl.dot(m, key, input_precision=precision)
+        m = tl.where(_across(i, t, h, 0, 1), DT, 0.0).to(dt)
+        b = tl.dot(m, reader, input_precision=precision)
         if PARTS == 2:
-            b = tl.dot(tl.where(pairs, W, 0.0).to(dt), key, b, input_precision=precision)
+            m = tl.where(_across(i, t, h, 1, 1), W, 0.0).to(dt)
+            b = tl.dot(m, key, b, input_precision=precision)
         dx += a * f
         dy += b * f
         dE = (xf * a + yf * b).to(dt)
-        dg = tl.dot(_between(t, i, h).to(dt), dE, dg, input_precision=precision)
+        dg = tl.dot(_around(i, t, h).to(dt), dE, dg, input_precision=precision)
         h = h // 2
     tl.store(d_q + at, dx.to(dt), alive)
     tl.store(d_k + at, dy.to(dt), alive)
+    given = tl.load(g + at, alive, other=0.0)  # again: not to keep it through the loop
     tl.store(d_g + at, tl.where(given >= FLOOR, dg, 0.0), alive)
