@@ -106,19 +106,18 @@ class Settings(NamedTuple):
 
 
 def settings(parts: int, C: int, K: int, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of the forward pass, a loop over blocks of channels."""
-    if dtype == torch.float32:
-        return Settings(min(K, 32), 4, 1)
-    return Settings(min(K, 64), 4, 1)
+    """Of the forward pass, a loop over blocks of channels. Eight warps would each hold as much
+    as four, for the compiler splits only the tokens of products that feed others."""
+    small = dtype == torch.float32 or not (target.backend == "hip" or int(target.arch) >= 90)
+    return Settings(min(K, 32 if small else 64), 4, 1)
 
 
 def settings_backward(
     parts: int, C: int, K: int, dtype: torch.dtype, target: launch.Target
 ) -> Settings:
     """Of the backward pass, a program for each block of channels."""
-    if dtype == torch.float32:
-        return Settings(min(K, 32), 4, 1)
-    return Settings(min(K, 64), 8, 1)
+    small = target.backend == "cuda" and int(target.arch) < 90 and dtype != torch.float32
+    return Settings(min(K, 16 if small else 32), 4, 1)
 
 
 # Masks [C, C] of one halving compare a column with limits of its row: what does not depend on
@@ -240,10 +239,10 @@ def _backward(
 ):  # fmt: skip
     """One block of channels of one chunk of one head.
 
-    With D the gradients of q's scores at the pairs of h, and W those of k's with their transpose
-    (disjoint, for these have no diagonal), of rows and keys alike:
+    With D and D' the gradients of the scores of q and k at the pairs of h,
 
-        a = D (k F),  b = D^T (q F) + W (k F),  dq += F a,  dk += F b,  dE = F (q a + k b)
+        a = D (k F),  b = D^T (q F) + (D' + D'^T) (k F),  dq += F a,  dk += F b,
+        dE = F (q a + k b),  dg += M^T dE
     """
     dt = q.dtype.element_ty
     precision: tl.constexpr = "ieee" if dt == tl.float32 else "tf32"
@@ -270,7 +269,6 @@ def _backward(
     columns = t * (H * C) + i
     turned = n * C + t < T
     D = tl.load(d_scores_q + rows, alive, other=0.0)
-    DT = tl.load(d_scores_q + columns, turned, other=0.0)
     own = tl.sum(tl.where(i == t, D, 0.0).to(tl.float32), 1)[:, None]
 
     since, until, over = _decays(i, t, log, high, low)
@@ -288,21 +286,25 @@ def _backward(
     dg = tl.zeros([C, BK], tl.float32) + (tl.load(d_whole + row * K + c) * over)[None, :]
     dg = tl.dot((t >= i).to(dt), d_since.to(dt), dg, input_precision=precision)
     dg = tl.dot((t < i).to(dt), (d * y).to(dt), dg, input_precision=precision)
-    if PARTS == 2:
-        W = tl.load(d_scores_k + rows, alive & (i > t), other=0.0)
-        W += tl.load(d_scores_k + columns, turned & (i < t), other=0.0)
     h = C // 2
     while h >= 1:
         m = _ones(_between(i, t, h), high)
         f = tl.exp2(tl.dot(m, high, input_precision=precision))
         xf, yf = x * f, y * f
         reader, key = xf.to(dt), yf.to(dt)
+        # Loaded for each h, from the cache: in registers all the time, they would not fit.
+        D = tl.load(d_scores_q + rows, alive, other=0.0)
         m = tl.where(_across(i, t, h, 1, 0), D, 0.0).to(dt)
         a = tl.dot(m, key, input_precision=precision)
-        m = tl.where(_across(i, t, h, 0, 1), DT, 0.0).to(dt)
+        D = tl.load(d_scores_q + columns, turned, other=0.0)
+        m = tl.where(_across(i, t, h, 0, 1), D, 0.0).to(dt)
         b = tl.dot(m, reader, input_precision=precision)
         if PARTS == 2:
-            m = tl.where(_across(i, t, h, 1, 1), W, 0.0).to(dt)
+            D = tl.load(d_scores_k + columns, turned, other=0.0)
+            m = tl.where(_across(i, t, h, 0, 1), D, 0.0).to(dt)
+            b = tl.dot(m, key, b, input_precision=precision)
+            D = tl.load(d_scores_k + rows, alive, other=0.0)
+            m = tl.where(_across(i, t, h, 1, 0), D, 0.0).to(dt)
             b = tl.dot(m, key, b, input_precision=precision)
         dx += a * f
         dy += b * f
