@@ -14,12 +14,14 @@ from .step import step
 
 
 class Settings(NamedTuple):
-    """chunk: tokens. columns: of V, in the scans; `wide`: in the kernels of single chunks. fused:
-    the scan gives the outputs, too. Then the warps and stages of each kernel."""
+    """chunk: tokens. columns: of V, in the scans; `wide`: in the kernels of single chunks. block:
+    of key channels, in `gradients`. fused: the scan gives the outputs, too. Then the warps and
+    stages of each kernel."""
 
     chunk: int
     columns: int
     wide: int
+    block: int
     fused: bool
     prepare: dict[str, int]
     scan: dict[str, int]
@@ -39,20 +41,24 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
     def of(warps: int, stages: int) -> dict[str, int]:
         return {"num_warps": warps, "num_stages": stages}
 
-    single = dtype == torch.float32
-    most = 32 if single or K > 128 else 64
+    if dtype == torch.float32:  # products are multiply-adds in registers
+        most, block = 16, 16
+    elif target.backend == "hip" or int(target.arch) < 90:
+        most, block = 32 if K <= 128 else 16, 32
+    else:
+        most, block = 64 if K <= 128 else 32, 64
     columns = wide = min(V, most)
     enough = 0.75 * target.multiprocessors
     fused = rows * (V // columns) >= enough
     while columns > 16 and rows * (V // columns) < enough:
         columns //= 2
-    if single:
-        chunk = 32 if K <= 64 else 16
-        return Settings(chunk, columns, wide, fused, *(of(4, 1) for _ in range(5)))
-    stages = 1 if target.backend == "hip" else 2
-    scans = of(8 if K * columns > 64 * 64 else 4, stages)
-    chunk = 64 if K <= 128 else 32
-    return Settings(chunk, columns, wide, fused, of(4, 1), scans, of(4, 1), scans, of(8, 1))
+    if dtype == torch.float32:
+        chunk, stages, scans = 32 if K <= 64 else 16, 1, 8
+    else:
+        chunk, stages = 64 if K <= 128 else 32, 1 if target.backend == "hip" else 2
+        scans = 8 if K * columns > 64 * most or K > 128 else 4
+    every = of(4, 1), of(scans, stages), of(4, 1), of(scans, stages), of(8, 1)
+    return Settings(chunk, columns, wide, min(K, block), fused, *every)
 
 
 def plan(q: Tensor, v: Tensor) -> Settings:
@@ -147,7 +153,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g (empty without one) and of the state given."""
     use = plan(q, v)
-    (B, T, H, K), V, C = q.shape, v.shape[-1], use.chunk
+    (B, T, H, _), V, C = q.shape, v.shape[-1], use.chunk
     N, const = chunks(T, C), constants(q, g, C)
     dq, dk, dv, d_beta, dg, d_state = allocate_gradients(q, k, v, beta, g)
     d_states = launch.empty(states.shape, like=states)
@@ -158,7 +164,7 @@ def backward(
     args = (read, known, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state)
     grid = (B * H * (V // use.columns),)
     launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, **use.reverse, **const)
-    const |= {"BK": min(K, 64), "BV": use.wide, "EXACT": q.dtype == torch.float32}
+    const |= {"BK": use.block, "BV": use.wide, "EXACT": q.dtype == torch.float32}
     d_scores = d_A = d_fade = d_whole = None
     d_read, d_known, A = dq, dk, None
     if prepared:
