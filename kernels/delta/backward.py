@@ -24,10 +24,11 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "B"])
 def reverse_scan(
-    q, k, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state, d_states, scale, T, N,
-    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    q, k, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state, d_states,
+    scale, T, N, B,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes BV columns of the state's gradient of one head, `[K, BV]` in registers,
@@ -99,11 +100,11 @@ def across(pairs, strength, C: tl.constexpr):
     return tl.sum(tl.where(i[:, None] > i[None, :], pairs, 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "B"])
 def gradients(
     q, k, fade, beta, g, scores, A, gates, whole, do, r, z, states, d_states,
-    dq, dk, d_beta, dg, d_scores, dA, d_fade, d_whole, scale, T, N,
-    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    dq, dk, d_beta, dg, d_scores, dA, d_fade, d_whole, scale, T, N, B,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip

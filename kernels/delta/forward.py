@@ -26,10 +26,10 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "B"])
 def prepare(
-    q, k, beta, g, A, scores, solve, gates, whole, T, N,
-    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    q, k, beta, g, A, scores, solve, gates, whole, T, N, B,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """A program does one chunk of one head. scores, solve: `[B, T, H, C]`. gates: since and until,
@@ -66,10 +66,10 @@ def prepare(
     store_rows(solve, row, first, T, i, unit_lower_inverse(a, C, SOLVE), H, C, C)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "B"])
 def scan(
-    q, k, fade, v, beta, scores, solve, gates, whole, state, o, end, r, states, scale, T, N,
-    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    q, k, fade, v, beta, scores, solve, gates, whole, state, o, end, r, states, scale, T, N, B,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -127,10 +127,10 @@ def scan(
     tl.store(end + (b * H + h) * K * V + place, S)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "B"])
 def outputs(
-    q, beta, scores, gates, r, states, o, scale, T, N,
-    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    q, beta, scores, gates, r, states, o, scale, T, N, B,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of what the scan has left behind. A program does BV columns of one chunk of one head."""

@@ -14,8 +14,8 @@ from .step import step
 
 
 class Settings(NamedTuple):
-    """chunk: tokens. columns: of V, in the scans; `wide`: in the kernels of single chunks. block:
-    of key channels, in `gradients`. fused: the scan gives the outputs, too. Then the warps and
+    """chunk: tokens. columns: of V, in the scans; `wide`: in `outputs`. block: channels of
+    K and of V, in `gradients`. fused: the scan gives the outputs, too. Then the warps and
     stages of each kernel."""
 
     chunk: int
@@ -46,7 +46,7 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
     elif target.backend == "hip" or int(target.arch) < 90:
         most, block = 32 if K <= 128 else 16, 32
     else:
-        most, block = 64 if K <= 128 else 32, 64
+        most, block = 64 if K <= 128 else 32, 64 if K > 64 else 32
     columns = wide = min(V, most)
     enough = 0.75 * target.multiprocessors
     fused = rows * (V // columns) >= enough
@@ -73,8 +73,8 @@ def chunks(T: int, size: int) -> int:
 def constants(q: Tensor, g: Tensor | None, size: int) -> dict[str, Any]:
     decay = 0 if g is None else g.dim() - 2
     precision = launch.precision(q.dtype)
-    B, _, H, K = q.shape
-    return {"B": B, "H": H, "K": K, "C": size, "DECAY": decay, "PRECISION": precision}
+    _, _, H, K = q.shape
+    return {"H": H, "K": K, "C": size, "DECAY": decay, "PRECISION": precision}
 
 
 @torch.library.custom_op("layerzoo::delta_rule", mutates_args=())
@@ -99,17 +99,17 @@ def forward(
         assert g is not None
         (scores, A), (read, known), fade, whole = vector.forward((q, k), k, g, C)
     exact = q.dtype == torch.float32 or launch.target(q.device).backend == "hip"
-    args = (q, k, beta, g, A, scores, solve, gates, whole, T, N)
+    args = (q, k, beta, g, A, scores, solve, gates, whole, T, N, B)
     constant = {**const, "SOLVE": "ieee" if exact else "tf32x3"}
     launch.launch(prepare, (N * B * H,), *args, **use.prepare, **constant)
     const |= {"V": V, "BV": use.columns}
     given = (read, known, fade, v, beta, scores, solve, gates, whole, state)
-    args = (*given, o, end, r, states, scale, T, N)
+    args = (*given, o, end, r, states, scale, T, N, B)
     constant = {**const, "OUT": use.fused, "SAVE": save or not use.fused}
     launch.launch(scan, (B * H * (V // use.columns),), *args, **use.scan, **constant)
     if not use.fused:
         const["BV"] = use.wide
-        args = (read, beta, scores, gates, r, states, o, scale, T, N)
+        args = (read, beta, scores, gates, r, states, o, scale, T, N, B)
         launch.launch(outputs, (N * B * H * (V // use.wide),), *args, **use.outputs, **const)
     return o, end, scores, solve, gates, whole, r, states
 
@@ -163,8 +163,8 @@ def backward(
     const |= {"V": V, "BV": use.columns}
     args = (read, known, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state)
     grid = (B * H * (V // use.columns),)
-    launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, **use.reverse, **const)
-    const |= {"BK": use.block, "BV": use.wide, "EXACT": q.dtype == torch.float32}
+    launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, B, **use.reverse, **const)
+    const |= {"BK": use.block, "BV": min(V, use.block), "EXACT": q.dtype == torch.float32}
     d_scores = d_A = d_fade = d_whole = None
     d_read, d_known, A = dq, dk, None
     if prepared:
@@ -174,7 +174,7 @@ def backward(
         d_whole = launch.empty(whole.shape, like=whole)
     given = (read, known, fade, beta, g, scores, A, gates, whole, do, r, dv, states, d_states)
     made = (d_read, d_known, d_beta, dg, d_scores, d_A, d_fade, d_whole)
-    args = (*given, *made, scale, T, N)
+    args = (*given, *made, scale, T, N, B)
     launch.launch(gradients, (N * B * H,), *args, **use.gradients, **const)
     if prepared:
         made: Any = (g, C, (d_scores, d_A), (d_read, d_known), d_fade, d_whole)
