@@ -1,0 +1,238 @@
+"""The delta rule's backward kernels: the scan of the state's gradient, and what chunks then do.
+
+With dS the gradient of the state after a chunk (S the one before it), and y = scale do:
+
+    du = scores^T y + (k until) dS,   z = solve^T (beta du) = dv,
+    dS before = whole dS + (q since)^T y - (k since)^T z,
+    d scores = y u^T,   d A = -z u^T,   d(q since) = y S^T,   d(k since) = -z S^T,
+    d(k until) = u dS^T,   d beta = sum over V of r (du - A^T z).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    FLOOR,
+    load_gate,
+    load_rows,
+    ratios,
+    store_gate,
+    store_rows,
+    sums,
+)
+
+
+@triton.jit(do_not_specialize=["T", "N", "B"])
+def reverse_scan(
+    q, k, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state, d_states,
+    scale, T, N, B,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program takes BV columns of the state's gradient of one head, `[K, BV]` in registers,
+    through all chunks from the end. Writes dv `[B, T, H, V]`, the gradients of the states after
+    the chunks `[B, N, H, K, V]`, and that of the state given."""
+    blocks: tl.constexpr = V // BV
+    bh = tl.program_id(0) // blocks
+    b, h = (bh // H).to(tl.int64), bh % H
+    d = tl.arange(0, K)
+    c = (tl.program_id(0) % blocks) * BV + tl.arange(0, BV)
+    i = tl.arange(0, C)
+    place = d[:, None] * V + c[None, :]
+    low = q.dtype.element_ty
+    untils = gates + (b * 0 + B) * T * H
+    dS = tl.load(d_end + (b * H + h) * K * V + place).to(tl.float32)
+    for m in range(0, N):
+        n = N - 1 - m
+        first = n * C
+        row = (b * T + first) * H + h
+        ks = load_rows(k, row, first, T, d, H, K, C)
+        qs = load_rows(q, row, first, T, d, H, K, C)
+        ys = load_rows(do, row, first, T, c, H, V, C)
+        M = load_rows(solve, row, first, T, i, H, C, C)
+        s = load_rows(scores, row, first, T, i, H, C, C)
+        strength = load_gate(beta, row, first, T, H, C)
+        after = dS.to(low)
+        tl.store(d_states + ((b * N + n) * H + h) * K * V + place, after)
+        fs = load_rows(fade, row, first, T, d, H, K, C) if DECAY == 2 else ks
+        du = tl.dot(fs, after, input_precision=PRECISION)
+        if DECAY == 1:
+            since = load_gate(gates, row, first, T, H, C)
+            du *= load_gate(untils, row, first, T, H, C)[:, None]
+        du += tl.dot(tl.trans(s), ys, input_precision=PRECISION) * scale
+        du *= strength[:, None]
+        z = tl.dot(tl.trans(M), du.to(low), input_precision=PRECISION)
+        store_rows(dv, row, first, T, c, z, H, V, C)
+        y = ys.to(tl.float32) * scale
+        if DECAY == 1:
+            y *= since[:, None]
+            z *= since[:, None]
+            dS *= tl.load(whole + (b * N + n) * H + h)
+        elif DECAY == 2:
+            dS *= tl.load(whole + ((b * N + n) * H + h) * K + d)[:, None]
+        dS = tl.dot(tl.trans(qs), y.to(low), dS, input_precision=PRECISION)
+        dS = tl.dot(tl.trans(ks), (-z).to(low), dS, input_precision=PRECISION)
+    tl.store(d_state + (b * H + h) * K * V + place, dS)
+
+
+@triton.jit
+def products(
+    x, y, row, first, T,
+    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`[C, C]`: x y^T of a chunk."""
+    out = tl.zeros([C, C], tl.float32)
+    for p in range(0, D // BD):
+        d = p * BD + tl.arange(0, BD)
+        xs = load_rows(x, row, first, T, d, H, D, C)
+        ys = load_rows(y, row, first, T, d, H, D, C)
+        out = tl.dot(xs, tl.trans(ys), out, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def across(pairs, strength, C: tl.constexpr):
+    """Sums over i >= t > j of pairs_ij strength_j."""
+    i = tl.arange(0, C)
+    pairs = tl.cumsum(pairs * strength[None, :], 0, reverse=True)
+    return tl.sum(tl.where(i[:, None] > i[None, :], pairs, 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["T", "N", "B"])
+def gradients(
+    q, k, fade, beta, g, scores, A, gates, whole, do, r, z, states, d_states,
+    dq, dk, d_beta, dg, d_scores, dA, d_fade, d_whole, scale, T, N, B,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """A program does one chunk of one head: first what is `[C, C]`, then BK key channels at a
+    time.
+
+    With DECAY = 2, q and k are given as they read (times since), with both scores, and the
+    gradients of those are written (dq, dk, d_scores, dA, d_fade, d_whole); else dq and dk are
+    those of q and k themselves, and dg that of the log decay of a token.
+
+    dg_t has the pairs of i >= t > j, what is read from t on, what is left of the tokens before t,
+    and what is left of the state. With EXACT the first are summed as they are; else as those of
+    i >= t less those of j >= t.
+
+    Transposes are computed as products of their own: on sm_90 a product's result, transposed, is
+    no safe operand of another.
+    """
+    n, bh = tl.program_id(0) % N, tl.program_id(0) // N
+    b, h = (bh // H).to(tl.int64), bh % H
+    first = n * C
+    row = (b * T + first) * H + h
+    place = ((b * N + n) * H + h) * K * V
+    i = tl.arange(0, C)
+    low = q.dtype.element_ty
+    seen = i[:, None] >= i[None, :]
+    before = i[:, None] > i[None, :]
+    strength = load_gate(beta, row, first, T, H, C)
+    if DECAY == 1:
+        log = load_gate(g, row, first, T, H, C)
+        coarse, fine = sums(log)
+        since = load_gate(gates, row, first, T, H, C)
+        until = load_gate(gates + (b * 0 + B) * T * H, row, first, T, H, C)
+    # One square after the other, for their registers.
+    if DECAY == 2:
+        s = load_rows(scores, row, first, T, i, H, C, C).to(tl.float32)
+    else:
+        s = products(q, k, row, first, T, H, K, BK, C, PRECISION)
+    dy = products(do, r, row, first, T, H, V, BV, C, PRECISION)
+    dy = tl.where(seen, dy * scale, 0.0)
+    if DECAY == 1:
+        dy *= ratios(coarse, fine)
+    pairs = dy * s
+    of_beta = tl.sum(pairs, 0)
+    dy *= strength[None, :]
+    if DECAY == 2:
+        store_rows(d_scores, row, first, T, i, dy, H, C, C)
+        s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
+    else:
+        yk = dy.to(low)
+        if DECAY == 1:
+            rows = tl.sum(pairs * strength[None, :], 1)
+            total = across(pairs, strength, C) if EXACT else rows
+        s = products(k, k, row, first, T, H, K, BK, C, PRECISION)
+    dz = products(z, r, row, first, T, H, V, BV, C, PRECISION)
+    dz = tl.where(before, -dz, 0.0)
+    if DECAY == 1:
+        dz *= ratios(coarse, fine)
+    pairs = dz * s
+    of_beta += tl.sum(pairs, 0)
+    dz *= strength[None, :]
+    if DECAY == 2:
+        store_rows(dA, row, first, T, i, dz, H, C, C)
+    else:
+        zk = dz.to(low)
+        dy = products(r, do, row, first, T, H, V, BV, C, PRECISION)
+        dz = products(r, z, row, first, T, H, V, BV, C, PRECISION)
+        if DECAY == 1:
+            if EXACT:
+                total += across(pairs, strength, C)
+            else:
+                total += tl.sum(pairs * strength[None, :], 1) - of_beta * strength
+                total = tl.cumsum(total, 0, reverse=True)
+            turned = ratios(-coarse, -fine)
+            dy *= turned
+            dz *= turned
+        ky = tl.where(i[:, None] <= i[None, :], dy * (strength * scale)[:, None], 0.0).to(low)
+        kz = tl.where(i[:, None] < i[None, :], -dz * strength[:, None], 0.0).to(low)
+    left = tl.zeros([C], tl.float32)
+    read = tl.zeros([C], tl.float32)
+    kept = tl.zeros([1], tl.float32)
+    for m in range(0, K // BK):
+        d = m * BK + tl.arange(0, BK)
+        dqs = tl.zeros([C, BK], tl.float32)
+        dks = tl.zeros([C, BK], tl.float32)
+        dfs = tl.zeros([C, BK], tl.float32)
+        inner = tl.zeros([BK], tl.float32)
+        for p in range(0, V // BV):
+            c = p * BV + tl.arange(0, BV)
+            at = place + d[:, None] * V + c[None, :]
+            S = tl.load(states + at)
+            dS = tl.load(d_states + at)
+            ys = load_rows(do, row, first, T, c, H, V, C)
+            rs = load_rows(r, row, first, T, c, H, V, C)
+            zs = load_rows(z, row, first, T, c, H, V, C)
+            dqs = tl.dot(ys, tl.trans(S), dqs, input_precision=PRECISION)
+            dks = tl.dot(zs, tl.trans(S), dks, input_precision=PRECISION)
+            dfs = tl.dot(rs, tl.trans(dS), dfs, input_precision=PRECISION)
+            if DECAY != 0:
+                inner += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        dqs *= scale
+        if DECAY == 2:
+            fs = load_rows(fade, row, first, T, d, H, K, C)
+            left += tl.sum(dfs * fs.to(tl.float32), 1)
+            store_rows(dq, row, first, T, d, dqs, H, K, C)
+            store_rows(dk, row, first, T, d, -dks, H, K, C)
+            store_rows(d_fade, row, first, T, d, dfs * strength[:, None], H, K, C)
+            tl.store(d_whole + ((b * N + n) * H + h) * K + d, inner)
+        else:
+            ks = load_rows(k, row, first, T, d, H, K, C)
+            qs = load_rows(q, row, first, T, d, H, K, C)
+            if DECAY == 1:
+                dqs *= since[:, None]
+                dks *= since[:, None]
+                dfs *= until[:, None]
+                read += tl.sum(dqs * qs.to(tl.float32) - dks * ks.to(tl.float32), 1)
+                kept += tl.sum(inner, 0)
+            left += tl.sum(dfs * ks.to(tl.float32), 1)
+            dqs = tl.dot(yk, ks, dqs, input_precision=PRECISION)
+            store_rows(dq, row, first, T, d, dqs, H, K, C)
+            dks = dfs * strength[:, None] - dks
+            dks = tl.dot(zk, ks, dks, input_precision=PRECISION)
+            dks = tl.dot(kz, ks, dks, input_precision=PRECISION)
+            dks = tl.dot(ky, qs, dks, input_precision=PRECISION)
+            store_rows(dk, row, first, T, d, dks, H, K, C)
+    store_gate(d_beta, row, first, T, of_beta + left, H, C)
+    if DECAY == 1:
+        left *= strength
+        total += tl.cumsum(read, 0, reverse=True)
+        total += tl.sum(tl.where(before, left[None, :], 0.0), 1)
+        total += tl.sum(kept, 0) * tl.load(whole + (b * N + n) * H + h)
+        store_gate(dg, row, first, T, tl.where(log >= FLOOR, total, 0.0), H, C)
