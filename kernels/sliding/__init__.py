@@ -79,37 +79,37 @@ def sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """o [B, T, H, V], and lse [B, H, T]: log2 of the sum of 2^(log2 e scale <q, k>)."""
+    """o [B, T, H, V], and of each query the maximum and the sum, [2, B, H, T]: see forward.py."""
     q, k, v = rows(q, k, v)
     (B, T, H, _), (_, n, G, V) = q.shape, v.shape
     R, size = H // G, sizes(q, v)
     machine = launch.target(q.device)
     o = launch.empty((B, T, H, V), like=q)
-    lse = launch.empty((B, H, T), like=q, dtype=torch.float32)
+    stats = launch.empty((2, B, H, T), like=q, dtype=torch.float32)
     if T * R > FEW:
         s = settings("forward", max(size["BK"], size["BV"]), q.dtype, machine)
         launch.launch(
-            forward, (H, -(-T // s.BM), B), q, k, v, o, lse, *strides(q, k, v),
-            T, n, window, sinks, scale * LOG2E, H, R, **s.options(), **size,
+            forward, (H, -(-T // s.BM), B), q, k, v, o, stats, *strides(q, k, v),
+            T, n, window, sinks, scale * LOG2E, H, R, B, **s.options(), **size,
         )  # fmt: skip
-        return o, lse
+        return o, stats
     s = settings("decode", max(size["BK"], size["BV"]), q.dtype, machine)
     blocks = -(-min(n, window + T - 1 + sinks) // s.BN)
     splits = max(1, min(blocks, 2 * machine.multiprocessors // (B * G)))
-    part, part_lse = o, lse
+    part, part_stats = o, stats
     if splits > 1:
         part = launch.empty((splits, B, T, H, V), like=q, dtype=torch.float32)
-        part_lse = launch.empty((splits, B, H, T), like=q, dtype=torch.float32)
+        part_stats = launch.empty((2, splits, B, H, T), like=q, dtype=torch.float32)
     launch.launch(
-        decode, (G, splits, B), q, k, v, part, part_lse, *strides(q, k, v),
+        decode, (G, splits, B), q, k, v, part, part_stats, *strides(q, k, v),
         T, n, window, sinks, splits, scale * LOG2E, H, R, B, **s.options(), **size,
     )  # fmt: skip
     if splits > 1:
         launch.launch(
-            combine, (H, T, B), part, part_lse, o, lse, T, splits, H, B,
+            combine, (H, T, B), part, part_stats, o, stats, T, splits, H, B,
             V=V, BV=size["BV"], S=launch.power_of_two(splits, 1), num_warps=4,
         )  # fmt: skip
-    return o, lse
+    return o, stats
 
 
 def gradients(
@@ -117,7 +117,7 @@ def gradients(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     do: Tensor,
     window: int,
     sinks: int,
@@ -130,17 +130,17 @@ def gradients(
     machine = launch.target(q.device)
     wide = max(size["BK"], size["BV"])
     dq, dk, dv = (launch.empty(t.shape, like=t) for t in (q, k, v))
-    delta = launch.empty((B, H, T), like=q, dtype=torch.float32)
+    lines = launch.empty((2, B, H, T), like=q, dtype=torch.float32)
     c, steps = scale * LOG2E, strides(q, k, v, do)
     s = settings("backward_q", wide, q.dtype, machine)
     launch.launch(
-        backward_q, (H, -(-T // s.BM), B), q, k, v, o, do, lse, delta, dq, *steps,
-        T, n, window, sinks, c, scale, H, R, **s.options(), **size,
+        backward_q, (H, -(-T // s.BM), B), q, k, v, o, do, stats, lines, dq, *steps,
+        T, n, window, sinks, c, scale, H, R, B, **s.options(), **size,
     )  # fmt: skip
     s = settings("backward_kv", wide, q.dtype, machine)
     launch.launch(
-        backward_kv, (G, -(-(n - sinks) // s.BN), B), q, k, v, do, lse, delta, dk, dv, *steps,
-        T, n, window, sinks, c, scale, H, R, **s.options(), **size,
+        backward_kv, (G, -(-(n - sinks) // s.BN), B), q, k, v, do, stats, lines, dk, dv, *steps,
+        T, n, window, sinks, c, scale, H, R, B, **s.options(), **size,
     )  # fmt: skip
     if sinks:
         s = settings("backward_sinks", wide, q.dtype, machine)
@@ -152,7 +152,7 @@ def gradients(
             launch.empty((parts, B, sinks, G, D), like=q, dtype=torch.float32) for D in (K, V)
         )
         launch.launch(
-            backward_sinks, (G * blocks, parts, B), q, k, v, do, lse, delta, *sums, *steps,
+            backward_sinks, (G * blocks, parts, B), q, k, v, do, stats, lines, *sums, *steps,
             T, n, sinks, part, c, scale, H, R, B, **s.options(), **size,
         )  # fmt: skip
         dk[:, :sinks], dv[:, :sinks] = (x.sum(0) for x in sums)
@@ -170,11 +170,11 @@ attention_gradients: Any = torch.library.custom_op(
 @attention.register_fake
 def _(q, k, v, window, sinks, scale):
     B, T, H, _ = q.shape
-    return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(B, T, H, v.shape[3]), q.new_empty(2, B, H, T, dtype=torch.float32)
 
 
 @attention_gradients.register_fake
-def _(q, k, v, o, lse, do, window, sinks, scale):
+def _(q, k, v, o, stats, do, window, sinks, scale):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 

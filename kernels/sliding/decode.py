@@ -2,7 +2,7 @@
 takes. One program serves the T queries of the R query heads of a key head; where there are too
 few such programs the keys are split among several, whose results `combine` adds:
 
-    o = sum_p w_p o_p,   w_p = 2^(lse_p - lse),   lse = log2 sum_p 2^lse_p
+    m = max_p m_p,   l = sum_p w_p,   o = sum_p w_p o_p / l,   w_p = l_p 2^(m_p - m)
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .regions import load
 
 @triton.jit(do_not_specialize=["T", "n", "window", "sinks", "splits"])
 def decode(
-    q, k, v, o, lse,
+    q, k, v, o, stats,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,
     T, n, window, sinks, splits, scale, H, R, B,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Row t R + i of a tile of BM is query t of the i-th query head. o [splits, B, T, H, V],
-    lse [splits, B, H, T]. Grid: (H / R, splits, B).
+    stats = (m, l) [2, splits, B, H, T]. Grid: (H / R, splits, B).
 
     Keys go from row `lo` to n, behind the sinks if these stand apart from them."""
     g, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -55,20 +55,21 @@ def decode(
         s = tl.dot(x, tl.trans(y), input_precision=precision)
         s = tl.where(keep, s, float("-inf"))
         acc, m, l = update(s, z, acc, m, l, scale, precision)
-    seen = l > 0
-    l = tl.where(seen, l, 1.0)
+    size = tl.cast(splits, tl.int64) * B * H * T
+    p = stats + (split * B + b) * H * T + h * T + t
+    tl.store(p, m, mask=is_query)
+    tl.store(p + size, l, mask=is_query)
+    l = tl.where(l > 0, l, 1.0)  # a split may see nothing
     line = (split * B + b) * T
     d = tl.arange(0, BV)
     p = o + ((line + t) * H + h)[:, None] * V + d[None, :]
     keep = is_query[:, None] & (d < V)[None, :]
     tl.store(p, (acc / l[:, None]).to(o.dtype.element_ty), mask=keep)
-    p = lse + (split * B + b) * H * T + h * T + t
-    tl.store(p, tl.where(seen, m + tl.log2(l), LOWEST), mask=is_query)
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def combine(
-    part, part_lse, o, lse, T, splits, H, B,
+    part, part_stats, o, stats, T, splits, H, B,
     V: tl.constexpr, BV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """One query of a head: part [splits, B, T, H, V] -> o [B, T, H, V]. Grid: (H, T, B)."""
@@ -76,13 +77,16 @@ def combine(
     s = tl.arange(0, S)
     d = tl.arange(0, BV)
     at = (b * H + h) * T + t
-    each = tl.load(part_lse + s * (B * H * T) + at, mask=s < splits, other=LOWEST)
+    p = part_stats + s * (B * H * T) + at
+    each = tl.load(p, mask=s < splits, other=LOWEST)
+    weight = tl.load(p + tl.cast(splits, tl.int64) * B * H * T, mask=s < splits, other=0.0)
     m = tl.max(each, 0)
-    w = tl.where(s < splits, tl.exp2(each - m), 0.0)
+    w = weight * tl.exp2(each - m)
     l = tl.sum(w, 0)
     line = (b * T + t) * H + h
     p = part + (s[:, None] * (B * T * H) + line) * V + d[None, :]
     x = tl.load(p, mask=(s < splits)[:, None] & (d < V)[None, :], other=0.0)
     y = tl.sum(x * w[:, None], 0) / l
     tl.store(o + line * V + d, y.to(o.dtype.element_ty), mask=d < V)
-    tl.store(lse + at, m + tl.log2(l))
+    tl.store(stats + at, m)
+    tl.store(stats + B * H * T + at, l)

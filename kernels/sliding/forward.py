@@ -6,8 +6,9 @@ With logits s = c <q, k>, c = scale log2 e, each block of keys updates (Milakov 
     m' = max(m, max_j s_j),  p_j = 2^(s_j - m'),  l' = l 2^(m - m') + sum_j p_j,
     acc' = acc 2^(m - m') + sum_j p_j v_j
 
-and at the end o = acc / l, lse = m + log2 l, which the backward needs. Statistics and sums are
-float32; the operands of products have the dtype of the input.
+and at the end o = acc / l. The backward needs m and l: their sum m + log2 l, rounded, would put an
+error into all p of a query. Statistics and sums are float32; the operands of products have the
+dtype of the input.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def update(s, v, acc, m, l, scale, precision: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "n", "window", "sinks"])
 def forward(
-    q, k, v, o, lse,
+    q, k, v, o, stats,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,
-    T, n, window, sinks, scale, H, R,
+    T, n, window, sinks, scale, H, R, B,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of a head. q [B, T, H, K], k, v [B, n, H / R, K | V] by strides of
-    batch, token and head; o [B, T, H, V], lse [B, H, T] contiguous.
+    batch, token and head; o [B, T, H, V], stats = (m, l) [2, B, H, T] contiguous.
 
     Heads are the fastest axis of the grid: programs that run together read whole rows of memory,
     and the R query heads of a key head share its tiles in the cache."""
@@ -84,4 +85,6 @@ def forward(
     p = tile(o + (b * T * H + h) * V, t0, H * V, BM, BV)
     tl.store(p, (acc / l[:, None]).to(o.dtype.element_ty), mask=inside(t0, T, BM, V, BV))
     t = t0 + tl.arange(0, BM)
-    tl.store(lse + (b * H + h) * T + t, m + tl.log2(l), mask=t < T)
+    line = (b * H + h) * T
+    tl.store(stats + line + t, m, mask=t < T)
+    tl.store(stats + B * H * T + line + t, l, mask=t < T)
