@@ -120,7 +120,6 @@ def backward_kv(
     G = H // R
     r0 = sinks + block * BN
     before = n - T
-    rows = r0 + tl.arange(0, BN)
     y = load(k + b * kb + g * kh, r0, n, kt, BN, K, BK)
     z = load(v + b * vb + g * vh, r0, n, vt, BN, V, BV)
     dy_k = tl.zeros([BN, BK], tl.float32)
@@ -146,8 +145,9 @@ def backward_kv(
             at = i0 + tl.arange(0, BM)
             total, small, over = read(stats, lines, line + at, at < stop, B * H * T, precision)
             s = tl.dot(y, tl.trans(x), input_precision=precision) * c - total[None, :]
-            above = tl.where(at < stop, at, -1)
-            keep = (rows[:, None] <= above[None, :]) & (rows[:, None] > (at - window)[None, :])
+            key = (r0 - i0 + tl.arange(0, BN))[:, None]
+            query = tl.arange(0, BM)[None, :]  # from `stop` on all operands of products are 0
+            keep = (key <= query) & (key + window > query)
             p = tl.exp2(tl.where(keep, s, float("-inf")))
             dy_k, dy_v = add_kv(p, x, dy, z, dy_k, dy_v, small, over, precision)
         for j in range(inner):
@@ -197,8 +197,8 @@ def backward_sinks(
             line = (b * H + h) * T + t
             total, small, over = read(stats, lines, line, t < t_end, B * H * T, precision)
             s = tl.dot(y, tl.trans(x), input_precision=precision) * c - total[None, :]
-            above = tl.where(t < t_end, before + t, -1)
-            p = tl.exp2(tl.where(rows[:, None] <= above[None, :], s, float("-inf")))
+            keep = rows[:, None] <= (before + t)[None, :]
+            p = tl.exp2(tl.where(keep, s, float("-inf")))
             dy_k, dy_v = add_kv(p, x, dy, z, dy_k, dy_v, small, over, precision)
     line = ((piece * B + b) * sinks * G + g).to(tl.int64)
     p = tile(dk + line * K, r0, G * K, BN, BK)

@@ -78,13 +78,13 @@ def forward(
         q0, n, window, sinks, BM, BN
     )
     pairs = 0
-    if PAIRS:
+    if PAIRS > 0:
         paired = (window >= BM) & (q0 - window >= s_end) & (q0 + BM <= n)
         pairs = tl.where(paired, BM // BN, 0)
         lo = tl.where(paired, q0 - window + BM, lo)
         left = tl.where(paired, (a - lo + BN - 1) // BN, left)
         masked = tl.where(paired, first + left, masked)
-        for j in tl.range(0, pairs, num_stages=2):
+        for j in tl.range(0, pairs, num_stages=PAIRS):
             r0 = q0 + j * BN
             early, late = load_all(k, r0 - window, kt, BN, K, BK), load_all(k, r0, kt, BN, K, BK)
             is_late = (j * BN + tl.arange(0, BN))[None, :] <= tl.arange(0, BM)[:, None]

@@ -45,9 +45,9 @@ def masked_block(j, s, lo, a, d0, end, first, left, BN: tl.constexpr):
 @triton.jit
 def visible_keys(rows, r0, stop, is_sinks, window, BN: tl.constexpr):
     """[BM, BN]: which keys r0 + c < stop the queries at `rows` see; of sinks, all before them."""
-    c = r0 + tl.arange(0, BN)
-    above = tl.minimum(rows + 1, stop)
-    below = tl.where(is_sinks, -1, rows - window)
+    c = tl.arange(0, BN)  # the same in every block: it need not be kept per column
+    above = tl.minimum(rows + 1, stop) - r0
+    below = tl.where(is_sinks, -1, rows - window) - r0
     return (c[None, :] < above[:, None]) & (c[None, :] > below[:, None])
 
 

@@ -10,12 +10,14 @@ from .. import launch
 
 
 class Setting(NamedTuple):
-    """BM queries by BN keys."""
+    """BM queries by BN keys. pairs: stages of the loop in which the left edge and the diagonal
+    share a softmax; 0 for no such loop."""
 
     BM: int
     BN: int
     warps: int
     stages: int
+    pairs: int = 0
 
     def options(self) -> dict[str, Any]:
         return {
@@ -34,7 +36,7 @@ def settings(kernel: str, size: int, dtype: torch.dtype, target: launch.Target) 
     wide = dtype == torch.float32
     if wide:  # products are multiply-adds of the ordinary units: small tiles, little to overlap
         table = {
-            "forward": ((64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+            "forward": ((64, 32, 4, 2, 1), (32, 32, 4, 2), (16, 32, 4, 2)),
             "backward_q": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
             "backward_kv": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
             "backward_sinks": ((32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)),
@@ -50,15 +52,15 @@ def settings(kernel: str, size: int, dtype: torch.dtype, target: launch.Target) 
         }
     elif target.arch == 80:
         table = {
-            "forward": ((128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
-            "backward_q": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
-            "backward_kv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+            "forward": ((64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2)),
+            "backward_q": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+            "backward_kv": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)),
             "backward_sinks": ((64, 16, 4, 2), (64, 16, 4, 2), (32, 16, 4, 2)),
             "decode": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         }
     else:
         table = {
-            "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+            "forward": ((64, 64, 4, 3, 2), (128, 64, 8, 3), (128, 32, 8, 2)),
             "backward_q": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
             "backward_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
             "backward_sinks": ((64, 16, 4, 2), (64, 16, 4, 2), (32, 16, 4, 2)),
