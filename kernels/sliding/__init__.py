@@ -159,9 +159,7 @@ def gradients(
     return dq, dk, dv
 
 
-attention: Any = torch.library.custom_op(
-    "layerzoo::sliding_attention", attend, mutates_args=()
-)
+attention: Any = torch.library.custom_op("layerzoo::sliding_attention", attend, mutates_args=())
 attention_gradients: Any = torch.library.custom_op(
     "layerzoo::sliding_attention_gradients", gradients, mutates_args=()
 )

@@ -56,13 +56,11 @@ def backward_q(
     small = tl.sum(out.to(tl.float32) * dy.to(tl.float32), 1)
     line = (b * H + h) * T + t
     m = tl.load(stats + line, mask=t < T, other=0.0)
-    l = tl.load(stats + B * H * T + line, mask=t < T, other=1.0)
-    tl.store(lines + line, m if precision == "ieee" else m + tl.log2(l), mask=t < T)
+    mass = tl.load(stats + B * H * T + line, mask=t < T, other=1.0)
+    tl.store(lines + line, m if precision == "ieee" else m + tl.log2(mass), mask=t < T)
     tl.store(lines + B * H * T + line, small, mask=t < T)
     acc = tl.zeros([BM, BK], tl.float32)
-    s_end, lo, a, d0, end, inner, first, left, masked = key_regions(
-        q0, n, window, sinks, BM, BN
-    )
+    s_end, lo, a, d0, end, inner, first, left, masked = key_regions(q0, n, window, sinks, BM, BN)
     for j in range(masked):
         r0, stop = masked_block(j, s_end, lo, a, d0, end, first, left, BN)
         y = load(k, r0, stop, kt, BN, K, BK)
@@ -77,7 +75,9 @@ def backward_q(
         s = tl.dot(x, tl.trans(y), input_precision=precision) * c - m[:, None]
         acc = add_q(tl.exp2(s), dy, y, z, acc, small, precision)
     p = tile(dq + (b * T * H + h) * K, t0, H * K, BM, BK)
-    tl.store(p, (acc * (scale / l)[:, None]).to(dq.dtype.element_ty), mask=inside(t0, T, BM, K, BK))
+    tl.store(
+        p, (acc * (scale / mass)[:, None]).to(dq.dtype.element_ty), mask=inside(t0, T, BM, K, BK)
+    )
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def read(stats, lines, at, keep, size, precision: tl.constexpr):
     """Of some queries: what to subtract from logits, delta, and what to multiply p with."""
     shift = tl.load(lines + at, mask=keep, other=0.0)
     delta = tl.load(lines + size + at, mask=keep, other=0.0)
-    if precision == "ieee":
+    if precision == "ieee":  # noqa: SIM108
         over = 1.0 / tl.load(stats + size + at, mask=keep, other=1.0)
     else:
         over = delta

@@ -42,7 +42,7 @@ def decode(
     share = (blocks + splits - 1) // splits
     begin = split * share
     m = tl.full([BM], LOWEST, tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    mass = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
     for j in range(begin, tl.minimum(begin + share, blocks)):
         r0 = tl.where(j < first, j * BN, lo + (j - first) * BN)
@@ -54,17 +54,17 @@ def decode(
         keep = recent & (c[None, :] < tl.minimum(rows + 1, stop)[:, None])
         s = tl.dot(x, tl.trans(y), input_precision=precision)
         s = tl.where(keep, s, float("-inf"))
-        acc, m, l = update(s, z, acc, m, l, scale, precision)
+        acc, m, mass = update(s, z, acc, m, mass, scale, precision)
     size = tl.cast(splits, tl.int64) * B * H * T
     p = stats + (split * B + b) * H * T + h * T + t
     tl.store(p, m, mask=is_query)
-    tl.store(p + size, l, mask=is_query)
-    l = tl.where(l > 0, l, 1.0)  # a split may see nothing
+    tl.store(p + size, mass, mask=is_query)
+    mass = tl.where(mass > 0, mass, 1.0)  # a split may see nothing
     line = (split * B + b) * T
     d = tl.arange(0, BV)
     p = o + ((line + t) * H + h)[:, None] * V + d[None, :]
     keep = is_query[:, None] & (d < V)[None, :]
-    tl.store(p, (acc / l[:, None]).to(o.dtype.element_ty), mask=keep)
+    tl.store(p, (acc / mass[:, None]).to(o.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
@@ -82,11 +82,11 @@ def combine(
     weight = tl.load(p + tl.cast(splits, tl.int64) * B * H * T, mask=s < splits, other=0.0)
     m = tl.max(each, 0)
     w = weight * tl.exp2(each - m)
-    l = tl.sum(w, 0)
+    mass = tl.sum(w, 0)
     line = (b * T + t) * H + h
     p = part + (s[:, None] * (B * T * H) + line) * V + d[None, :]
     x = tl.load(p, mask=(s < splits)[:, None] & (d < V)[None, :], other=0.0)
-    y = tl.sum(x * w[:, None], 0) / l
+    y = tl.sum(x * w[:, None], 0) / mass
     tl.store(o + line * V + d, y.to(o.dtype.element_ty), mask=d < V)
     tl.store(stats + at, m)
-    tl.store(stats + B * H * T + at, l)
+    tl.store(stats + B * H * T + at, mass)

@@ -6,9 +6,9 @@ With logits s = c <q, k>, c = scale log2 e, each block of keys updates (Milakov 
     m' = max(m, max_j s_j),  p_j = 2^(s_j - m'),  l' = l 2^(m - m') + sum_j p_j,
     acc' = acc 2^(m - m') + sum_j p_j v_j
 
-and at the end o = acc / l. The backward needs m and l: their sum m + log2 l, rounded, would put an
-error into all p of a query. Statistics and sums are float32; the operands of products have the
-dtype of the input.
+and at the end o = acc / l; `mass` is l. The backward needs m and l: their sum m + log2 l, rounded,
+would put an error into all p of a query. Statistics and sums are float32; the operands of products
+have the dtype of the input.
 
 The left edge of the window and the diagonal are complements: query q0 + m sees of the BM keys from
 row q0 - window on those after the m-th, of the BM from row q0 on those up to the m-th. So a block
@@ -35,20 +35,20 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def weigh(s, m, l, scale):
+def weigh(s, m, mass, scale):
     """p, 2^(m - m'), m', l' of s: products of queries and keys, -inf where masked."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     decay = tl.exp2(m - m_new)
-    return p, decay, m_new, l * decay + tl.sum(p, 1)
+    return p, decay, m_new, mass * decay + tl.sum(p, 1)
 
 
 @triton.jit
-def update(s, v, acc, m, l, scale, precision: tl.constexpr):
+def update(s, v, acc, m, mass, scale, precision: tl.constexpr):
     """acc', m', l'"""
-    p, decay, m, l = weigh(s, m, l, scale)
+    p, decay, m, mass = weigh(s, m, mass, scale)  # pyright: ignore[reportGeneralTypeIssues]
     acc = acc * decay[:, None]
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=precision), m, l
+    return tl.dot(p.to(v.dtype), v, acc, input_precision=precision), m, mass
 
 
 @triton.jit(do_not_specialize=["T", "n", "window", "sinks"])
@@ -72,11 +72,9 @@ def forward(
     v += b * vb + (h // R) * vh
     x = load(q + b * qb + h * qh, t0, T, qt, BM, K, BK)
     m = tl.full([BM], LOWEST, tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    mass = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
-    s_end, lo, a, d0, end, inner, first, left, masked = key_regions(
-        q0, n, window, sinks, BM, BN
-    )
+    s_end, lo, a, d0, end, inner, first, left, masked = key_regions(q0, n, window, sinks, BM, BN)
     pairs = 0
     if PAIRS > 0:
         paired = (window >= BM) & (q0 - window >= s_end) & (q0 + BM <= n)
@@ -91,7 +89,7 @@ def forward(
             s = tl.dot(x, tl.trans(early), input_precision=precision)
             s = tl.where(is_late, tl.dot(x, tl.trans(late), input_precision=precision), s)
             early, late = load_all(v, r0 - window, vt, BN, V, BV), load_all(v, r0, vt, BN, V, BV)
-            p, decay, m, l = weigh(s, m, l, scale)
+            p, decay, m, mass = weigh(s, m, mass, scale)
             acc = acc * decay[:, None]
             p = p.to(v.dtype.element_ty)
             acc = tl.dot(tl.where(is_late, p, 0.0), late, acc, input_precision=precision)
@@ -102,17 +100,17 @@ def forward(
         s = tl.dot(x, tl.trans(y), input_precision=precision)
         s = tl.where(visible_keys(rows, r0, stop, j < first, window, BN), s, float("-inf"))
         z = load(v, r0, stop, vt, BN, V, BV)
-        acc, m, l = update(s, z, acc, m, l, scale, precision)
+        acc, m, mass = update(s, z, acc, m, mass, scale, precision)
     for j in range(inner):
         r0 = a + j * BN
         y = load_all(k, r0, kt, BN, K, BK)
         s = tl.dot(x, tl.trans(y), input_precision=precision)
         z = load_all(v, r0, vt, BN, V, BV)
-        acc, m, l = update(s, z, acc, m, l, scale, precision)
-    l = tl.where(rows < n, l, 1.0)
+        acc, m, mass = update(s, z, acc, m, mass, scale, precision)
+    mass = tl.where(rows < n, mass, 1.0)
     p = tile(o + (b * T * H + h) * V, t0, H * V, BM, BV)
-    tl.store(p, (acc / l[:, None]).to(o.dtype.element_ty), mask=inside(t0, T, BM, V, BV))
+    tl.store(p, (acc / mass[:, None]).to(o.dtype.element_ty), mask=inside(t0, T, BM, V, BV))
     t = t0 + tl.arange(0, BM)
     line = (b * H + h) * T
     tl.store(stats + line + t, m, mask=t < T)
-    tl.store(stats + B * H * T + line + t, l, mask=t < T)
+    tl.store(stats + B * H * T + line + t, mass, mask=t < T)

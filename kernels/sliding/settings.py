@@ -36,11 +36,11 @@ def settings(kernel: str, size: int, dtype: torch.dtype, target: launch.Target) 
     wide = dtype == torch.float32
     if wide:  # products are multiply-adds of the ordinary units: small tiles, little to overlap
         table = {
-            "forward": ((64, 32, 4, 2, 1), (32, 32, 4, 2), (16, 32, 4, 2)),
-            "backward_q": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
+            "forward": ((32, 32, 4, 2, 1), (16, 32, 4, 2), (16, 16, 4, 1)),
+            "backward_q": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
             "backward_kv": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
             "backward_sinks": ((32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)),
-            "decode": ((16, 32, 4, 3), (16, 32, 4, 2), (16, 16, 4, 2)),
+            "decode": ((16, 32, 4, 3), (16, 16, 4, 3), (16, 16, 4, 2)),
         }
     elif target.backend == "hip":
         table = {
