@@ -1,0 +1,147 @@
+"""The operators of `update: token`: mini-batches of one size, forward and backward.
+
+Forward keeps the weights of every few mini-batches only. Backward takes those groups from the
+last to the first: it works a group off again, with the weights of each of its mini-batches, and
+what the output's products need, in scratch memory, and then goes back through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import launch
+from .linear_forward import linear_forward
+from .mlp_forward import mlp_forward
+
+
+class Form(NamedTuple):
+    """Of the call. tokens: of a mini-batch; tile: with padding. hidden: 0 is the linear network.
+    width: of v without padding. matrices: rates of a token. full: mini-batches end here."""
+
+    tokens: int
+    tile: int
+    keys: int
+    values: int
+    hidden: int
+    width: int
+    matrices: int
+    bias: bool
+    norm: bool
+    residual: bool
+    l2: bool
+    tanh: bool
+    full: bool
+
+
+class Settings(NamedTuple):
+    tile: int
+    """Of the hidden dimension."""
+    num_warps: int
+    num_stages: int
+
+
+def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
+    """Of the forward kernel."""
+    if dtype == torch.float32:
+        return Settings(min(form.hidden, 16), 8, 1)
+    wide = max(form.keys, form.values) > 64 or form.tile > 64
+    tile = min(form.hidden, 32 if target.backend == "hip" or form.tile > 64 else 64)
+    return Settings(tile, 8 if wide or form.tile > 32 else 4, 1)
+
+
+def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:
+    found = {
+        "K": form.keys, "V": form.values, "C": form.tile, "VT": form.width, "BIAS": form.bias,
+        "NORM": form.norm, "RESIDUAL": form.residual, "L2": form.l2, "FULL": form.full,
+        "IP": launch.precision(dtype),
+    }  # fmt: skip
+    if form.hidden:
+        found |= {"F": form.hidden, "FT": FT, "M": form.matrices, "TANH": form.tanh}
+    return found
+
+
+def row_size(form: Form) -> int:
+    K, V, F = form.keys, form.values, form.hidden
+    return (K + V) * F + (F + V) * form.bias if F else K * V + V * form.bias
+
+
+def forward(
+    given: Sequence[Any], form: Form, o: Any, w: Tensor, s: Any, kept: Any, turn: Any,
+    first: int, count: int, step: int,
+) -> None:  # fmt: skip
+    """Launch `count` mini-batches from `first` on; w, s: buffers from the slot that is read."""
+    q, k, v, rates, coef, ends, lam, gamma, beta, u = given
+    T, H = q.shape[1:3]
+    got = settings(form, q.dtype, launch.target(q.device))
+    args = [q, k, v, rates, coef, ends, lam, gamma, beta, w, s, u, o]
+    if form.hidden:
+        args += [turn, *kept]
+        kernel = mlp_forward
+    else:
+        args += kept[:2]
+        kernel = linear_forward
+    launch.launch(
+        kernel, (q.shape[0] * H,), *args, T, first, count, step, form.tokens,
+        num_warps=got.num_warps, num_stages=got.num_stages,
+        H=H, **constants(form, q.dtype, got.tile),
+    )  # fmt: skip
+
+
+def group_size(count: int) -> int:
+    """Mini-batches between two that keep their weights: the least memory in all."""
+    return max(1, round(count**0.5))
+
+
+@torch.library.custom_op("layerzoo::fast_weights_token", mutates_args=())
+def token_forward(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, coef: Tensor, ends: Tensor,
+    lam: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    w: Tensor, u: Tensor | None, s: Tensor | None, form: Sequence[int], keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, the weights (or updates) at the end, the momentum, and checkpoints of both."""
+    f = Form(*form)
+    count, N, P = rates.shape[0], *w.shape
+    G = group_size(count) if keep else count
+    groups = -(-count // G)
+    buffers = []
+    for x in (w, s):
+        if x is None:
+            buffers.append(None)
+            continue
+        buffers.append(launch.empty((groups + 1, N, P), like=w))
+        buffers[-1][0].copy_(x)
+    W, S = buffers
+    o = launch.empty(v.shape, like=q)
+    turn = launch.empty((N, f.tile, f.values), like=q)
+    given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
+    for g in range(groups):
+        size = min(G, count - g * G)
+        at = (W[g:], None if S is None else S[g:])
+        forward(given, f, o, *at, (None, None, None), turn, g * G, size, 0)
+    ends_ = (W[-1].clone(), w.new_empty(0) if S is None else S[-1].clone())
+    kept = (x[:-1] if keep and x is not None else w.new_empty(0) for x in (W, S))
+    return o, *ends_, *kept
+
+
+@token_forward.register_fake
+def _(q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form, keep):  # noqa: ANN001, ANN202
+    count = rates.shape[0]
+    groups = -(-count // group_size(count)) if keep else 0
+    none = w.new_empty(0)
+    kept = [none if x is None or not keep else x.new_empty(groups, *x.shape) for x in (w, s)]
+    return q.new_empty(v.shape), torch.empty_like(w), none if s is None else torch.empty_like(s), *kept
+
+
+def operator(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, coef: Tensor, ends: Tensor, lam: Any,
+    gamma: Any, beta: Any, w: Tensor, u: Any, s: Any, form: Form,
+) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    """o, the weights at the end (updates, unless form.full), and the momentum."""
+    given = (q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    o, end, S, *_ = token_forward(*given, [int(x) for x in form], keep)
+    return o, end, None if s is None else S
