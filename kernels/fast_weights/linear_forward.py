@@ -31,6 +31,9 @@ def linear_forward(
     oc, ok, ov = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
     DT: tl.constexpr = q.dtype.element_ty
     true = (ov < VT)[None, :]
+    pk = oc[:, None] * (H * K) + ok[None, :]
+    pkt = oc[None, :] * (H * K) + ok[:, None]
+    pv = oc[:, None] * (H * V) + ov[None, :]
     inside = oc < n
     if NORM:
         g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
@@ -48,12 +51,12 @@ def linear_forward(
             sb = tl.load(s + r * P + K * V + ov)
     for i in range(0, NB):
         at = first + i
-        x = ((r // H) * T + at * n + oc) * H + r % H
-        pk, pv = x[:, None] * K + ok[None, :], x[:, None] * V + ov[None, :]
-        kk = tl.load(k + pk, mask=inside[:, None], other=0.0)
-        qq = tl.load(q + pk, mask=inside[:, None], other=0.0)
-        vv = tl.load(v + pv, mask=inside[:, None], other=0.0).to(tl.float32)
-        kt = tl.load(k + x[None, :] * K + ok[:, None], mask=inside[None, :], other=0.0)
+        x = ((r // H) * T + at * n) * H + r % H
+        bk, bv = x * K, x * V  # the tile's first number; within it 32 bits do
+        kk = tl.load(k + bk + pk, mask=inside[:, None], other=0.0)
+        qq = tl.load(q + bk + pk, mask=inside[:, None], other=0.0)
+        vv = tl.load(v + bv + pv, mask=inside[:, None], other=0.0).to(tl.float32)
+        kt = tl.load(k + bk + pkt, mask=inside[None, :], other=0.0)
         cell = at.to(tl.int64) * N + r
         c = coef + cell * 6 * C + oc
         row, cA, wl = tl.load(c), tl.load(c + C), tl.load(c + 4 * C)
@@ -83,12 +86,10 @@ def linear_forward(
             m = tl.dot(qq, S.to(DT), input_precision=IP)
             new += s_end * S
             S = theta * S - tl.dot((kt * (tl_ * rate)[None, :]).to(DT), ec, input_precision=IP)
-            tl.store(s_out + pw, S)
             if BIAS:
                 m += sb[None, :]
                 new_b += s_end * sb
                 sb = theta * sb - tl.sum(e * (tl_ * rate)[:, None], 0)
-                tl.store(s_out + K * V + ov, sb)
             out += m * cs[:, None]
         if u is not None:
             cu, u_end = tl.load(c + 3 * C), tl.load(ends + cell * 4 + 2)
@@ -114,12 +115,17 @@ def linear_forward(
                 out = out * g[None, :] + b[None, :]
             if RESIDUAL:
                 out += qq.to(tl.float32)
-            tl.store(o + pv, out.to(DT), mask=inside[:, None])
+            tl.store(o + bv + pv, out.to(DT), mask=inside[:, None])
         W = new
         if BIAS:
             bias = new_b
-            tl.store(w_out + K * V + ov, bias)
-        tl.store(w_out + pw, W)
-        w_out += STEP * slot
-        if s is not None:
-            s_out += STEP * slot
+        if (STEP > 0) | (i == NB - 1):
+            tl.store(w_out + pw, W)
+            if BIAS:
+                tl.store(w_out + K * V + ov, bias)
+            w_out += STEP * slot
+            if s is not None:
+                tl.store(s_out + pw, S)
+                if BIAS:
+                    tl.store(s_out + K * V + ov, sb)
+                s_out += STEP * slot

@@ -42,6 +42,9 @@ def mlp_forward(
     oc, ok, ov, of = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V), tl.arange(0, FT)
     DT: tl.constexpr = q.dtype.element_ty
     true = (ov < VT)[None, :]
+    pk = oc[:, None] * (H * K) + ok[None, :]
+    pkt = oc[None, :] * (H * K) + ok[:, None]
+    pv = oc[:, None] * (H * V) + ov[None, :]
     inside = oc < n
     if NORM:
         g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
@@ -56,12 +59,12 @@ def mlp_forward(
         u += r * P
     for i in range(0, NB):
         at = first + i
-        x = ((r // H) * T + at * n + oc) * H + r % H
-        pk, pv = x[:, None] * K + ok[None, :], x[:, None] * V + ov[None, :]
-        kk = tl.load(k + pk, mask=inside[:, None], other=0.0)
-        qq = tl.load(q + pk, mask=inside[:, None], other=0.0)
-        vv = tl.load(v + pv, mask=inside[:, None], other=0.0).to(tl.float32)
-        kt = tl.load(k + x[None, :] * K + ok[:, None], mask=inside[None, :], other=0.0)
+        x = ((r // H) * T + at * n) * H + r % H
+        bk, bv = x * K, x * V  # the tile's first number; within it 32 bits do
+        kk = tl.load(k + bk + pk, mask=inside[:, None], other=0.0)
+        qq = tl.load(q + bk + pk, mask=inside[:, None], other=0.0)
+        vv = tl.load(v + bv + pv, mask=inside[:, None], other=0.0).to(tl.float32)
+        kt = tl.load(k + bk + pkt, mask=inside[None, :], other=0.0)
         cell = at.to(tl.int64) * N + r
         c = coef + cell * 6 * C + oc
         row, cA, wl = tl.load(c), tl.load(c + C), tl.load(c + 4 * C)
@@ -204,7 +207,7 @@ def mlp_forward(
                 out = out * g[None, :] + b[None, :]
             if RESIDUAL:
                 out += qq.to(tl.float32)
-            tl.store(o + pv, out.to(DT), mask=inside[:, None])
+            tl.store(o + bv + pv, out.to(DT), mask=inside[:, None])
         w_in = w_out
         w_out += STEP * slot
         if s is not None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import launch
+from .linear_backward import linear_backward
 from .linear_forward import linear_forward
+from .mlp_backward import mlp_backward
 from .mlp_forward import mlp_forward
 
 
@@ -134,6 +136,87 @@ def _(q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form, keep):  # noq
     none = w.new_empty(0)
     kept = [none if x is None or not keep else x.new_empty(groups, *x.shape) for x in (w, s)]
     return q.new_empty(v.shape), torch.empty_like(w), none if s is None else torch.empty_like(s), *kept
+
+
+@torch.library.custom_op("layerzoo::fast_weights_token_backward", mutates_args=())
+def token_backward(
+    d_o: Tensor, d_w: Tensor, d_s: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, coef: Tensor, ends: Tensor,
+    lam: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    w: Tensor, u: Tensor | None, s: Tensor | None, form: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of q .. beta, w, u, s, as far as these are there. w, s: the checkpoints."""
+    f = Form(*form)
+    count, (_, N, P) = rates.shape[0], w.shape
+    G = group_size(count)
+    like = [q, k, v, rates, coef, ends, lam]
+    found = [None if x is None else launch.empty(x.shape, like=x) for x in like]
+    found += [None if x is None else torch.zeros_like(x) for x in (gamma, beta)]
+    d_w = d_w.clone(memory_format=torch.contiguous_format)
+    d_s = None if s is None or d_s is None else d_s.clone(memory_format=torch.contiguous_format)
+    d_u = None if u is None else launch.empty((N, P), like=w)
+    C, V = f.tile, f.values
+    size = min(G, count)
+    W, S = (None if x is None else launch.empty((size + 1, N, P), like=w) for x in (w, s))
+    kept = [launch.empty((size, N, C, x), like=w) for x in (V, V, C)]
+    turn = launch.empty((3, N, C, V), like=q)
+    more = (
+        turn, launch.empty((N, C, C), like=w), launch.empty((N, C, f.hidden), like=w)
+    ) if f.hidden else ()  # fmt: skip
+    given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
+    got = backward_settings(f, q.dtype, launch.target(q.device))
+    T, H = q.shape[1:3]
+    if not f.hidden:
+        kept = kept[:2]
+    for g in reversed(range(w.shape[0])):
+        first, n = g * G, min(G, count - g * G)
+        for x, start in ((W, w), (S, s)):
+            if x is not None and start is not None:
+                x[0].copy_(start[g])
+        forward(given, f, None, W, S, kept, turn[0], first, n, 1)
+        launch.launch(
+            mlp_backward if f.hidden else linear_backward, (N,),
+            *given[:9], W, S, u, *kept, d_o, d_w, d_s, d_u, *found, *more, T, first, n, f.tokens,
+            num_warps=got.num_warps, num_stages=got.num_stages,
+            H=H, **constants(f, q.dtype, got.tile),
+        )  # fmt: skip
+    return [x for x in (*found, d_w, d_u, d_s) if x is not None]
+
+
+@token_backward.register_fake
+def _(d_o, d_w, d_s, q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form):  # noqa: ANN001, ANN202
+    like = (q, k, v, rates, coef, ends, lam, gamma, beta, w[0], u, None if s is None else s[0])
+    return [x.new_empty(x.shape) for x in like if x is not None]
+
+
+def backward_settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
+    if dtype == torch.float32:
+        return Settings(min(form.hidden, 16), 8, 1)
+    return Settings(min(form.hidden, 32), 8 if form.tile > 16 else 4, 1)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *given, form, _ = inputs
+    w, u, s = given[-3:]
+    *_, W, S = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*given[:9], W, u, None if s is None else S)
+    ctx.form, ctx.shapes = form, (w.shape, w.dtype)
+    ctx.present = [x is not None for x in given]
+
+
+def _backward(ctx: Any, d_o: Any, d_w: Any, d_s: Any, *_: Any) -> Any:
+    saved = ctx.saved_tensors
+    q, v, w, s = saved[0], saved[2], saved[9], saved[11]
+    d_o = torch.zeros_like(v) if d_o is None else d_o.contiguous()
+    zeros = w.new_zeros(w.shape[1:])
+    d_w = zeros if d_w is None else d_w
+    d_s = None if s is None else zeros if d_s is None else d_s
+    grads = iter(token_backward(d_o.to(q.dtype), d_w, d_s, *saved, ctx.form))
+    return *(next(grads) if there else None for there in ctx.present), None, None
+
+
+token_forward.register_autograd(_backward, setup_context=_setup)
 
 
 def operator(
