@@ -166,32 +166,32 @@ def mlp_backward(
             d_cu = tl.zeros([C], dtype=tl.float32)
             dqU = tl.zeros([C, K], dtype=tl.float32)
         if BIAS:
-            pb = B0 + F + ov
-            b1, D = tl.load(w_in + pb), tl.load(d_w + pb)
+            pv1 = B0 + F + ov
+            b1, Dv = tl.load(w_in + pv1), tl.load(d_w + pv1)
             d_A += tl.sum(dfo * b1[None, :], 1)
-            d_e1 -= w1s * D[None, :]
-            d_w1 -= tl.sum(e1 * D[None, :], 1)
-            new = tl.sum(dfo * cA[:, None], 0)
+            d_e1 -= w1s * Dv[None, :]
+            d_w1 -= tl.sum(e1 * Dv[None, :], 1)
+            end = tl.sum(dfo * cA[:, None], 0)
             if FULL:
-                new += A_end * D
-                n_A += tl.sum(D * b1)
+                end += A_end * Dv
+                n_A += tl.sum(Dv * b1)
             if s is not None:
-                sb, G = tl.load(s_in + pb), tl.load(d_s + pb)
-                d_cs += tl.sum(dfo * sb[None, :], 1)
-                d_e1 -= t1s * G[None, :]
-                d_t1 -= tl.sum(e1 * G[None, :], 1)
-                n_s += tl.sum(D * sb)
-                n_t += tl.sum(G * sb)
-                new_s = tl.sum(dfo * cs[:, None], 0) + theta * G + s_end * D
+                sv, Gv = tl.load(s_in + pv1), tl.load(d_s + pv1)
+                d_cs += tl.sum(dfo * sv[None, :], 1)
+                d_e1 -= t1s * Gv[None, :]
+                d_t1 -= tl.sum(e1 * Gv[None, :], 1)
+                n_s += tl.sum(Dv * sv)
+                n_t += tl.sum(Gv * sv)
+                end_s = tl.sum(dfo * cs[:, None], 0) + theta * Gv + s_end * Dv
             if u is not None:
-                ub = tl.load(u + pb)
-                d_cu += tl.sum(dfo * ub[None, :], 1)
-                n_u += tl.sum(D * ub)
-                tl.store(d_u + pb, tl.sum(dfo * cu[:, None], 0) + u_end * D)
+                uv = tl.load(u + pv1)
+                d_cu += tl.sum(dfo * uv[None, :], 1)
+                n_u += tl.sum(Dv * uv)
+                tl.store(d_u + pv1, tl.sum(dfo * cu[:, None], 0) + u_end * Dv)
             tl.debug_barrier()
-            tl.store(d_w + pb, new)
+            tl.store(d_w + pv1, end)
             if s is not None:
-                tl.store(d_s + pb, new_s)
+                tl.store(d_s + pv1, end_s)
 
         for j in range(0, F, FT):
             p0 = ok[:, None] * F + (j + of)[None, :]
@@ -407,9 +407,9 @@ def mlp_backward(
             if BIAS:
                 tl.store(d_w + B0 + j + of, new)
         if BIAS:
-            pb = B0 + F + ov
-            new = tl.load(d_w + pb) + tl.sum(d_f, 0)
+            pv1 = B0 + F + ov
+            end = tl.load(d_w + pv1) + tl.sum(d_f, 0)
             tl.debug_barrier()
-            tl.store(d_w + pb, new)
+            tl.store(d_w + pv1, end)
         tl.store(d_k + bk + pk, dk, mask=inside[:, None])
         tl.debug_barrier()  # the mini-batch before reads what this one wrote
