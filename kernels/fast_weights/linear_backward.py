@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .mlp_backward import rate_pull
-from .parts import error, error_pull, norm_pull, normal, write_table
+from .parts import error, error_pull, masked, masked_t, norm_pull, normal
 
 
 @triton.jit(do_not_specialize=["T", "first", "NB"])
@@ -33,7 +33,7 @@ def linear_backward(
     r = tl.program_id(0).to(tl.int64)
     oc, ok, ov = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
     DT: tl.constexpr = q.dtype.element_ty
-    true = (ov < VT)[None, :]
+    true = None if VT == V else (ov < VT)[None, :]
     pk = oc[:, None] * (H * K) + ok[None, :]
     pkt = oc[None, :] * (H * K) + ok[:, None]
     pv = oc[:, None] * (H * V) + ov[None, :]
@@ -91,13 +91,13 @@ def linear_backward(
             at_ += 1
         p = -tl.dot(dfc, tl.trans(ec), input_precision=IP)
         pt = -tl.dot(ec, tl.trans(dfc), input_precision=IP)
-        table_t = write_table(here, row, rate, oc, C, True)
         d_row, d_rate = rate_pull(p * a, here, row, rate, d_here, oc, C, False)
-        p = (p * write_table(here, row, rate, oc, C, False)).to(DT)
-        pt = (pt * table_t).to(DT)
+        p = (masked(p, here, row, oc, C) * rate[None, :]).to(DT)
+        pt = (masked_t(pt, here, row, oc, C) * rate[:, None]).to(DT)
         dq = tl.dot(p, kk, input_precision=IP)
         dk = tl.dot(pt, qq, input_precision=IP)
-        d_e = -tl.dot((at_ * table_t).to(DT), dfc, input_precision=IP)
+        d_e = tl.dot(masked_t(at_, here, row, oc, C).to(DT), dfc, input_precision=IP)
+        d_e *= -rate[:, None]
 
         W = tl.load(w_in + pw)
         Dc = D.to(DT)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import error, normal, write_table
+from .parts import error, masked, normal
 
 
 @triton.jit(do_not_specialize=["T", "first", "NB", "STEP"])
@@ -30,15 +30,11 @@ def linear_forward(
     slot = N.to(tl.int64) * P
     oc, ok, ov = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
     DT: tl.constexpr = q.dtype.element_ty
-    true = (ov < VT)[None, :]
+    true = None if VT == V else (ov < VT)[None, :]
     pk = oc[:, None] * (H * K) + ok[None, :]
     pkt = oc[None, :] * (H * K) + ok[:, None]
     pv = oc[:, None] * (H * V) + ov[None, :]
     inside = oc < n
-    if NORM:
-        g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
-    else:
-        g, b = None, None
     pw = ok[:, None] * V + ov[None, :]
     w_out = w + r * P + slot
     W = tl.load(w + r * P + pw)
@@ -69,11 +65,14 @@ def linear_forward(
             f += bias[None, :]
             out += bias[None, :]
         out *= cA[:, None]
+        if NORM:
+            g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
+        else:
+            g, b = None, None
         e = error(f, kk.to(tl.float32), vv, g, b, true, VT, NORM, RESIDUAL, L2)
         if kept_f is not None:
             tl.store(kept_f + (i * N + r) * C * V + oc[:, None] * V + ov[None, :], f)
-        ec = e.to(DT)
-        new = -tl.dot((kt * (wl * rate)[None, :]).to(DT), ec, input_precision=IP)
+        new = -tl.dot(kt, (e * (wl * rate)[:, None]).to(DT), input_precision=IP)
         if FULL:
             new += A_end * W
         if BIAS:
@@ -85,7 +84,7 @@ def linear_forward(
             s_end, theta = tl.load(ends + cell * 4 + 1), tl.load(ends + cell * 4 + 3)
             m = tl.dot(qq, S.to(DT), input_precision=IP)
             new += s_end * S
-            S = theta * S - tl.dot((kt * (tl_ * rate)[None, :]).to(DT), ec, input_precision=IP)
+            S = theta * S - tl.dot(kt, (e * (tl_ * rate)[:, None]).to(DT), input_precision=IP)
             if BIAS:
                 m += sb[None, :]
                 new_b += s_end * sb
@@ -105,8 +104,8 @@ def linear_forward(
         p = tl.dot(qq, tl.trans(kk), input_precision=IP)
         if BIAS:
             p += 1
-        p = p * write_table(here, row, rate, oc, C, False)
-        out -= tl.dot(p.to(DT), ec, input_precision=IP)
+        er = (e * rate[:, None]).to(DT)
+        out -= tl.dot(masked(p, here, row, oc, C).to(DT), er, input_precision=IP)
         if kept_o is not None:
             tl.store(kept_o + (i * N + r) * C * V + oc[:, None] * V + ov[None, :], out)
         if o is not None:
@@ -114,7 +113,7 @@ def linear_forward(
                 out, _ = normal(out, true, VT)
                 out = out * g[None, :] + b[None, :]
             if RESIDUAL:
-                out += qq.to(tl.float32)
+                out += tl.load(q + bv + pv, mask=inside[:, None], other=0.0).to(tl.float32)
             tl.store(o + bv + pv, out.to(DT), mask=inside[:, None])
         W = new
         if BIAS:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import act, act_slope, error, normal, write_table
+from .parts import act, act_slope, error, masked, normal
 
 
 @triton.jit(do_not_specialize=["T", "first", "NB", "STEP"])
@@ -41,15 +41,11 @@ def mlp_forward(
     slot = N.to(tl.int64) * P
     oc, ok, ov, of = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V), tl.arange(0, FT)
     DT: tl.constexpr = q.dtype.element_ty
-    true = (ov < VT)[None, :]
+    true = None if VT == V else (ov < VT)[None, :]
     pk = oc[:, None] * (H * K) + ok[None, :]
     pkt = oc[None, :] * (H * K) + ok[:, None]
     pv = oc[:, None] * (H * V) + ov[None, :]
     inside = oc < n
-    if NORM:
-        g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
-    else:
-        g, b = None, None
     w_in = w + r * P
     w_out = w_in + slot
     if s is not None:
@@ -82,131 +78,139 @@ def mlp_forward(
             f = tl.dot(act(z, TANH).to(DT), tl.trans(w1), f, input_precision=IP)
         if BIAS:
             f += tl.load(w_in + B0 + F + ov)[None, :]
+        if NORM:
+            g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
+        else:
+            g, b = None, None
         e1 = error(f, kk.to(tl.float32), vv, g, b, true, VT, NORM, RESIDUAL, L2)
         if kept_f is not None:
             tl.store(kept_f + (i * N + r) * C * V + oc[:, None] * V + ov[None, :], f)
-        e1c = e1.to(DT)
-        tl.store(turn + r * C * V + oc[:, None] * V + ov[None, :], e1c)
+        tl.store(turn + r * C * V + oc[:, None] * V + ov[None, :], e1.to(DT))
         tl.debug_barrier()
+        e1c = tl.load(turn + r * C * V + oc[:, None] * V + ov[None, :])
         et = tl.load(turn + r * C * V + oc[None, :] * V + ov[:, None])
-        kw0 = (kt * (wl * rate0)[None, :]).to(DT)
-        ew1 = (et * (wl * rate1)[None, :]).to(DT)
+        w0s, w1s = (wl * rate0)[:, None], (wl * rate1)[:, None]
         if s is not None:
             cs, tl_ = tl.load(c + 2 * C), tl.load(c + 5 * C)
-            kt0 = (kt * (tl_ * rate0)[None, :]).to(DT)
-            et1 = (et * (tl_ * rate1)[None, :]).to(DT)
+            t0s, t1s = (tl_ * rate0)[:, None], (tl_ * rate1)[:, None]
             s_end, theta = tl.load(ends + cell * 4 + 1), tl.load(ends + cell * 4 + 3)
         if u is not None:
             cu, u_end = tl.load(c + 3 * C), tl.load(ends + cell * 4 + 2)
         here = None if lam is None else lam + cell * C * C
-        table = write_table(here, row, rate0, oc, C, False)
         p = tl.dot(qq, tl.trans(kk), input_precision=IP)
         if BIAS:
             p += 1
-        a0 = (p * table).to(DT)
+        a0 = masked(p, here, row, oc, C).to(DT)
 
         out = tl.zeros([C, V], dtype=tl.float32)
         a1 = tl.zeros([C, C], dtype=tl.float32)
+        if BIAS:
+            pb1 = B0 + F + ov
+            b1 = tl.load(w_in + pb1)
+            out += cA[:, None] * b1[None, :]
+            end = -tl.sum(e1 * w1s, 0)
+            if FULL:
+                end += A_end * b1
+            if s is not None:
+                sv = tl.load(s_in + pb1)
+                out += cs[:, None] * sv[None, :]
+                end += s_end * sv
+                mom1 = theta * sv - tl.sum(e1 * t1s, 0)
+            if u is not None:
+                uv = tl.load(u + pb1)
+                out += cu[:, None] * uv[None, :]
+                end += u_end * uv
+            tl.debug_barrier()
+            tl.store(w_out + pb1, end)
+            if s is not None:
+                tl.store(s_out + pb1, mom1)
         for j in range(0, F, FT):
             p0 = ok[:, None] * F + (j + of)[None, :]
             p1 = K * F + ov[:, None] * F + (j + of)[None, :]
-            w0, w1 = tl.load(w_in + p0), tl.load(w_in + p1)
-            w0c, w1c = w0.to(DT), w1.to(DT)
+            pb = B0 + j + of
+            w0c, w1c = tl.load(w_in + p0).to(DT), tl.load(w_in + p1).to(DT)
             z = tl.dot(kk, w0c, input_precision=IP)
+            if BIAS:
+                b0 = tl.load(w_in + pb)
+                z += b0[None, :]
             y = tl.dot(qq, w0c, input_precision=IP)
             if BIAS:
-                b0 = tl.load(w_in + B0 + j + of)
-                z += b0[None, :]
                 y += b0[None, :]
+            y *= cA[:, None]
+            if s is not None:
+                s1c = tl.load(s_in + p1).to(DT)
+                m = tl.dot(qq, tl.load(s_in + p0).to(DT), input_precision=IP)
+                if BIAS:
+                    sb = tl.load(s_in + pb)
+                    m += sb[None, :]
+                y += m * cs[:, None]
+            if u is not None:
+                m = tl.dot(qq, tl.load(u + p0).to(DT), input_precision=IP)
+                if BIAS:
+                    ub = tl.load(u + pb)
+                    m += ub[None, :]
+                y += m * cu[:, None]
             xx, slope = act_slope(z, TANH)
             xc = xx.to(DT)
             e0 = tl.dot(e1c, w1c, input_precision=IP) * slope
-            e0c = e0.to(DT)
-            y *= cA[:, None]
-            if s is not None:
-                s0, s1 = tl.load(s_in + p0), tl.load(s_in + p1)
-                m = tl.dot(qq, s0.to(DT), input_precision=IP)
-                if BIAS:
-                    m += tl.load(s_in + B0 + j + of)[None, :]
-                y += m * cs[:, None]
-            if u is not None:
-                u0, u1 = tl.load(u + p0), tl.load(u + p1)
-                m = tl.dot(qq, u0.to(DT), input_precision=IP)
-                if BIAS:
-                    m += tl.load(u + B0 + j + of)[None, :]
-                y += m * cu[:, None]
-            y = act(y - tl.dot(a0, e0c, input_precision=IP), TANH)
+            y = act(y - tl.dot(a0, (e0 * rate0[:, None]).to(DT), input_precision=IP), TANH)
             a1 = tl.dot(y.to(DT), tl.trans(xc), a1, input_precision=IP)
             out = tl.dot((y * cA[:, None]).to(DT), tl.trans(w1c), out, input_precision=IP)
-            new0 = -tl.dot(kw0, e0c, input_precision=IP)
-            new1 = -tl.dot(ew1, xc, input_precision=IP)
-            if FULL:
-                new0 += A_end * w0
-                new1 += A_end * w1
             if s is not None:
-                out = tl.dot((y * cs[:, None]).to(DT), tl.trans(s1.to(DT)), out, input_precision=IP)
-                new0 += s_end * s0
-                new1 += s_end * s1
-                mom0 = theta * s0 - tl.dot(kt0, e0c, input_precision=IP)
-                mom1 = theta * s1 - tl.dot(et1, xc, input_precision=IP)
+                out = tl.dot((y * cs[:, None]).to(DT), tl.trans(s1c), out, input_precision=IP)
             if u is not None:
-                out = tl.dot((y * cu[:, None]).to(DT), tl.trans(u1.to(DT)), out, input_precision=IP)
-                new0 += u_end * u0
-                new1 += u_end * u1
-            tl.debug_barrier()  # all of the tile is read before it is written, maybe in place
-            tl.store(w_out + p0, new0)
-            tl.store(w_out + p1, new1)
+                u1c = tl.load(u + p1).to(DT)
+                out = tl.dot((y * cu[:, None]).to(DT), tl.trans(u1c), out, input_precision=IP)
+
+            tl.debug_barrier()  # all of the tile is read before it is written, maybe in place;
+            # each thread reads again what it writes: float32 weights would fill the registers
+            new = -tl.dot(kt, (e0 * w0s).to(DT), input_precision=IP)
+            if FULL:
+                new += A_end * tl.load(w_in + p0)
+            if u is not None:
+                new += u_end * tl.load(u + p0)
             if s is not None:
-                tl.store(s_out + p0, mom0)
-                tl.store(s_out + p1, mom1)
+                old = tl.load(s_in + p0)
+                new += s_end * old
+                mom = theta * old - tl.dot(kt, (e0 * t0s).to(DT), input_precision=IP)
+                tl.store(s_out + p0, mom)
+            tl.store(w_out + p0, new)
+            new = -tl.dot(et, (xx * w1s).to(DT), input_precision=IP)
+            if FULL:
+                new += A_end * tl.load(w_in + p1)
+            if u is not None:
+                new += u_end * tl.load(u + p1)
+            if s is not None:
+                old = tl.load(s_in + p1)
+                new += s_end * old
+                mom = theta * old - tl.dot(et, (xx * t1s).to(DT), input_precision=IP)
+                tl.store(s_out + p1, mom)
+            tl.store(w_out + p1, new)
             if BIAS:
-                pb = B0 + j + of
-                new = -tl.sum(e0 * (wl * rate0)[:, None], 0)
+                end0 = -tl.sum(e0 * w0s, 0)
                 if FULL:
-                    new += A_end * b0
-                if s is not None:
-                    sb = tl.load(s_in + pb)
-                    new += s_end * sb
-                    mom = theta * sb - tl.sum(e0 * (tl_ * rate0)[:, None], 0)
+                    end0 += A_end * b0
                 if u is not None:
-                    new += u_end * tl.load(u + pb)
-                tl.debug_barrier()
-                tl.store(w_out + pb, new)
+                    end0 += u_end * ub
                 if s is not None:
-                    tl.store(s_out + pb, mom)
+                    end0 += s_end * sb
+                    tl.store(s_out + pb, theta * sb - tl.sum(e0 * t0s, 0))
+                tl.store(w_out + pb, end0)
         if kept_a is not None:
             tl.store(kept_a + (i * N + r) * C * C + oc[:, None] * C + oc[None, :], a1)
         if BIAS:
-            pb = B0 + F + ov
-            b1 = tl.load(w_in + pb)
             a1 += 1
-            out += cA[:, None] * b1[None, :]
-            new = -tl.sum(e1 * (wl * rate1)[:, None], 0)
-            if FULL:
-                new += A_end * b1
-            if s is not None:
-                sb = tl.load(s_in + pb)
-                out += cs[:, None] * sb[None, :]
-                new += s_end * sb
-                mom = theta * sb - tl.sum(e1 * (tl_ * rate1)[:, None], 0)
-            if u is not None:
-                ub = tl.load(u + pb)
-                out += cu[:, None] * ub[None, :]
-                new += u_end * ub
-            tl.debug_barrier()
-            tl.store(w_out + pb, new)
-            if s is not None:
-                tl.store(s_out + pb, mom)
-        table = write_table(here, row, rate1, oc, C, False)
-        out -= tl.dot((a1 * table).to(DT), e1c, input_precision=IP)
+        e1r = (e1c * rate1[:, None]).to(DT)
+        out -= tl.dot(masked(a1, here, row, oc, C).to(DT), e1r, input_precision=IP)
         if kept_o is not None:
             tl.store(kept_o + (i * N + r) * C * V + oc[:, None] * V + ov[None, :], out)
         if o is not None:
             if NORM:
+                g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
                 out, _ = normal(out, true, VT)
                 out = out * g[None, :] + b[None, :]
             if RESIDUAL:
-                out += qq.to(tl.float32)
+                out += tl.load(q + bv + pv, mask=inside[:, None], other=0.0).to(tl.float32)
             tl.store(o + bv + pv, out.to(DT), mask=inside[:, None])
         w_in = w_out
         w_out += STEP * slot

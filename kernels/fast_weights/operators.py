@@ -160,9 +160,10 @@ def token_backward(
     W, S = (None if x is None else launch.empty((size + 1, N, P), like=w) for x in (w, s))
     kept = [launch.empty((size, N, C, x), like=w) for x in (V, V, C)]
     turn = launch.empty((3, N, C, V), like=q)
-    more = (
-        turn, launch.empty((N, C, C), like=w), launch.empty((N, C, f.hidden), like=w)
-    ) if f.hidden else ()  # fmt: skip
+    more = ()
+    if f.hidden:
+        more = (turn, launch.empty((4, N, C, C), like=q), launch.empty((N, C, C), like=w))
+        more += launch.empty((2, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
     given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
     got = backward_settings(f, q.dtype, launch.target(q.device))
     T, H = q.shape[1:3]

@@ -51,8 +51,10 @@ def act_curve(x, TANH: tl.constexpr):
 
 @triton.jit
 def normal(f, true, VT: tl.constexpr):
-    """(f - mean) / std over the true columns, and 1 / std `[C, 1]`."""
-    d = tl.where(true, f - (tl.sum(f, 1) / VT)[:, None], 0.0)
+    """(f - mean) / std over the true columns, and 1 / std `[C, 1]`. true: None if all are."""
+    d = f - (tl.sum(f, 1) / VT)[:, None]
+    if true is not None:
+        d = tl.where(true, d, 0.0)
     r = tl.math.rsqrt(tl.sum(d * d, 1) / VT + 1e-6)[:, None]
     return d * r, r
 
@@ -62,7 +64,10 @@ def norm_pull(g, x, r, true, VT: tl.constexpr):
     """The gradient of f, of g at the normal x = normal(f)."""
     mean = (tl.sum(g, 1) / VT)[:, None]
     slope = (tl.sum(g * x, 1) / VT)[:, None]
-    return tl.where(true, r * (g - mean - x * slope), 0.0)
+    y = r * (g - mean - x * slope)
+    if true is not None:
+        y = tl.where(true, y, 0.0)
+    return y
 
 
 @triton.jit
@@ -126,18 +131,19 @@ def error_pull(
 
 
 @triton.jit
-def write_table(lam, row, rate, oc, C: tl.constexpr, FLIP: tl.constexpr):
-    """L[i, j] = row_i Lam_ij rate_j, what token i reads of j's gradient; FLIP: transposed. lam: a
-    pointer to Lam `[C, C]`, None for ones on and below the diagonal."""
-    if FLIP:
-        if lam is None:
-            x = tl.where(oc[:, None] <= oc[None, :], 1.0, 0.0)
-        else:
-            x = tl.load(lam + oc[None, :] * C + oc[:, None])
-        return x * row[None, :] * rate[:, None]
+def masked(x, lam, row, oc, C: tl.constexpr):
+    """x[i, j] row_i Lam_ij: what token i reads of j's gradient, but for j's rate. lam: a pointer
+    to Lam `[C, C]`, None for ones on and below the diagonal."""
+    if lam is None:
+        return tl.where(oc[:, None] >= oc[None, :], x * row[:, None], 0.0)
     else:
-        if lam is None:
-            x = tl.where(oc[:, None] >= oc[None, :], 1.0, 0.0)
-        else:
-            x = tl.load(lam + oc[:, None] * C + oc[None, :])
-        return x * row[:, None] * rate[None, :]
+        return x * tl.load(lam + oc[:, None] * C + oc[None, :]) * row[:, None]
+
+
+@triton.jit
+def masked_t(x, lam, row, oc, C: tl.constexpr):
+    """x[j, i] row_i Lam_ij."""
+    if lam is None:
+        return tl.where(oc[:, None] <= oc[None, :], x * row[None, :], 0.0)
+    else:
+        return x * tl.load(lam + oc[None, :] * C + oc[:, None]) * row[None, :]
