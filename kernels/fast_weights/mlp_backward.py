@@ -414,9 +414,7 @@ def mlp_backward(
         if NORM:
             g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
         kf = tl.load(k + bk + pk, mask=inside[:, None], other=0.0).to(tl.float32)
-        d_f, d_y, d_g, d_b = error_pull(
-            d_e1, f, kf, vv, g, b, true, VT, NORM, RESIDUAL, L2
-        )
+        d_f, d_y, d_g, d_b = error_pull(d_e1, f, kf, vv, g, b, true, VT, NORM, RESIDUAL, L2)
         if NORM:
             old = tl.load(d_gamma + r * V + ov)
             tl.store(d_gamma + r * V + ov, old + d_g)

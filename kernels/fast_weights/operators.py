@@ -47,12 +47,13 @@ class Settings(NamedTuple):
 
 
 def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of the forward kernel."""
+    """Of both kernels. Products have 64 rows, which four warps share: more would only repeat
+    them. Narrow tiles, because `C V` and `C C` numbers stay in registers beside them."""
     if dtype == torch.float32:
         return Settings(min(form.hidden, 16), 8, 1)
-    wide = max(form.keys, form.values) > 64 or form.tile > 64
-    tile = min(form.hidden, 32 if target.backend == "hip" or form.tile > 64 else 64)
-    return Settings(tile, 8 if wide or form.tile > 32 else 4, 1)
+    tile = 16 if target.backend == "hip" else 32
+    wide = max(form.keys, form.values, form.tile) > 64
+    return Settings(min(form.hidden, tile), 8 if wide else 4, 1)
 
 
 def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:
@@ -135,7 +136,12 @@ def _(q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form, keep):  # noq
     groups = -(-count // group_size(count)) if keep else 0
     none = w.new_empty(0)
     kept = [none if x is None or not keep else x.new_empty(groups, *x.shape) for x in (w, s)]
-    return q.new_empty(v.shape), torch.empty_like(w), none if s is None else torch.empty_like(s), *kept
+    return (
+        q.new_empty(v.shape),
+        torch.empty_like(w),
+        none if s is None else torch.empty_like(s),
+        *kept,
+    )
 
 
 @torch.library.custom_op("layerzoo::fast_weights_token_backward", mutates_args=())
@@ -165,7 +171,7 @@ def token_backward(
         more = (turn, launch.empty((4, N, C, C), like=q), launch.empty((N, C, C), like=w))
         more += launch.empty((2, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
     given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
-    got = backward_settings(f, q.dtype, launch.target(q.device))
+    got = settings(f, q.dtype, launch.target(q.device))
     T, H = q.shape[1:3]
     if not f.hidden:
         kept = kept[:2]
@@ -188,12 +194,6 @@ def token_backward(
 def _(d_o, d_w, d_s, q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form):  # noqa: ANN001, ANN202
     like = (q, k, v, rates, coef, ends, lam, gamma, beta, w[0], u, None if s is None else s[0])
     return [x.new_empty(x.shape) for x in like if x is not None]
-
-
-def backward_settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
-    if dtype == torch.float32:
-        return Settings(min(form.hidden, 16), 8, 1)
-    return Settings(min(form.hidden, 32), 8 if form.tile > 16 else 4, 1)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -72,8 +72,16 @@ def norm_pull(g, x, r, true, VT: tl.constexpr):
 
 @triton.jit
 def error(
-    f, k, v, gamma, beta, true,
-    VT: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr,
+    f,
+    k,
+    v,
+    gamma,
+    beta,
+    true,
+    VT: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    L2: tl.constexpr,
 ):
     """The error at f of the loss of M(k) = [k +] [LN] f against v."""
     if NORM:
@@ -95,8 +103,17 @@ def error(
 
 @triton.jit
 def error_pull(
-    d, f, k, v, gamma, beta, true,
-    VT: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr,
+    d,
+    f,
+    k,
+    v,
+    gamma,
+    beta,
+    true,
+    VT: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    L2: tl.constexpr,
 ):
     """The gradients of f, of [k +] .. - v, of gamma and of beta, from d at the error.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import launch
+from .decode import step
 from .operators import Form, operator
 
 LONGEST, WIDEST, HIDDEN = 128, 128, 1024
@@ -63,13 +64,24 @@ def _run(
     B, T, H, _ = q.shape
     if T == 0:
         return torch.zeros_like(v, dtype=q.dtype), state
+    given = (q, k, v, lr, momentum, decay, row, *(layer_norm or ()), *state["weights"])
+    weights = (x for n in ("updates", "momentum") for x in state.get(n, ()))
+    grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*given, *weights)
+    )
+    if T == 1 and not grad:
+        return step(
+            q, k.to(q.dtype), v.to(q.dtype), lr, momentum, decay, row, layer_norm, rule, state
+        )
     form = make_form(q, v, lr, rule, state["weights"])
     k, v = k.to(q.dtype), v.to(q.dtype)
     q, k, v = (
         launch.pad_channels(x, n).contiguous()
         for x, n in ((q, form.keys), (k, form.keys), (v, form.values))
     )
-    lr, momentum, decay, row = (None if x is None else x.float() for x in (lr, momentum, decay, row))
+    lr, momentum, decay, row = (
+        None if x is None else x.float() for x in (lr, momentum, decay, row)
+    )
     norm = None, None
     if layer_norm is not None:
         norm = tuple(launch.pad_channels(x.float().flatten(1), form.values) for x in layer_norm)
@@ -99,7 +111,9 @@ def _run(
     like = state["weights"]
     new_state = {
         "weights": lambda: unpack(W, like, form),
-        "updates": lambda: tuple(map(torch.zeros_like, like)) if U is None else unpack(U, like, form),
+        "updates": lambda: (
+            tuple(map(torch.zeros_like, like)) if U is None else unpack(U, like, form)
+        ),
         "momentum": lambda: unpack(S, like, form),
         "retention": lambda: like[0].new_ones(B, H) if A is None else A.view(B, H),
         "position": lambda: torch.full_like(state["position"], past + T),
@@ -116,7 +130,7 @@ def make_form(q: Tensor, v: Tensor, lr: Tensor, rule: Any, weights: Any) -> Form
     keys, values = (launch.power_of_two(x.shape[-1]) for x in (q, v))
     tanh = getattr(network, "activation", "") == "gelu_tanh"
     return Form(
-        rule.mini_batch, tile, keys, values, hidden, v.shape[-1], lr.shape[-2] if lr.dim() == 5 else lr.shape[3],
+        rule.mini_batch, tile, keys, values, hidden, v.shape[-1], lr.shape[3],
         network.bias, network.layer_norm, network.residual, rule.objective.name == "l2", tanh, True,
     )  # fmt: skip
 
