@@ -6,9 +6,12 @@ With the gates themselves in place of coefficients (r = 1 - decay, a = r A, m mo
     f' = a (y W1) + p r (y U1) + p m (y S1) - p lr1 (y.X + 1) E1
     U' = r U + S',  S' = m S - lr X^T E;   at the end of a mini-batch W' = a W + p U'
 
-Weights are as in the state, `[N, I, O]`, with the bias as a last row. Of these W is read twice, the
-second time from the L2 cache; the rest once.
+Weights are as in the state, `[N, I, O]`, with the bias as a last row. W is read twice, the second
+time from the L2 cache; the rest once.
 """
+
+# Types of Triton's language are not Python's:
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

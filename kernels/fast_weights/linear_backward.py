@@ -9,6 +9,9 @@ As in `mlp_backward`, with a = q k^T + 1 and D, G the gradients of W and S at th
     d_W = A_end D + (A q)^T d_f' + k^T d_f,      d_S = theta G + s_end D + (s q)^T d_f'
 """
 
+# Types of Triton's language are not Python's:
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

@@ -18,6 +18,9 @@ all that they give, and d_E1; what needs d_f. Registers are the limit, and so le
 memory (which also turns them), and so do d_z and y between passes.
 """
 
+# Types of Triton's language are not Python's:
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

@@ -5,13 +5,16 @@ With c = (A, s, u) the tokens' coefficients of W, S and U, X = act(k W0 + b0), f
     E1 = dLoss/df,   E0 = (E1 W1^T) act'(k W0 + b0)
     y = act(sum_c c (q B0 + b0) - (L0 * (q k^T + 1)) E0)          (B: W, S, U; the 1 with biases)
     f' = sum_c c (y B1 + b1) - (L1 * (y X^T + 1)) E1,   o = [q +] [LN] f'
-    W0' = A_end W0 + s_end S0 + u_end U0 - k^T (w E0),   S0' = theta S0 - k^T (t E0);  W1', S1' alike
+    W0' = A_end W0 + s_end S0 + u_end U0 - k^T (w E0),   S0' = theta S0 - k^T (t E0),   1 alike
 
 The float32 weights of a head are one row of P numbers in global memory, which stays in the L2
 cache: W0 `[K, F]`, W1^T `[V, F]`, b0 `[F]`, b1 `[V]`. The hidden dimension is tiled, and always
 last: so that no product needs the transpose of a product as its left operand, which
 Triton gets wrong on Hopper.
 """
+
+# Types of Triton's language are not Python's:
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

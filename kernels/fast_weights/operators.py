@@ -106,7 +106,7 @@ def token_forward(
     w: Tensor, u: Tensor | None, s: Tensor | None, form: Sequence[int], keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the weights (or updates) at the end, the momentum, and checkpoints of both."""
-    f = Form(*form)
+    f = Form(*form)  # pyright: ignore[reportArgumentType]
     count, N, P = rates.shape[0], *w.shape
     G = group_size(count) if keep else count
     groups = -(-count // G)
@@ -127,11 +127,12 @@ def token_forward(
         forward(given, f, o, *at, (None, None, None), turn, g * G, size, 0)
     ends_ = (W[-1].clone(), w.new_empty(0) if S is None else S[-1].clone())
     kept = (x[:-1] if keep and x is not None else w.new_empty(0) for x in (W, S))
-    return o, *ends_, *kept
+    found: Any = (o, *ends_, *kept)
+    return found
 
 
 @token_forward.register_fake
-def _(q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form, keep):  # noqa: ANN001, ANN202
+def _(q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form, keep):
     count = rates.shape[0]
     groups = -(-count // group_size(count)) if keep else 0
     none = w.new_empty(0)
@@ -152,7 +153,7 @@ def token_backward(
     w: Tensor, u: Tensor | None, s: Tensor | None, form: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q .. beta, w, u, s, as far as these are there. w, s: the checkpoints."""
-    f = Form(*form)
+    f = Form(*form)  # pyright: ignore[reportArgumentType]
     count, (_, N, P) = rates.shape[0], w.shape
     G = group_size(count)
     like = [q, k, v, rates, coef, ends, lam]
@@ -163,6 +164,7 @@ def token_backward(
     d_u = None if u is None else launch.empty((N, P), like=w)
     C, V = f.tile, f.values
     size = min(G, count)
+    W: Any
     W, S = (None if x is None else launch.empty((size + 1, N, P), like=w) for x in (w, s))
     kept = [launch.empty((size, N, C, x), like=w) for x in (V, V, C)]
     turn = launch.empty((3, N, C, V), like=q)
@@ -191,7 +193,7 @@ def token_backward(
 
 
 @token_backward.register_fake
-def _(d_o, d_w, d_s, q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form):  # noqa: ANN001, ANN202
+def _(d_o, d_w, d_s, q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s, form):
     like = (q, k, v, rates, coef, ends, lam, gamma, beta, w[0], u, None if s is None else s[0])
     return [x.new_empty(x.shape) for x in like if x is not None]
 
@@ -220,12 +222,9 @@ def _backward(ctx: Any, d_o: Any, d_w: Any, d_s: Any, *_: Any) -> Any:
 token_forward.register_autograd(_backward, setup_context=_setup)
 
 
-def operator(
-    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, coef: Tensor, ends: Tensor, lam: Any,
-    gamma: Any, beta: Any, w: Tensor, u: Any, s: Any, form: Form,
-) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
-    """o, the weights at the end (updates, unless form.full), and the momentum."""
-    given = (q, k, v, rates, coef, ends, lam, gamma, beta, w, u, s)
+def operator(given: tuple[Any, ...], form: Form) -> tuple[Tensor, Tensor, Any]:
+    """o, the weights at the end (updates, unless form.full), and the momentum. given: what
+    `token_forward` takes."""
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     o, end, S, *_ = token_forward(*given, [int(x) for x in form], keep)
-    return o, end, None if s is None else S
+    return o, end, None if given[-1] is None else S

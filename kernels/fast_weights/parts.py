@@ -3,6 +3,9 @@
 Tiles of tokens are `[C, ..]`. Columns of V beyond the true width VT are zero, in and out.
 """
 
+# Types of Triton's language are not Python's:
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

@@ -64,31 +64,31 @@ def _run(
     B, T, H, _ = q.shape
     if T == 0:
         return torch.zeros_like(v, dtype=q.dtype), state
-    given = (q, k, v, lr, momentum, decay, row, *(layer_norm or ()), *state["weights"])
-    weights = (x for n in ("updates", "momentum") for x in state.get(n, ()))
-    grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*given, *weights)
-    )
+    given: Any = (q, k, v, lr, momentum, decay, row, *(layer_norm or ()), *state["weights"])
+    given += *state.get("updates", ()), *state.get("momentum", ()), state.get("retention")
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     if T == 1 and not grad:
         return step(
             q, k.to(q.dtype), v.to(q.dtype), lr, momentum, decay, row, layer_norm, rule, state
         )
     form = make_form(q, v, lr, rule, state["weights"])
     k, v = k.to(q.dtype), v.to(q.dtype)
-    q, k, v = (
+    padded: Any = (
         launch.pad_channels(x, n).contiguous()
         for x, n in ((q, form.keys), (k, form.keys), (v, form.values))
     )
-    lr, momentum, decay, row = (
-        None if x is None else x.float() for x in (lr, momentum, decay, row)
-    )
-    norm = None, None
+    q, k, v = padded
+    wide: Any = (None if x is None else x.float() for x in (lr, momentum, decay, row))
+    lr, momentum, decay, row = wide
+    norm: Any = (None, None)
     if layer_norm is not None:
         norm = tuple(launch.pad_channels(x.float().flatten(1), form.values) for x in layer_norm)
+    W: Any
+    U: Any
     W, U = pack(state["weights"], form), None
-    S = pack(state["momentum"], form) if "momentum" in state else None
+    S: Any = pack(state["momentum"], form) if "momentum" in state else None
     past, C = int(state["position"]) if "position" in state else 0, rule.mini_batch
-    A: Tensor | None = None
+    A: Any = None
     if past % C:
         U = pack(state["updates"], form)
         A = state["retention"].flatten() if "retention" in state else None
@@ -98,13 +98,13 @@ def _run(
         full = (first + n) % C == 0
         part = None if row is None else row[first : first + n]
         cut = (slice(None), slice(start, end))
-        gates = (None if x is None else x[cut] for x in (lr, momentum, decay))
-        coefficients, A_end = make_coefficients(*gates, part, A, n, full, form)
+        gates = [None if x is None else x[cut] for x in (lr, momentum, decay)]
+        made: Any = make_coefficients(gates, part, A, n, full, form)
+        coefficients, A_end = made
         whole = size == T
-        seq = (q, k, v) if whole else (x[cut].contiguous() for x in (q, k, v))
-        o, new, S = operator(
-            *seq, *coefficients, *norm, W, U, S, form._replace(tokens=n, full=full)
-        )
+        seq: Any = (q, k, v) if whole else (x[cut].contiguous() for x in (q, k, v))
+        given = (*seq, *coefficients, *norm, W, U, S)
+        o, new, S = operator(given, form._replace(tokens=n, full=full))
         outputs.append(o)
         W, U, A = (new, None, None) if full else (W, new, A_end)
     o = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
@@ -129,10 +129,20 @@ def make_form(q: Tensor, v: Tensor, lr: Tensor, rule: Any, weights: Any) -> Form
         hidden = launch.power_of_two(hidden) if hidden < 64 else -(-hidden // 64) * 64
     keys, values = (launch.power_of_two(x.shape[-1]) for x in (q, v))
     tanh = getattr(network, "activation", "") == "gelu_tanh"
+    l2, flags = rule.objective.name == "l2", (network.bias, network.layer_norm, network.residual)
     return Form(
-        rule.mini_batch, tile, keys, values, hidden, v.shape[-1], lr.shape[3],
-        network.bias, network.layer_norm, network.residual, rule.objective.name == "l2", tanh, True,
-    )  # fmt: skip
+        rule.mini_batch,
+        tile,
+        keys,
+        values,
+        hidden,
+        v.shape[-1],
+        lr.shape[3],
+        *flags,
+        l2,
+        tanh,
+        True,
+    )
 
 
 def pieces(T: int, start: int, C: int) -> Iterator[tuple[int, int, int, int]]:
@@ -150,11 +160,12 @@ def pieces(T: int, start: int, C: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def make_coefficients(
-    lr: Any, momentum: Any, decay: Any, row: Any, A: Any, n: int, full: bool, form: Form
+    gates: Any, row: Any, A: Any, n: int, full: bool, form: Form
 ) -> tuple[tuple[Any, ...], Any]:
     """(rates `[G, N, M, C]`, coef `[G, N, 6, C]`, ends `[G, N, 4]`, lam `[G, N, C, C]` or None)
-    of G mini-batches of n tokens, zeros beyond; and A at the end. A: from before, `[N]`."""
-    C = form.tile
+    of G mini-batches of n tokens, zeros beyond; and A at the end. gates: lr, momentum, decay. A:
+    from before, `[N]`."""
+    (lr, momentum, decay), C = gates, form.tile
 
     def cells(x: Tensor) -> Tensor:  # [B, G n, H, ..] -> [G, N, n, ..]
         x = x.unflatten(1, (-1, n)).transpose(2, 3)
@@ -167,6 +178,7 @@ def make_coefficients(
     a, s, wl, tl, lam = one, zero, one, zero, None
     s_end, theta = zero[..., -1], zero[..., -1]
     if momentum is not None or decay is not None:
+        # Late, and for no more than this: kernels know of no memory.
         from layerzoo.memories.fast_weights.gates import token_gates
 
         flat = (None if x is None else cells(x).reshape(1, -1, n) for x in (momentum, decay))
