@@ -168,7 +168,7 @@ def token_backward(
     W, S = (None if x is None else launch.empty((size + 1, N, P), like=w) for x in (w, s))
     kept = [launch.empty((size, N, C, x), like=w) for x in (V, V, C)]
     turn = launch.empty((3, N, C, V), like=q)
-    more = ()
+    more = (turn,)
     if f.hidden:
         more = (turn, launch.empty((4, N, C, C), like=q), launch.empty((N, C, C), like=w))
         more += launch.empty((2, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
