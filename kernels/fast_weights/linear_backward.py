@@ -21,7 +21,7 @@ from .mlp_backward import rate_pull
 from .parts import error, error_pull, masked, masked_t, norm_pull, normal
 
 
-@triton.jit(do_not_specialize=["T", "first", "NB"])
+@triton.jit(do_not_specialize=["T", "first", "NB", "n"])
 def linear_backward(
     q, k, v, rates, coef, ends, lam, gamma, beta, w, s, u, kept_f, kept_o, d_o,
     d_w, d_s, d_u, d_q, d_k, d_v, d_rates, d_coef, d_ends, d_lam, d_gamma, d_beta,

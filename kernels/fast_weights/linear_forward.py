@@ -18,7 +18,7 @@ import triton.language as tl
 from .parts import error, masked, normal
 
 
-@triton.jit(do_not_specialize=["T", "first", "NB", "STEP"])
+@triton.jit(do_not_specialize=["T", "first", "NB", "STEP", "n"])
 def linear_forward(
     q, k, v, rates, coef, ends, lam, gamma, beta, w, s, u, o, kept_f, kept_o,
     T, first, NB, STEP, n,

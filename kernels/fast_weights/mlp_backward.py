@@ -45,7 +45,7 @@ def rate_pull(dL, lam, row, rate, d_lam, oc, C: tl.constexpr, ADD: tl.constexpr)
     return tl.sum(x, 1), tl.sum(masked(dL, lam, row, oc, C), 0)
 
 
-@triton.jit(do_not_specialize=["T", "first", "NB"])
+@triton.jit(do_not_specialize=["T", "first", "NB", "n"])
 def mlp_backward(
     q, k, v, rates, coef, ends, lam, gamma, beta, w, s, u, kept_f, kept_o, kept_a, d_o,
     d_w, d_s, d_u, d_q, d_k, d_v, d_rates, d_coef, d_ends, d_lam, d_gamma, d_beta,

@@ -24,7 +24,7 @@ import triton.language as tl
 from .parts import act, act_slope, error, masked, normal
 
 
-@triton.jit(do_not_specialize=["T", "first", "NB", "STEP"])
+@triton.jit(do_not_specialize=["T", "first", "NB", "STEP", "n"])
 def mlp_forward(
     q, k, v, rates, coef, ends, lam, gamma, beta, w, s, u, o, turn,
     kept_f, kept_o, kept_a, T, first, NB, STEP, n,
