@@ -110,7 +110,7 @@ def mlp_forward(
         if BIAS:
             pb1 = B0 + F + ov
             b1 = tl.load(w_in + pb1)
-            out += cA[:, None] * b1[None, :]
+            out += b1[None, :] if lam is None else cA[:, None] * b1[None, :]
             end = -tl.sum(e1 * w1s, 0)
             if FULL:
                 end += A_end * b1
@@ -139,7 +139,8 @@ def mlp_forward(
             y = tl.dot(qq, w0c, input_precision=IP)
             if BIAS:
                 y += b0[None, :]
-            y *= cA[:, None]
+            if lam is not None:  # else A is 1
+                y *= cA[:, None]
             if s is not None:
                 s1c = tl.load(s_in + p1).to(DT)
                 m = tl.dot(qq, tl.load(s_in + p0).to(DT), input_precision=IP)
@@ -158,7 +159,8 @@ def mlp_forward(
             e0 = tl.dot(e1c, w1c, input_precision=IP) * slope
             y = act(y - tl.dot(a0, (e0 * rate0[:, None]).to(DT), input_precision=IP), TANH)
             a1 = tl.dot(y.to(DT), tl.trans(xc), a1, input_precision=IP)
-            out = tl.dot((y * cA[:, None]).to(DT), tl.trans(w1c), out, input_precision=IP)
+            yA = y if lam is None else y * cA[:, None]
+            out = tl.dot(yA.to(DT), tl.trans(w1c), out, input_precision=IP)
             if s is not None:
                 out = tl.dot((y * cs[:, None]).to(DT), tl.trans(s1c), out, input_precision=IP)
             if u is not None:

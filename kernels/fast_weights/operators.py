@@ -47,13 +47,13 @@ class Settings(NamedTuple):
 
 
 def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of both kernels. Products have 64 rows, which four warps share: more would only repeat
-    them. Narrow tiles, because `C V` and `C C` numbers stay in registers beside them."""
+    """Of the forward kernel; backward has one stage. Products have 64 rows, which four warps
+    share: more would only repeat them. Narrow tiles, because `C V` and `C C` numbers stay in registers beside them."""
     if dtype == torch.float32:
         return Settings(min(form.hidden, 16), 8, 1)
     tile = 16 if target.backend == "hip" else 32
     wide = max(form.keys, form.values, form.tile) > 64
-    return Settings(min(form.hidden, tile), 8 if wide else 4, 1)
+    return Settings(min(form.hidden, tile), 8 if wide else 4, 2)
 
 
 def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def token_backward(
         launch.launch(
             mlp_backward if f.hidden else linear_backward, (N,),
             *given[:9], W, S, u, *kept, d_o, d_w, d_s, d_u, *found, *more, T, first, n, f.tokens,
-            num_warps=got.num_warps, num_stages=got.num_stages,
+            num_warps=got.num_warps, num_stages=1,
             H=H, **constants(f, q.dtype, got.tile),
         )  # fmt: skip
     return [x for x in (*found, d_w, d_u, d_s) if x is not None]
