@@ -1,30 +1,28 @@
-"""Fast weights: networks trained while they read. `update: token` is in token.py, and `chunk` in
-chunk.py; the op chooses by the rule."""
+"""Fast weights: networks trained while they read. `update: token` is in token.py, `update: chunk`
+in chunk.py."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
+from .token import run_token, supports_token
 
-def _module(rule: Any) -> Any:
-    name = "layerzoo.kernels.fast_weights." + rule.update
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
+try:
+    from .chunk import run_chunk, supports_chunk  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError:
+    run_chunk = supports_chunk = None
 
 
 def supports(*args: Any, **kwargs: Any) -> str | None:
     """Why the kernels cannot, or None."""
-    module = _module(kwargs["rule"])
-    if module is None:
+    if kwargs["rule"].update == "token":
+        return supports_token(*args, **kwargs)
+    if supports_chunk is None:
         return "it has no kernel for update 'chunk' yet"
-    return getattr(module, "supports_" + kwargs["rule"].update)(*args, **kwargs)
+    return supports_chunk(*args, **kwargs)
 
 
 def run(*args: Any, **kwargs: Any) -> Any:
     """See `memories.fast_weights.engine.run`."""
-    return getattr(_module(kwargs["rule"]), "run_" + kwargs["rule"].update)(*args, **kwargs)
+    kernel: Any = run_token if kwargs["rule"].update == "token" else run_chunk
+    return kernel(*args, **kwargs)

@@ -30,7 +30,7 @@ def linear_backward(
     BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, L2: tl.constexpr,
     FULL: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as of `mlp_backward`; d_w and d_s stay in registers between mini-batches."""
+    """Arguments as of `mlp_backward`; d_w and d_s stay in the cache."""
     P: tl.constexpr = K * V + (V if BIAS else 0)
     N = tl.num_programs(0)
     r = tl.program_id(0).to(tl.int64)
@@ -49,11 +49,9 @@ def linear_backward(
     inside = oc < n
     if NORM:
         sum_g, sum_b = tl.load(d_gamma + r * V + ov), tl.load(d_beta + r * V + ov)
-    D = tl.load(d_w + r * P + pw)
     if BIAS:
         Db = tl.load(d_w + r * P + pb)
     if s is not None:
-        G = tl.load(d_s + r * P + pw)
         if BIAS:
             Gb = tl.load(d_s + r * P + pb)
     for step in range(0, NB):
@@ -160,7 +158,7 @@ def linear_backward(
             a += 1
         d_e = tl.dot(masked_t(a, here, row, oc, C).to(DT), dfc, input_precision=IP)
         d_e *= -rate[:, None]
-        Dc = D.to(DT)
+        Dc = tl.load(d_w + r * P + pw).to(DT)
         m = tl.dot(kk, Dc, input_precision=IP)
         if BIAS:
             m += Db[None, :]
@@ -174,7 +172,7 @@ def linear_backward(
         dk = tl.dot(p, qq, input_precision=IP)
         dk = tl.dot((ef * -wr).to(DT), tl.trans(Dc), dk, input_precision=IP)
         if s is not None:
-            Gc = G.to(DT)
+            Gc = tl.load(d_s + r * P + pw).to(DT)
             m = tl.dot(kk, Gc, input_precision=IP)
             if BIAS:
                 m += Gb[None, :]
@@ -213,6 +211,7 @@ def linear_backward(
         dfo = tl.load(o_turn + pc).to(tl.float32)
         new = tl.dot(kt, d_fc, input_precision=IP)
         new = tl.dot(qt, (dfo * cA[:, None]).to(DT), new, input_precision=IP)
+        D = tl.load(d_w + r * P + pw)
         if FULL:
             if lam is not None:
                 n_A += tl.sum(D * tl.load(w_in + pw))
@@ -224,12 +223,14 @@ def linear_backward(
         if s is not None:
             S = tl.load(s_in + pw)
             n_s += tl.sum(D * S)
+            G = tl.load(d_s + r * P + pw)
             n_t += tl.sum(G * S)
             G = theta * G + s_end * D
             G += tl.dot(qt, (dfo * cs[:, None]).to(DT), input_precision=IP)
+            tl.store(d_s + r * P + pw, G)
             if BIAS:
                 Gb = new_g
-        D = new
+        tl.store(d_w + r * P + pw, new)
         if BIAS:
             Db = new_b + tl.sum(d_f, 0)
         pe = d_ends + cell * 4
@@ -241,10 +242,8 @@ def linear_backward(
     if NORM:
         tl.store(d_gamma + r * V + ov, sum_g)
         tl.store(d_beta + r * V + ov, sum_b)
-    tl.store(d_w + r * P + pw, D)
     if BIAS:
         tl.store(d_w + r * P + pb, Db)
     if s is not None:
-        tl.store(d_s + r * P + pw, G)
         if BIAS:
             tl.store(d_s + r * P + pb, Gb)

@@ -48,7 +48,8 @@ class Settings(NamedTuple):
 
 def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
     """Of the forward kernel; backward has one stage. Products have 64 rows, which four warps
-    share: more would only repeat them. Narrow tiles, because `C V` and `C C` numbers stay in registers beside them."""
+    share: more would only repeat them. Narrow tiles, because `C V` and `C C` numbers stay in
+    registers beside them."""
     if dtype == torch.float32:
         return Settings(min(form.hidden, 16), 8, 1)
     tile = 16 if target.backend == "hip" else 32
