@@ -47,13 +47,6 @@ def linear_backward(
     pw = ok[:, None] * V + ov[None, :]
     pb = K * V + ov
     inside = oc < n
-    if NORM:
-        sum_g, sum_b = tl.load(d_gamma + r * V + ov), tl.load(d_beta + r * V + ov)
-    if BIAS:
-        Db = tl.load(d_w + r * P + pb)
-    if s is not None:
-        if BIAS:
-            Gb = tl.load(d_s + r * P + pb)
     for step in range(0, NB):
         i = NB - 1 - step
         at = first + i
@@ -78,20 +71,16 @@ def linear_backward(
         if NORM:
             g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
             xo, ro = normal(tl.load(kept_o + (i * N + r) * C * V + pc), true, VT)
-            sum_g += tl.sum(dfo * xo, 0)
-            sum_b += tl.sum(dfo, 0)
+            old = tl.load(d_gamma + r * V + ov)
+            tl.store(d_gamma + r * V + ov, old + tl.sum(dfo * xo, 0))
+            old = tl.load(d_beta + r * V + ov)
+            tl.store(d_beta + r * V + ov, old + tl.sum(dfo, 0))
             dfo = norm_pull(dfo * g[None, :], xo, ro, true, VT)
         else:
             g, b = None, None
         tl.store(o_turn + pc, dfo.to(DT))
-        if BIAS:
-            bias = tl.load(w_in + pb)
-            new_b = tl.sum(dfo * cA[:, None], 0)
-            if lam is not None:
-                d_A += tl.sum(dfo * bias[None, :], 1)
-            if FULL:
-                new_b += A_end * Db
-                n_A += tl.sum(Db * bias)
+        if BIAS and lam is not None:
+            d_A += tl.sum(dfo * tl.load(w_in + pb)[None, :], 1)
         if s is not None:
             s_in = s + (i * N + r) * P
             cs, tl_ = tl.load(c + 2 * C), tl.load(c + 5 * C)
@@ -99,19 +88,12 @@ def linear_backward(
             tr = (tl_ * rate)[:, None]
             d_cs = tl.zeros([C], dtype=tl.float32)
             if BIAS:
-                sb = tl.load(s_in + pb)
-                n_s += tl.sum(Db * sb)
-                n_t += tl.sum(Gb * sb)
-                d_cs += tl.sum(dfo * sb[None, :], 1)
-                new_g = theta * Gb + s_end * Db + tl.sum(dfo * cs[:, None], 0)
+                d_cs += tl.sum(dfo * tl.load(s_in + pb)[None, :], 1)
         if u is not None:
             cu, u_end = tl.load(c + 3 * C), tl.load(ends + cell * 4 + 2)
             d_cu = tl.zeros([C], dtype=tl.float32)
             if BIAS:
-                ub = tl.load(u + r * P + pb)
-                n_u += tl.sum(Db * ub)
-                d_cu += tl.sum(dfo * ub[None, :], 1)
-                tl.store(d_u + r * P + pb, u_end * Db + tl.sum(dfo * cu[:, None], 0))
+                d_cu += tl.sum(dfo * tl.load(u + r * P + pb)[None, :], 1)
         f = tl.load(kept_f + (i * N + r) * C * V + pc)
         vv = tl.load(v + bv + pv, mask=inside[:, None], other=0.0).to(tl.float32)
         e = error(f, kk.to(tl.float32), vv, g, b, true, VT, NORM, RESIDUAL, L2)
@@ -161,7 +143,7 @@ def linear_backward(
         Dc = tl.load(d_w + r * P + pw).to(DT)
         m = tl.dot(kk, Dc, input_precision=IP)
         if BIAS:
-            m += Db[None, :]
+            m += tl.load(d_w + r * P + pb)[None, :]
         ef = tl.load(e_turn + pc).to(tl.float32)
         d_e -= wr * m
         d_wr = -tl.sum(ef * m, 1)
@@ -175,7 +157,7 @@ def linear_backward(
             Gc = tl.load(d_s + r * P + pw).to(DT)
             m = tl.dot(kk, Gc, input_precision=IP)
             if BIAS:
-                m += Gb[None, :]
+                m += tl.load(d_s + r * P + pb)[None, :]
             d_e -= tr * m
             d_tr = -tl.sum(ef * m, 1)
             dk = tl.dot((ef * -tr).to(DT), tl.trans(Gc), dk, input_precision=IP)
@@ -194,9 +176,11 @@ def linear_backward(
         kf = tl.load(k + bk + pk, mask=inside[:, None], other=0.0).to(tl.float32)
         d_f, d_y, d_g, d_b = error_pull(d_e, f, kf, vv, g, b, true, VT, NORM, RESIDUAL, L2)
         if NORM:
-            sum_g += d_g
+            old = tl.load(d_gamma + r * V + ov)
+            tl.store(d_gamma + r * V + ov, old + d_g)
             if L2:
-                sum_b += d_b
+                old = tl.load(d_beta + r * V + ov)
+                tl.store(d_beta + r * V + ov, old + d_b)
         tl.store(d_v + bv + pv, -d_y, mask=inside[:, None])
         if RESIDUAL and L2:
             dk += d_y
@@ -228,22 +212,29 @@ def linear_backward(
             G = theta * G + s_end * D
             G += tl.dot(qt, (dfo * cs[:, None]).to(DT), input_precision=IP)
             tl.store(d_s + r * P + pw, G)
-            if BIAS:
-                Gb = new_g
         tl.store(d_w + r * P + pw, new)
         if BIAS:
-            Db = new_b + tl.sum(d_f, 0)
+            Db = tl.load(d_w + r * P + pb)
+            new_b = tl.sum(d_f, 0) + tl.sum(dfo * cA[:, None], 0)
+            if FULL:
+                if lam is not None:
+                    n_A += tl.sum(Db * tl.load(w_in + pb))
+                new_b += A_end * Db
+            if u is not None:
+                n_u += tl.sum(Db * tl.load(u + r * P + pb))
+                tl.store(d_u + r * P + pb, u_end * Db + tl.sum(dfo * cu[:, None], 0))
+            if s is not None:
+                sb, Gb = tl.load(s_in + pb), tl.load(d_s + r * P + pb)
+                n_s += tl.sum(Db * sb)
+                n_t += tl.sum(Gb * sb)
+                Gb = theta * Gb + s_end * Db + tl.sum(dfo * cs[:, None], 0)
+                tl.debug_barrier()
+                tl.store(d_s + r * P + pb, Gb)
+            tl.debug_barrier()
+            tl.store(d_w + r * P + pb, new_b)
         pe = d_ends + cell * 4
         tl.store(pe, n_A)
         tl.store(pe + 1, n_s)
         tl.store(pe + 2, n_u)
         tl.store(pe + 3, n_t)
-        tl.debug_barrier()
-    if NORM:
-        tl.store(d_gamma + r * V + ov, sum_g)
-        tl.store(d_beta + r * V + ov, sum_b)
-    if BIAS:
-        tl.store(d_w + r * P + pb, Db)
-    if s is not None:
-        if BIAS:
-            tl.store(d_s + r * P + pb, Gb)
+        tl.debug_barrier()  # the mini-batch before reads what this one wrote
