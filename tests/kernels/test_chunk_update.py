@@ -1,0 +1,243 @@
+"""Gated networks with `update: chunk`: the kernels between library products, as one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from layerzoo.memories.fast_weights import Rule, fast_weights
+from layerzoo.memories.fast_weights.op import OP
+from layerzoo.memories.fast_weights.state import init_state
+from layerzoo.ops import ImplError
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+GPU = torch.cuda.is_available()
+BASE: dict[str, Any] = {"network": "glu", "update": "chunk", "mini_batch": 256 if GPU else 5}
+ALLMEM = BASE | {
+    "network": {"name": "glu", "residual": True, "expansion": 2.0},
+    "optimiser": "momentum",
+    "forgetting": "norm",
+    "place": "start",
+}
+LACT = BASE | {
+    "objective": "dot",
+    "optimiser": "momentum",
+    "forgetting": {"name": "norm", "eps": 1e-5},
+}
+MUON = {"name": "muon", "momentum": True}
+RULES = {
+    "allmem": ALLMEM,
+    "lact": LACT,
+    "view": LACT | {"place": "view", "objective": "l2"},
+    "plain": BASE,
+    "decay": ALLMEM | {"forgetting": {"name": "norm", "decay": True}, "place": "view"},
+    "decay_start": ALLMEM | {"forgetting": {"name": "norm", "decay": True}},
+    "decay_end": LACT | {"forgetting": {"name": "norm", "decay": True}, "objective": "l2"},
+    "linear_decay": BASE | {"forgetting": "decay", "optimiser": "momentum", "objective": "dot"},
+    "single": ALLMEM | {"mini_batch": 1, "forgetting": {"name": "norm", "decay": True}},
+    "muon": LACT | {"optimiser": MUON},
+    "muon_view": LACT | {"optimiser": "muon", "place": "view"},
+}
+WIDE = ("weights", "lr", "momentum", "decay", "state")
+
+
+def tensors(
+    rule: Rule,
+    T: int,
+    B: int = 2,
+    H: int = 2,
+    K: int = 5,
+    V: int = 3,
+    past: int | None = None,
+    rates: int = 3,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Inputs in float64. past: position of a state, None for none."""
+    g = torch.Generator().manual_seed(seed)
+    V = K if rule.network.residual else V
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=g, dtype=torch.float64)
+
+    unit = lambda x: torch.nn.functional.normalize(x, dim=-1)  # noqa: E731
+    weights = tuple(normal(H, i, o) / i**0.5 for i, o in rule.network.shapes(K, V))
+    found: dict[str, Any] = {
+        "q": unit(normal(B, T, H, K)) * 2,
+        "k": unit(normal(B, T, H, K)) * 2,
+        "v": normal(B, T, H, V),
+        "weights": weights,
+        "lr": uniform(B, T, H, rates) / rule.mini_batch**0.5,
+        "momentum": uniform(B, T, H) if rule.has_momentum else None,
+        "decay": 0.1 * uniform(B, T, H) if rule.has_decay else None,
+    }
+    if past is not None:
+        state = init_state(rule, weights, B)
+        state = {
+            name: tuple(w + 0.3 * normal(*w.shape) for w in x) if isinstance(x, tuple) else x
+            for name, x in state.items()
+        }
+        done = past % rule.mini_batch
+        if "retention" in state:
+            state["retention"] = (0.9 + 0.1 * uniform(B, H)) if done else torch.ones(B, H).double()
+        if "momentum_sum" in state:
+            state["momentum_sum"] = uniform(B, H) * done
+        if not done and "updates" in state:
+            state["updates"] = tuple(torch.zeros_like(w) for w in state["weights"])
+        if "position" in state:
+            state["position"] = torch.tensor(past)
+        found["state"] = state
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def call(rule: Rule) -> Any:
+    return lambda impl, weights, **x: fast_weights(
+        x.pop("q"), x.pop("k"), x.pop("v"), weights, spec=rule, impl=impl, **x
+    )
+
+
+C = BASE["mini_batch"]
+SHAPES = {
+    "token": {"T": 1},
+    "below": {"T": C - 2},
+    "exact": {"T": C, "K": 4, "V": 7},
+    "several": {"T": 3 * C + 2, "B": 1},
+    "pending": {"T": 2 * C, "past": C + 2, "rates": 1},
+    "still pending": {"T": 1, "past": 2},
+    "between": {"T": C + 1, "past": 2 * C},
+}
+if GPU:
+    for number, shape in enumerate(SHAPES.values()):
+        shape |= {"T": min(shape["T"], 300), "K": (64, 128)[number % 2], "V": 64}
+CASES = [("allmem", s) for s in SHAPES] + [("lact", s) for s in SHAPES]
+CASES += [(r, s) for r in list(RULES)[2:] for s in ("several", "pending")]
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_outputs_and_gradients(judge: Any, name: str, shape: str) -> None:
+    rule = Rule(**RULES[name])
+    judge(OP, call(rule), tensors(rule, **SHAPES[shape]), wide=WIDE)
+
+
+def run(rule: Rule, device: Any, impl: str = "triton", state: Any = None, **x: Any) -> Any:
+    cast = lambda t: t.float().to(device) if t.is_floating_point() else t  # noqa: E731
+    return call(rule)(impl, state=state, **tree_map(cast, x))
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_pieces_and_tokens_equal_the_whole(poison: None, device: Any, name: str) -> None:
+    """Tokens without gradients are decoded by a kernel of their own."""
+    rule = Rule(**RULES[name] | {"mini_batch": min(5, Rule(**RULES[name]).mini_batch)})
+    given = tensors(rule, T=13)
+    whole, end = run(rule, device, **given)
+    for cuts in ((7, 5, 1), (1,) * 13):
+        state, found, t = None, [], 0
+        for n in cuts:
+            part = {
+                name: x if name == "weights" else x[:, t : t + n] for name, x in given.items()
+            }
+            before = None if state is None else tree_map(torch.clone, state)
+            o, new = run(rule, device, state=state, **part)
+            if state is not None:
+                close(state, before)
+            found.append(o)
+            state, t = new, t + n
+        close(torch.cat(found, 1), whole)
+        close(state, end)
+
+
+def test_groups_of_chunks_equal_one(poison: None, device: Any, monkeypatch: Any) -> None:
+    """A long sequence is worked off in groups, whose activations fit."""
+    from layerzoo.kernels.fast_weights import chunk_parts
+
+    rule = Rule(**ALLMEM | {"mini_batch": 5})
+    given = tensors(rule, T=23)
+
+    def outcome() -> Any:
+        leaf = given["k"].float().to(device).requires_grad_()
+        o, state = call(rule)(
+            "triton",
+            **tree_map(lambda t: t.float().to(device), {n: x for n, x in given.items()})
+            | {"k": leaf},
+        )
+        (g,) = torch.autograd.grad(o.sum() + state["weights"][0].square().sum(), leaf)
+        return o, g
+
+    one = outcome()
+    monkeypatch.setattr(chunk_parts, "GROUP", 2 * 5 * 4 * 10)  # of two chunks
+    close(outcome(), one)
+
+
+def test_an_empty_sequence_returns_the_state(device: Any) -> None:
+    rule = Rule(**ALLMEM)
+    given = tensors(rule, T=0, past=2)
+    state = given.pop("state")
+    o, new = run(rule, device, state=state, **given)
+    assert o.shape == given["v"].shape
+    assert new is state
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"network": {"name": "glu", "bias": True}, "forgetting": "none"}, "neither bias"),
+        ({"network": "mlp", "forgetting": "none"}, "'glu' alone, not 'mlp'"),
+        ({"objective": "huber"}, "not 'huber'"),
+        ({"forgetting": "kl", "place": "view"}, "no forgetting 'kl'"),
+    ],
+)
+def test_refuses_with_a_reason(device: Any, change: Any, reason: str) -> None:
+    rule = Rule(**LACT | change)
+    given = tensors(rule, T=3)
+    if rule.network.bias:
+        given["weights"] = tuple(
+            torch.nn.functional.pad(w, (0, 0, 0, 1)) for w in given["weights"]
+        )
+    with pytest.raises(ImplError, match=reason):
+        run(rule, device, **given)
+
+
+@pytest.mark.parametrize("name", ["allmem", "lact"])
+def test_compiles_as_one_operator(device: Any, name: str) -> None:
+    rule = Rule(**RULES[name])
+    x = tree_map(lambda t: t.float().to(device), tensors(rule, T=2 * C + 2))
+    leaves = [x[n].requires_grad_() for n in ("q", "k", "v", "lr")]
+
+    def loss() -> Tensor:
+        o, state = call(rule)("triton", **x)
+        return o.square().sum() + state["updates"][1].sum() + state["weights"][0].square().sum()
+
+    from layerzoo.kernels import fast_weights as kernel  # imports are no part of the graph
+
+    assert kernel.run is not None
+    want = torch.autograd.grad(loss(), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    close(torch.autograd.grad(compiled(), leaves), want)
+
+
+def test_autocast_leaves_states_wide(device: Any) -> None:
+    rule = Rule(**ALLMEM)
+    given = tensors(rule, T=C + 2)
+    want, _ = run(rule, device, **given)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        o, state = run(rule, device, **given)
+    close(o, want)
+    assert state["weights"][0].dtype == torch.float32
+
+
+def test_a_second_derivative_raises(device: Any) -> None:
+    rule = Rule(**LACT)
+    x = tree_map(lambda t: t.float().to(device), tensors(rule, T=C + 1))
+    q = x["q"].requires_grad_()
+    o, _ = call(rule)("triton", **x)
+    (g,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(g.sum(), q)
