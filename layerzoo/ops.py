@@ -83,7 +83,9 @@ class Op:
     def _kernel(self) -> tuple[Any, str]:
         """The kernel module, or None and the reason why."""
         module = f"layerzoo.kernels.{self.kernel}"
-        if self.has_kernel or module in sys.modules:
+        if module in sys.modules:  # torch.compile traces this, and no import
+            return sys.modules[module], ""
+        if self.has_kernel:
             try:
                 return importlib.import_module(module), ""
             except ModuleNotFoundError as error:
