@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ...memories.fast_weights.forgetting import Norm
 from ...memories.fast_weights.networks import GLU
@@ -44,7 +45,9 @@ def some(x: Tensor) -> Tensor | None:
 
 
 @torch.library.custom_op(
-    "layerzoo::fast_weights_chunk", mutates_args=(), schema=f"({GIVEN}, {RULES}, bool keep) -> {tensors(13)}"
+    "layerzoo::fast_weights_chunk",
+    mutates_args=(),
+    schema=f"({GIVEN}, {RULES}, bool keep) -> {tensors(13)}",
 )
 def chunk(*args: Any) -> Any:
     """o, W02, W1, U02, U1, S02, S1, A, m and what the backward needs."""
@@ -88,9 +91,10 @@ def chunk_backward_op(*args: Any) -> Any:
     W, U, S = matrices[:2], matrices[2:4], matrices[4:6]
     past = 0 if past is None else int(past)
     like = (v, *W, *U, *S, A, m)
-    # A gradient that nothing asks for is zero; clones, since what comes back must be new memory.
+    # What nothing asks for has gradient zero.
+    g_o: Any
     g_o, *g = (
-        None if x is None else torch.zeros_like(x) if y is None else y.contiguous().clone()
+        None if x is None else torch.zeros_like(x) if y is None else y.contiguous()
         for x, y in zip(like, grads, strict=True)
     )
     M, K = list(kept[:2]), [some(x) for x in kept[2:]]
@@ -179,7 +183,7 @@ def run_chunk(
     flags = (rule.network.residual, isinstance(rule.objective, L2))
     leaves = (q, k, v, lr, momentum, retention, *norms, flat)
     grad = torch.is_grad_enabled() and any(
-        x.requires_grad for x in torch.utils._pytree.tree_leaves(leaves) if x is not None
+        x.requires_grad for x in tree_leaves(leaves) if x is not None
     )
     if T == 1 and not grad and "updates" in flat and max(K, v.shape[-1]) <= WIDEST:
         past = position(state)

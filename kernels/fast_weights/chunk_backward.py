@@ -18,21 +18,24 @@ from ..launch import empty
 from . import muon
 from .chunk_parts import Chunked, Pair, Part, Rules, each, fold, gates, plan, unfold
 from .epilogues import outer, pull_error, pull_errors, pull_gated
+from .weights import grid
 
 
 class Gradients:
     """Of everything that is given; those of tokens are filled part by part."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, *rest: Any) -> None:
-        make = lambda x: None if x is None else empty(x.shape, like=x)  # noqa: E731
+        def make(x: Any) -> Any:
+            return None if x is None else empty(x.shape, like=x)
+
         self.q, self.k, self.v, self.lr = make(q), make(k), make(v), make(lr)
         self.momentum, self.retention = map(make, rest)
 
 
 def backward(
     g_o: Tensor, g_W: Pair, g_U: Pair, g_S: Pair, g_A: Any, g_m: Any,
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Any, retention: Any, U: Pair, A: Any, m: Any,
-    n: Pair, kept: Pair, kept_S: Pair, past: int, rules: Rules,
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Any, retention: Any, U: Pair, A: Any,
+    m: Any, n: Pair, kept: Pair, kept_S: Pair, past: int, rules: Rules,
 ) -> tuple[Any, ...]:  # fmt: skip
     """g_*: gradients of what `forward` returns. The gradients of q, k, v, lr, momentum, retention,
     W, U, S, A, m, n."""
@@ -44,7 +47,7 @@ def backward(
     d_n = [None if x is None else torch.zeros_like(x) for x in n]
     parts = list(plan(T, start, C, kept[0].shape[1] * kept[1].shape[2]))
     last = parts[-1].slot + parts[-1].g * parts[-1].full
-    g_M, g_S = g_W, list(g_S)
+    g_M, g_S = g_W, [None if x is None else x.clone() for x in g_S]  # what is returned is new
     if parts[-1].full:  # no mini-batch is pending: its master is the last one's result
         mapped = call.maps(last) and rules.place == "end"
         g_M = [
@@ -56,55 +59,29 @@ def backward(
     for part in reversed(parts):
         step = Step(call, part, kept, kept_S, U, q, k, v, lr)
         step.reads(g_o, to)
-        A_end, m_end = gates(momentum, retention, part, [A, m], C)
-        d_A, d_m = (None if x is None else torch.empty_like(x) for x in (A_end, m_end))
+        A_end, _, mean = gates(momentum, retention, part, [A, m], C)
+        sums = step.sums(A_end, mean)
         for j in range(part.g - 1, -1, -1):
-            wide = part.slot + j == 0 and start > 0
-            M, S, c = each(step.M, j), each(step.S, j), [x[j] for x in step.c]
+            D, factor = g_W, None
             if part.full:
-                mean = None if m_end is None else m_end[j] / C
-                found = call_pull(call, g_M, g_S, M, S, c, each(A_end, j), mean, step, j, wide)
-                d_U, g_S, sum_A, sum_m = found
                 D, factor = g_M, each(A_end, j)
-                if d_A is not None:
-                    d_A[j] = sum_A
-                if d_m is not None:
-                    d_m[j] = sum_m / C
+                d_U, g_S = step.write(j, g_M, g_S, factor, each(mean, j), each(sums, j))
             else:
-                d_U, D, factor = g_U, g_W, None
+                d_U = [x.clone() for x in g_U]
                 for i in range(2):
                     step.dU[i][0].copy_(g_U[i])
-                if d_A is not None:
-                    d_A[0] = g_A
-                if d_m is not None:
-                    d_m[0] = g_m
             g_M = step.tokens(j, D, factor, d_n)
+        if part.full:
+            d_A, d_m = (None if x is None else x.sum(-1) for x in sums)
+            d_m = None if d_m is None else d_m / C
+        else:
+            d_A, d_m = (None if x is None else x.unsqueeze(0).clone() for x in (g_A, g_m))
         d_A0, d_m0 = pull_gates(d_A, d_m, retention, part, A, to)
         step.finish(to)
     return (
         to.q, to.k, to.v, to.lr, to.momentum, to.retention, g_M, d_U if start else [None, None],
         g_S, d_A0 if start else None, d_m0 if start else None, d_n,
     )  # fmt: skip
-
-
-def call_pull(
-    call: Chunked, g_M: Pair, g_S: Pair, M: Pair, S: Pair, c: Pair, A: Any, mean: Any, step: Any,
-    j: int, wide: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The backward of the write of piece j: gradients of U, S, A and the mean."""
-    d_U: Pair = [None, None]
-    d_S: Pair = [None, None]
-    sums: list[Any] = []
-    for i, s in enumerate(call.sets):
-        D = g_M[i]
-        if call.rules.muon:
-            to = step.next_S(i, j, mean)
-            D = muon.pull_direction(D, to, 2 - i, call.rules.muon)
-        given = (g_M[i], D, g_S[i], M[i], c[i], S[i], A, mean, step.dU[i][j], wide)
-        d_U[i], d_S[i], *found = s.pull_step(*given)
-        sums.append(found)
-    total = [None if x is None else x + y for x, y in zip(*sums, strict=True)]
-    return d_U, d_S, *total
 
 
 def pull_gates(d_A: Any, d_m: Any, retention: Any, part: Part, A: Any, to: Gradients) -> Any:
@@ -144,11 +121,12 @@ class Step:
         self.c = self.cast()
         self.dU = [torch.empty_like(g) for g in self.G]
         flat = [x.flatten(0, 1) for x in (*found, *self.G)]
-        made = call.tokens(*flat[:3], flat[3:])
+        kf, vf, lf, *weights = flat
+        made = call.tokens(kf, vf, lf, weights)
         shape = (part.g, -1)
         z, h, e, el, d, E = (x.unflatten(0, shape) for x in made)
         self.z, self.h, self.e, self.el, self.d, self.E = z, h, e, el, d, E
-        self.d_z, self.d_e = torch.empty_like(z), torch.empty_like(e)
+        self.d_z, self.d_e = empty(z.shape, like=z), empty(e.shape, like=e)
         self.d_lr = empty((*self.lr.shape[:-1], 3), like=self.lr)
 
     def cast(self) -> Pair:
@@ -158,22 +136,45 @@ class Step:
             found = call.cast(slot, self.M, self.G, self.R)
             return [[None] * g if x is None else x for x in found]
         call.cast(slot, each(self.M, 0), each(self.G, 0), each(self.R, 0))
-        rest = [[x[1:] for x in y] for y in (self.M, self.G, self.R)]
-        return [[None, *x] for x in call.cast(slot + 1, *rest)]
+        M, G, R = ([x[1:] for x in y] for y in (self.M, self.G, self.R))
+        return [[None, *x] for x in call.cast(slot + 1, M, G, R)]
 
-    def next_S(self, i: int, j: int, mean: Any) -> Tensor:
+    def next_S(self, i: int, j: int) -> Tensor:
         """What Muon's step was taken of."""
         kept = self.following[i]
         if kept is not None:
             return kept[self.part.slot + j + 1]
-        x = (self.k[j], self.E[j]) if i == 0 else (self.h[j], self.el[j])
+        x, e = (self.k[j], self.E[j]) if i == 0 else (self.h[j], self.el[j])
         begun = self.part.slot + j == 0 and self.call.start > 0
-        return outer(*x) + self.U[i] if begun else outer(*x)
+        return outer(x, e) + self.U[i] if begun else outer(x, e)
+
+    def sums(self, A: Any, mean: Any) -> Pair:
+        """Memory for partial sums of the gradients of A and the mean, `[g, N, programs]`."""
+        columns = sum(grid(*x.shape[-2:], 1)[1][0] for x in self.M)
+        make = lambda x: None if x is None else empty((*x.shape, columns), like=x)  # noqa: E731
+        return [make(A), make(mean)]
+
+    def write(
+        self, j: int, g_M: Pair, g_S: Pair, A: Any, mean: Any, sums: Pair
+    ) -> tuple[Pair, Pair]:
+        """The backward of the write after piece j: gradients of U and S; fills dU and sums."""
+        d_U: Pair = [None, None]
+        d_S: Pair = [None, None]
+        wide = self.part.slot + j == 0 and self.call.start > 0
+        eps, first = self.call.rules.muon, 0
+        for i, s in enumerate(self.call.sets):
+            D, M, S, c = g_M[i], self.M[i][j], each(self.S[i], j), self.c[i][j]
+            if eps:
+                D = muon.pull_direction(D, self.next_S(i, j), 2 - i, eps)
+            given: Any = (g_M[i], D, g_S[i], M, c, S, A, mean, self.dU[i][j], wide, *sums, first)
+            d_U[i], d_S[i] = s.pull_step(*given)
+            first += grid(*M.shape[-2:], 1)[1][0]
+        return d_U, d_S
 
     def reads(self, g_o: Tensor, to: Gradients) -> None:
         """Of all chunks at once: d_R, and the gradient of q."""
         part, residual = self.part, self.call.rules.residual
-        R = [x.flatten(0, 1) for x in self.R]
+        R: Any = [x.flatten(0, 1) for x in self.R]
         q, g = (x.flatten(0, 1) for x in (self.q, fold(g_o, part)))
         h, d_z = pull_gated(torch.bmm(q, R[0]), torch.bmm(g, R[1].mT))
         self.d_R = [x.unflatten(0, (part.g, -1)) for x in (outer(q, d_z), outer(h, g))]
@@ -185,21 +186,18 @@ class Step:
         rules, (U02, U1), G1 = self.call.rules, each(self.dU, j), self.G[1][j]
         k, z, h, d, lr = self.k[j], self.z[j], self.h[j], self.d[j], self.lr[j]
         a, d_h = torch.bmm(k, U02), torch.bmm(self.el[j], U1.mT)
-        given = (z, d, a)
-        d_d, d_z = pull_errors(*given, None if rules.l2 else d_h, lr, self.d_lr[j])
+        d_z, d_e, d_lr = self.d_z[j], self.d_e[j], self.d_lr[j]
+        d_d = pull_errors(z, d, a, lr, d_lr, None if rules.l2 else d_h, d_z)
         assert d_d is not None
-        d_e = pull_error(torch.bmm(h, U1), torch.bmm(d_d, G1), self.e[j], lr, self.d_lr[j])
+        pull_error(torch.bmm(h, U1), torch.bmm(d_d, G1), self.e[j], lr, d_e, d_lr)
         more = None
         if rules.l2:
-            d_h = torch.baddbmm(d_h, d_e, G1.mT)
-            _, d_z = pull_errors(*given, d_h, lr, None)
+            pull_errors(z, d, a, lr, None, torch.baddbmm(d_h, d_e, G1.mT), d_z)
             more = outer(h, d_e)
-        assert d_z is not None
-        self.d_z[j], self.d_e[j] = d_z, d_e
         tokens = (outer(k, d_z), outer(d_d, self.e[j]))
         slot, place = self.part.slot + j, rules.place
         base = place != "view" if self.part.full else place == "end"
-        flags = (self.call.maps(slot), base, place != "start")
+        flags: Any = (self.call.maps(slot), base, place != "start")
         return [
             s.pull_map(D[i], factor, tokens[i], more if i else None, self.d_R[i][j],
                        self.M[i][j], d_n[i], *flags)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..launch import empty
@@ -26,16 +25,17 @@ def forward(
     count = slots(T, C) if keep else 2
     kept = [empty((count, *w.shape), like=w) for w in W]
     kept_S = [None if s is None else empty((count, *s.shape), like=s) for s in S]
-    for to, w in ((*zip(kept, W, strict=True), *zip(kept_S, S, strict=True))):
-        if w is not None:
+    for to, w in zip((*kept, *kept_S), (*W, *S), strict=True):
+        if to is not None:
             to[0].copy_(w)
     place = (lambda slot: slot) if keep else (lambda slot: slot % 2)
     o = empty(v.shape, like=v)
     c: Pair = [None, None]
-    slot, full = 0, False
+    step: Pair = [None, None]
+    slot, full, A_end, m_end = 0, False, None, None
     for part in plan(T, start, C, len(W[0]) * W[1].shape[1]):
         kf, vf, lf = fold(k, part), fold(v, part), fold(lr, part)
-        A_end, m_end = gates(momentum, retention, part, [A, m], C)
+        A_end, m_end, mean = gates(momentum, retention, part, [A, m], C)
         G, R = call.buffers(W, q, part.g + part.full)
         c = call.cast(part.slot, each(kept, place(part.slot)), each(G, 0), each(R, 0))
         for j in range(part.g):
@@ -47,9 +47,8 @@ def forward(
             if not full:
                 break
             here, there = place(slot), place(slot + 1)
-            mean = None if m_end is None else m_end[j] / C
             c = call.write(
-                each(kept, here), c, step, each(kept_S, here), each(A_end, j), mean,
+                each(kept, here), c, step, each(kept_S, here), each(A_end, j), each(mean, j),
                 each(kept, there), each(kept_S, there), each(G, j + 1), each(R, j + 1),
             )  # fmt: skip
             slot += 1

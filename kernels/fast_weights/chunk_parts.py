@@ -95,14 +95,14 @@ class Chunked:
         self.apart = rules.place == "start" and self.norm
         """Queries read the masters, not what they are mapped to."""
         base = rules.place != "view"
-        self.plain = [Set(None, 0.0, False)] * 2
-        self.sets = [Set(x, rules.eps, base) for x in n] if self.norm else self.plain
+        self.plain: Any = [Set(None, 0.0, False)] * 2
+        self.sets: Any = [Set(x, rules.eps, base) for x in n] if self.norm else self.plain
 
     def maps(self, slot: int) -> bool:
         """Whether the weights of this mini-batch are mapped."""
         return self.norm and (slot > 0 or not (self.rules.place == "end" or self.first))
 
-    def at(self, slot: int) -> list[Set]:
+    def at(self, slot: int) -> Any:
         return self.sets if self.maps(slot) else self.plain
 
     def buffers(self, M: Pair, q: Tensor, g: int) -> tuple[Pair, Pair]:
@@ -150,15 +150,16 @@ class Chunked:
         return torch.baddbmm(q, h, R[1]) if self.rules.residual else torch.bmm(h, R[1])
 
 
-def gates(momentum: Any, retention: Any, part: Part, past: Pair, C: int) -> tuple[Any, Any]:
-    """(A, sum of momentum) of every piece, `[g, N]`; past: those before the call, or None."""
+def gates(momentum: Any, retention: Any, part: Part, past: Pair, C: int) -> tuple[Any, Any, Any]:
+    """(A, sum of momentum, its mean over a full mini-batch) of every piece, `[g, N]`; past: the
+    first two before the call, or None."""
     A = None if retention is None else fold(retention, part).prod(-1)
     m = None if momentum is None else fold(momentum, part).sum(-1)
     if part.slot == 0 and past[0] is not None and A is not None:
         A[0] *= past[0]
     if part.slot == 0 and past[1] is not None and m is not None:
         m[0] += past[1]
-    return A, m
+    return A, m, None if m is None else m / C
 
 
 def each(x: Any, j: int) -> Any:

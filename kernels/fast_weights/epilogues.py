@@ -17,10 +17,11 @@ from torch import Tensor
 from ..launch import empty, launch, power_of_two
 
 
-def settings(width: int) -> dict[str, Any]:
-    """A tile of about 2048 elements for four warps: 16 a thread, whole lines of memory."""
+def settings(width: int, elements: int = 2048) -> dict[str, Any]:
+    """A tile for four warps: 16 elements a thread (or 8, of kernels with many operands), in whole
+    lines of memory."""
     columns = min(power_of_two(width), 128)
-    return {"BR": max(4, 2048 // columns), "BF": columns, "num_warps": 4}
+    return {"BR": max(4, elements // columns), "BF": columns, "num_warps": 4}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -56,7 +57,7 @@ def pull_gated_kernel(z, dh, h, dz, R, F: tl.constexpr, BR: tl.constexpr, BF: tl
     g = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(z + at + F, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(dh + r * F + f, mask=mask, other=0.0).to(tl.float32)
-    s, s1, _ = slopes(g)
+    s, s1, _ = slopes(g)  # pyright: ignore[reportGeneralTypeIssues]
     dtype = h.dtype.element_ty
     tl.store(h + r * F + f, (s * u).to(dtype), mask=mask)
     tl.store(dz + at, (d * u * s1).to(dtype), mask=mask)
@@ -97,7 +98,7 @@ def errors_kernel(
     x = tl.load(d + r * F + f, mask=mask, other=0.0).to(tl.float32)
     lr0 = tl.load(lr + r * M, mask=r < R, other=0.0)
     lr2 = tl.load(lr + r * M + M - 1, mask=r < R, other=0.0)
-    s, s1, _ = slopes(g)
+    s, s1, _ = slopes(g)  # pyright: ignore[reportGeneralTypeIssues]
     dtype = e.dtype.element_ty
     tl.store(e + at, (-lr0 * x * u * s1).to(dtype), mask=mask)
     tl.store(e + at + F, (-lr2 * x * s).to(dtype), mask=mask)
@@ -130,7 +131,7 @@ def pull_errors_kernel(
         x = tl.load(d + r * F + f, mask=mask, other=0.0).to(tl.float32)
         a0 = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
         a2 = tl.load(a + at + F, mask=mask, other=0.0).to(tl.float32)
-        s, s1, s2 = slopes(g)
+        s, s1, s2 = slopes(g)  # pyright: ignore[reportGeneralTypeIssues]
         e0, e2 = -lr0 * a0, -lr2 * a2
         if dd is not None:
             sum0 -= a0 * x * u * s1
@@ -174,7 +175,7 @@ def over_tiles(kernel: Any, R: int, width: int, *args: Any, **constants: Any) ->
 
 
 def over_rows(kernel: Any, R: int, width: int, *args: Any, **constants: Any) -> None:
-    use = settings(width)
+    use = settings(width, 1024)
     launch(kernel, (cdiv(R, use["BR"]),), *args, R, **constants, **use)
 
 
@@ -209,21 +210,19 @@ def errors(z: Tensor, d: Tensor, lr: Tensor) -> Tensor:
 
 
 def pull_errors(
-    z: Tensor, d: Tensor, a: Tensor, dh: Tensor | None, lr: Tensor, dlr: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """dd, if dlr `[.., 3]` is there to be written to, and dz, if dh is given."""
+    z: Tensor, d: Tensor, a: Tensor, lr: Tensor, dlr: Any, dh: Any, dz: Any
+) -> Tensor | None:
+    """dd, if dlr `[.., 3]` is there to be written to; fills dz, if dh is given."""
     dd = None if dlr is None else empty(d.shape, like=d)
-    dz = None if dh is None else empty(z.shape, like=z)
-    given, F = (z, d, a, dh, lr, dd, dlr, dz), d.shape[-1]
+    given, F = (z, d, a, dh, lr, dd, dlr, None if dh is None else dz), d.shape[-1]
     over_rows(pull_errors_kernel, d[..., 0].numel(), F, *given, F=F, M=lr.shape[-1])
-    return dd, dz
+    return dd
 
 
-def pull_error(del_: Tensor, back: Tensor, e: Tensor, lr: Tensor, dlr: Tensor) -> Tensor:
-    de, V = empty(e.shape, like=e), e.shape[-1]
-    given = (del_, back, e, lr, de, dlr)
+def pull_error(del_: Tensor, back: Tensor, e: Tensor, lr: Tensor, de: Tensor, dlr: Tensor) -> None:
+    """Fills de and a column of dlr."""
+    V, given = e.shape[-1], (del_, back, e, lr, de, dlr)
     over_rows(pull_error_kernel, e[..., 0].numel(), V, *given, V=V, M=lr.shape[-1])
-    return de
 
 
 def outer(x: Tensor, y: Tensor) -> Tensor:

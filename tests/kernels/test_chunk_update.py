@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
 from layerzoo.memories.fast_weights import Rule, fast_weights
 from layerzoo.memories.fast_weights.op import OP
 from layerzoo.memories.fast_weights.optimisers import Muon
 from layerzoo.memories.fast_weights.state import init_state
 from layerzoo.ops import ImplError
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 GPU = torch.cuda.is_available()
 BASE: dict[str, Any] = {"network": "glu", "update": "chunk", "mini_batch": 96 if GPU else 6}
@@ -122,8 +123,8 @@ def shape_of(rule: Rule, shape: str) -> dict[str, Any]:
     return found
 
 
-CASES = [("allmem", s) for s in SHAPES] + [("lact", s) for s in SHAPES]
-CASES += [(r, s) for r in list(RULES)[2:] for s in ("several", "pending")]
+CASES = [("allmem", s) for s in SHAPES] + [("lact", s) for s in ("exact", "several", "pending")]
+CASES += [(r, "several" if n % 2 else "pending") for n, r in enumerate(list(RULES)[2:])]
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
@@ -141,7 +142,7 @@ def close(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["allmem", "lact", "view", "decay_start", "single", "muon"])
 def test_pieces_and_tokens_equal_the_whole(poison: None, device: Any, name: str) -> None:
     """Tokens without gradients are decoded by a kernel of their own."""
     rule = Rule(**RULES[name] | {"mini_batch": min(5, Rule(**RULES[name]).mini_batch)})
@@ -150,9 +151,7 @@ def test_pieces_and_tokens_equal_the_whole(poison: None, device: Any, name: str)
     for cuts in ((7, 5, 1), (1,) * 13):
         state, found, t = None, [], 0
         for n in cuts:
-            part = {
-                name: x if name == "weights" else x[:, t : t + n] for name, x in given.items()
-            }
+            part = {name: x if name == "weights" else x[:, t : t + n] for name, x in given.items()}
             before = None if state is None else tree_map(torch.clone, state)
             o, new = run(rule, device, state=state, **part)
             if state is not None:
@@ -215,9 +214,8 @@ def test_refuses_with_a_reason(device: Any, change: Any, reason: str) -> None:
         run(rule, device, **given)
 
 
-@pytest.mark.parametrize("name", ["allmem", "lact"])
-def test_compiles_as_one_operator(device: Any, name: str) -> None:
-    rule = Rule(**RULES[name])
+def test_compiles_as_one_operator(device: Any) -> None:
+    rule = Rule(**ALLMEM)
     x = tree_map(lambda t: t.float().to(device), tensors(rule, T=2 * rule.mini_batch + 2))
     leaves = [x[n].requires_grad_() for n in ("q", "k", "v", "lr")]
 
