@@ -18,7 +18,7 @@ from ..launch import empty
 from . import muon
 from .chunk_parts import Chunked, Pair, Part, Rules, each, fold, gates, plan, unfold
 from .epilogues import outer, pull_error, pull_errors, pull_gated
-from .weights import grid
+from .weights import programs
 
 
 class Gradients:
@@ -150,7 +150,7 @@ class Step:
 
     def sums(self, A: Any, mean: Any) -> Pair:
         """Memory for partial sums of the gradients of A and the mean, `[g, N, programs]`."""
-        columns = sum(grid(*x.shape[-2:], 1)[1][0] for x in self.M)
+        columns = sum(map(programs, self.M))
         make = lambda x: None if x is None else empty((*x.shape, columns), like=x)  # noqa: E731
         return [make(A), make(mean)]
 
@@ -168,7 +168,7 @@ class Step:
                 D = muon.pull_direction(D, self.next_S(i, j), 2 - i, eps)
             given: Any = (g_M[i], D, g_S[i], M, c, S, A, mean, self.dU[i][j], wide, *sums, first)
             d_U[i], d_S[i] = s.pull_step(*given)
-            first += grid(*M.shape[-2:], 1)[1][0]
+            first += programs(M)
         return d_U, d_S
 
     def reads(self, g_o: Tensor, to: Gradients) -> None:

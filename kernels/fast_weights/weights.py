@@ -193,6 +193,11 @@ def grid(IN: int, OUT: int, rows: int) -> tuple[Settings, tuple[int, int]]:
     return use, (-(-OUT // use.BO), rows)
 
 
+def programs(M: Tensor) -> int:
+    """Programs that share a matrix of a set."""
+    return grid(M.shape[-2], M.shape[-1], 1)[1][0]
+
+
 class Set(NamedTuple):
     """A set of matrices and its initial norms n `[N, OUT]`, None where it keeps no norm. base: the
     base of a write is the mapped set."""
@@ -205,13 +210,13 @@ class Set(NamedTuple):
         """to: (M2, S2, G, R), written to; M2, S2 with a U alone. Returns c2."""
         *chunks, IN, OUT = M.shape
         rows = M.numel() // max(1, IN * OUT)
-        use, programs = grid(IN, OUT, rows)
+        use, size = grid(IN, OUT, rows)
         c2 = None if self.n is None else empty((*chunks, OUT), like=M)
         M2, S2, G, R = to
         N = rows if self.n is None else len(self.n)
         base = self.base and self.n is not None and c is not None
         given = (M, c, U, S, A, mean, self.n, M2, S2, c2, G, R, N, self.eps)
-        launch(advance_kernel, programs, *given, IN=IN, OUT=OUT, BASE=base, **use._asdict())
+        launch(advance_kernel, size, *given, IN=IN, OUT=OUT, BASE=base, **use._asdict())
         return c2
 
     def pull_step(
@@ -220,14 +225,14 @@ class Set(NamedTuple):
     ) -> Any:  # fmt: skip
         """dU in float32 (if wide) and dS0; fills dU, and dA and dmean from column `first` on."""
         N, IN, OUT = M.shape
-        use, programs = grid(IN, OUT, N)
+        use, size = grid(IN, OUT, N)
         full = empty(M.shape, like=M) if wide else None
         dS0 = None if S is None else empty(M.shape, like=M)
         base = self.base and c is not None
         given = (D, step, dS, M, c, S, A, mean, dU, full, dS0, dA, dmean)
         columns = next((x.shape[-1] for x in (dA, dmean) if x is not None), 1)
         constants = {"IN": IN, "OUT": OUT, "BLOCKS": columns, "FIRST": first, "BASE": base}
-        launch(pull_step_kernel, programs, *given, **constants, **use._asdict())
+        launch(pull_step_kernel, size, *given, **constants, **use._asdict())
         return full, dS0
 
     def pull_map(
@@ -235,10 +240,10 @@ class Set(NamedTuple):
         mapped: bool, base: bool, read: bool,
     ) -> Tensor:  # fmt: skip
         N, IN, OUT = M.shape
-        use, programs = grid(IN, OUT, N)
+        use, size = grid(IN, OUT, N)
         out = empty(M.shape, like=M)
         n, dn = (self.n, dn) if mapped else (None, None)
         given = (D, A, tokens, more, reads, M, n, out, dn, self.eps)
         constants = {"IN": IN, "OUT": OUT, "BASE": base, "READ": read}
-        launch(pull_map_kernel, programs, *given, **constants, **use._asdict())
+        launch(pull_map_kernel, size, *given, **constants, **use._asdict())
         return out

@@ -15,6 +15,7 @@ from layerzoo.memories.fast_weights.optimisers import Muon
 from layerzoo.memories.fast_weights.state import init_state
 from layerzoo.ops import ImplError
 
+IMPLS = ("triton", "chunked")
 GPU = torch.cuda.is_available()
 BASE: dict[str, Any] = {"network": "glu", "update": "chunk", "mini_batch": 96 if GPU else 6}
 ALLMEM = BASE | {
@@ -109,6 +110,7 @@ SHAPES: dict[str, Any] = {
     "several": lambda C: {"T": 3 * C + 2},
     "pending": lambda C: {"T": 2 * C, "past": C + 2, "rates": 1},
     "still pending": lambda C: {"T": 1, "past": 2},
+    "wide": lambda C: {"T": C + 1, "B": 1, "H": 1, "K": 72},
     "between": lambda C: {"T": C + 1, "past": 2 * C},
 }
 
@@ -160,6 +162,18 @@ def test_pieces_and_tokens_equal_the_whole(poison: None, device: Any, name: str)
             state, t = new, t + n
         close(torch.cat(found, 1), whole)
         close(state, end)
+
+
+def test_decodes_many_channels(poison: None, device: Any) -> None:
+    """More than a tile has, in each direction."""
+    rule = Rule(**ALLMEM | {"mini_batch": 2})
+    given = tensors(rule, T=4, B=1, H=1, K=72)
+    state: Any = None
+    for t in range(3):
+        part = {n: x if n == "weights" else x[:, t : t + 1] for n, x in given.items()}
+        made, want = (run(rule, device, impl, state=state, **part) for impl in IMPLS)
+        close(made, want)
+        state = made[1]
 
 
 def test_groups_of_chunks_equal_one(poison: None, device: Any, monkeypatch: Any) -> None:
