@@ -192,7 +192,7 @@ class Step:
         pull_error(torch.bmm(h, U1), torch.bmm(d_d, G1), self.e[j], lr, d_e, d_lr)
         more = None
         if rules.l2:
-            pull_errors(z, d, a, lr, None, torch.baddbmm(d_h, d_e, G1.mT), d_z)
+            pull_errors(z, d, a, lr, None, d_h.baddbmm_(d_e, G1.mT), d_z)
             more = outer(h, d_e)
         tokens = (outer(k, d_z), outer(d_d, self.e[j]))
         slot, place = self.part.slot + j, rules.place
@@ -208,7 +208,7 @@ class Step:
         """Gradients of k, v and lr, of all chunks at once."""
         part, rules = self.part, self.call.rules
         E, d_z, U02, G02 = (x.flatten(0, 1) for x in (self.E, self.d_z, self.dU[0], self.G[0]))
-        d_k = torch.baddbmm(torch.bmm(E, U02.mT), d_z, G02.mT)
+        d_k = torch.bmm(E, U02.mT).baddbmm_(d_z, G02.mT)
         if rules.l2 and rules.residual:
             d_k += self.d_e.flatten(0, 1)
         unfold(d_k, part, to.k)

@@ -37,8 +37,8 @@ def advance_kernel(
     """M2 = A base + S2, S2 = mean S + U, where there is a U; else only of M itself:
     c2 = n / (|M2| + eps), G = c2 M2 and R = M2 in the products' dtype. BASE: base = mapped.
     Any of S, A, n, R may be None. N: rows of n, which repeats for chunks on top of each other."""
-    row = tl.program_id(1)
-    o = tl.program_id(0) * BO + tl.arange(0, BO)[None, :]
+    row = tl.program_id(0)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)[None, :]
     base = row.to(tl.int64) * (IN * OUT)
     live = o < OUT
     total = tl.zeros((BI, BO), tl.float32)
@@ -93,8 +93,8 @@ def pull_step_kernel(
 
     dU in the products' dtype and, if `wide` is there, in float32. dmean and dA `[N, BLOCKS]`: a
     program's part of a sum goes to column FIRST + its own."""
-    row = tl.program_id(1)
-    block = tl.program_id(0)
+    row = tl.program_id(0)
+    block = tl.program_id(1)
     o = block * BO + tl.arange(0, BO)[None, :]
     base = row.to(tl.int64) * (IN * OUT)
     live = o < OUT
@@ -136,8 +136,8 @@ def pull_map_kernel(
 
         out = rest + c P - M c sum(P M) / (r (r + eps))      dn += sum(P M) / (r + eps)
     """
-    row = tl.program_id(1)
-    o = tl.program_id(0) * BO + tl.arange(0, BO)[None, :]
+    row = tl.program_id(0)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)[None, :]
     base = row.to(tl.int64) * (IN * OUT)
     live = o < OUT
     scale = tl.full((1, BO), 1.0, tl.float32)
@@ -190,12 +190,12 @@ def pull_map_kernel(
 
 def grid(IN: int, OUT: int, rows: int) -> tuple[Settings, tuple[int, int]]:
     use = settings(IN, OUT)
-    return use, (-(-OUT // use.BO), rows)
+    return use, (rows, -(-OUT // use.BO))
 
 
 def programs(M: Tensor) -> int:
     """Programs that share a matrix of a set."""
-    return grid(M.shape[-2], M.shape[-1], 1)[1][0]
+    return grid(M.shape[-2], M.shape[-1], 1)[1][1]
 
 
 class Set(NamedTuple):
