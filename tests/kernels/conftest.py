@@ -79,29 +79,41 @@ def compare(
     want = outcome(call, "recurrent", {name: widened(x) for name, x in given.items()}, grad)
     made = outcome(call, "triton", given, grad)
     chunked = op.impls["chunked"]
-    if dtype != torch.float32:  # as written, without the cast to float32
-        lower = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, given)
-        op.impls["chunked"] = inspect.unwrap(chunked)
-    else:
-        lower = given
+    if dtype != torch.float32:
+        op.impls["chunked"] = lowered(chunked, dtype)
     try:
-        allowed = outcome(call, "chunked", lower, grad)
+        allowed = outcome(call, "chunked", given, grad)
     finally:
         op.impls["chunked"] = chunked
     ulp = torch.finfo(torch.float32).eps
     assert want.keys() == made.keys()
+    total = float(torch.stack([x.double().norm() for x in want.values()]).norm())
     for name, exact in want.items():
         assert made[name].shape == exact.shape, name
-        bound, error = (relative(x[name], exact) for x in (allowed, made))
+        bound, error = (relative(x[name], exact, total) for x in (allowed, made))
         assert error <= 2 * bound + ulp, f"{name}: error {error:.2e}, allowed 2 x {bound:.2e}"
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|; what is NaN or of zeros alone is not close to anything else."""
+def lowered(chunked: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """`chunked` as written, without its cast to float32, and with all tensors of this dtype."""
+    raw = inspect.unwrap(chunked)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        def lower(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return raw(*tree_map(lower, args), **tree_map(lower, kwargs))
+
+    return run
+
+
+def relative(got: Tensor, want: Tensor, total: float) -> float:
+    """|got - want| / |want|, infinite where it is NaN. One that must be zero (the gradient of a
+    softmax over one key) is measured against `total`, the norm of all."""
     if not want.numel():
         return 0.0
     error, size = float((got.double() - want).norm()), float(want.norm())
-    return (error / size if size else error) if error == error else float("inf")
+    return error / (size or total) if error == error else float("inf")
 
 
 def outcome(
