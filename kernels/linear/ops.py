@@ -20,9 +20,9 @@ def strides(g: Gate) -> tuple[int, int, int]:
     return (0, 0, g.stride(0)) if g.ndim == 1 else (g.stride(0), g.stride(1), g.stride(2))
 
 
-def chosen(q: Tensor, R: int, C: int, plain: bool = False) -> dict[str, Any]:
+def chosen(q: Tensor, R: int, C: int) -> dict[str, Any]:
     heads = q.shape[0] * q.shape[2]
-    return scan.settings(R, C, q.element_size(), launch.target(q.device), heads, plain)
+    return scan.settings(R, C, q.element_size(), launch.target(q.device), heads)
 
 
 def parts(T: int, slots: int) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def split(
     if there is only one; and the tokens of a segment."""
     B, T, H, R = y.shape
     C = z.shape[3]
-    tile = chosen(y, R, C, g is None)
+    tile = chosen(y, R, C)
     slots = tile.pop("slots")
     tokens, N = parts(T, slots)
     if N == 1:
@@ -68,7 +68,7 @@ def run_scan(
     """o of `scan.scan`, in segments of `tokens`; states: before those. pull: (W, kept, dG)."""
     B, T, H, R = x.shape
     C = z.shape[3]
-    tile = chosen(x, R, C, g is None)
+    tile = chosen(x, R, C)
     tile.pop("slots")
     M, N = -(-tokens // tile["BT"]), -(-T // tokens)
     o = launch.empty((B, T, H, C), like=x)

@@ -250,11 +250,9 @@ def chain(
     tl.store(states + slot * SIZE + at, S)
 
 
-def settings(
-    R: int, C: int, itemsize: int, on: Any, heads: int, plain: bool = False
-) -> dict[str, int]:
+def settings(R: int, C: int, itemsize: int, on: Any, heads: int) -> dict[str, int]:
     """Tiles of the scans and of `gather`, and the most segments that `heads` sequences are split
-    into, to have some programs for every multiprocessor. plain: there are no decays.
+    into, to have some programs for every multiprocessor.
 
     float32's products are FMAs and hold their operands in registers: small tiles.
     """
@@ -264,7 +262,7 @@ def settings(
     else:
         BC = min(C, 64 if R <= 128 else 32)
         BT = 32 if on.backend == "hip" and R + BC > 128 else 64
-        warps = 4 if R + BC <= 128 or (plain and R <= 128) or on.backend == "hip" else 8
+        warps = 4 if R <= 128 or on.backend == "hip" else 8
         stages = 2 if R <= 128 and on.backend != "hip" else 1
         tiles = {"BT": BT, "BC": BC, "num_warps": warps, "num_stages": stages}
     programs = max(1, heads * C // tiles["BC"])

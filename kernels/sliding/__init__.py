@@ -90,7 +90,7 @@ def attend(
         s = settings("forward", max(size["BK"], size["BV"]), q.dtype, machine)
         launch.launch(
             forward, (H, -(-T // s.BM), B), q, k, v, o, stats, *strides(q, k, v),
-            T, n, window, sinks, scale * LOG2E, H, R, B, **s.options(), **size, PAIRS=s.pairs,
+            T, n, window, sinks, scale * LOG2E, H, R, B, **s.options(), **size,
         )  # fmt: skip
         return o, stats
     s = settings("decode", max(size["BK"], size["BV"]), q.dtype, machine)

@@ -9,10 +9,6 @@ With logits s = c <q, k>, c = scale log2 e, each block of keys updates (Milakov 
 and at the end o = acc / l; `mass` is l. The backward needs m and l: their sum m + log2 l, rounded,
 would put an error into all p of a query. Statistics and sums are float32; the operands of products
 have the dtype of the input.
-
-The left edge of the window and the diagonal are complements: query q0 + m sees of the BM keys from
-row q0 - window on those after the m-th, of the BM from row q0 on those up to the m-th. So a block
-of each takes one softmax between them, and no exponential is computed for a key that is masked.
 """
 
 from __future__ import annotations
@@ -35,20 +31,13 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def weigh(s, m, mass, scale):
-    """p, 2^(m - m'), m', l' of s: products of queries and keys, -inf where masked."""
+def update(s, v, acc, m, mass, scale, precision: tl.constexpr):
+    """acc', m', l' of s: products of queries and keys, -inf where masked."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     decay = tl.exp2(m - m_new)
-    return p, decay, m_new, mass * decay + tl.sum(p, 1)
-
-
-@triton.jit
-def update(s, v, acc, m, mass, scale, precision: tl.constexpr):
-    """acc', m', l'"""
-    p, decay, m, mass = weigh(s, m, mass, scale)  # pyright: ignore[reportGeneralTypeIssues]
-    acc = acc * decay[:, None]
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=precision), m, mass
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
+    return acc, m_new, mass * decay + tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=["T", "n", "window", "sinks"])
@@ -57,7 +46,7 @@ def forward(
     qb, qt, qh, kb, kt, kh, vb, vt, vh,
     T, n, window, sinks, scale, H, R, B,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, precision: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of a head. q [B, T, H, K], k, v [B, n, H / R, K | V] by strides of
     batch, token and head; o [B, T, H, V], stats = (m, l) [2, B, H, T] contiguous.
@@ -75,25 +64,6 @@ def forward(
     mass = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
     s_end, lo, a, d0, end, inner, first, left, masked = key_regions(q0, n, window, sinks, BM, BN)
-    pairs = 0
-    if PAIRS > 0:
-        paired = (window >= BM) & (q0 - window >= s_end) & (q0 + BM <= n)
-        pairs = tl.where(paired, BM // BN, 0)
-        lo = tl.where(paired, q0 - window + BM, lo)
-        left = tl.where(paired, (a - lo + BN - 1) // BN, left)
-        masked = tl.where(paired, first + left, masked)
-        for j in tl.range(0, pairs, num_stages=PAIRS):
-            r0 = q0 + j * BN
-            early, late = load_all(k, r0 - window, kt, BN, K, BK), load_all(k, r0, kt, BN, K, BK)
-            is_late = (j * BN + tl.arange(0, BN))[None, :] <= tl.arange(0, BM)[:, None]
-            s = tl.dot(x, tl.trans(early), input_precision=precision)
-            s = tl.where(is_late, tl.dot(x, tl.trans(late), input_precision=precision), s)
-            early, late = load_all(v, r0 - window, vt, BN, V, BV), load_all(v, r0, vt, BN, V, BV)
-            p, decay, m, mass = weigh(s, m, mass, scale)
-            acc = acc * decay[:, None]
-            p = p.to(v.dtype.element_ty)
-            acc = tl.dot(tl.where(is_late, p, 0.0), late, acc, input_precision=precision)
-            acc = tl.dot(tl.where(is_late, 0.0, p), early, acc, input_precision=precision)
     for j in range(masked):
         r0, stop = masked_block(j, s_end, lo, a, d0, end, first, left, BN)
         y = load(k, r0, stop, kt, BN, K, BK)

@@ -10,14 +10,12 @@ from .. import launch
 
 
 class Setting(NamedTuple):
-    """BM queries by BN keys. pairs: stages of the loop in which the left edge and the diagonal
-    share a softmax; 0 for no such loop."""
+    """BM queries by BN keys."""
 
     BM: int
     BN: int
     warps: int
     stages: int
-    pairs: int = 0
 
     def options(self) -> dict[str, Any]:
         return {
@@ -32,11 +30,12 @@ def settings(kernel: str, size: int, dtype: torch.dtype, target: launch.Target) 
     """For heads of `size` channels, padded: the larger of K and V.
 
     A block of BM queries computes window + BM keys a query: a BM of 64 computes an eighth too
-    much at a window of 512, one of 128 a quarter, but reads the keys half as often."""
+    much at a window of 512, one of 128 a quarter. On Hopper four warps with 64 rows, two or three
+    programs a multiprocessor, were the fastest of the tiles that were tried."""
     wide = dtype == torch.float32
     if wide:  # products are multiply-adds of the ordinary units: small tiles, little to overlap
         table = {
-            "forward": ((32, 32, 4, 2, 1), (16, 32, 4, 2), (16, 16, 4, 1)),
+            "forward": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
             "backward_q": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
             "backward_kv": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
             "backward_sinks": ((32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)),
@@ -60,9 +59,9 @@ def settings(kernel: str, size: int, dtype: torch.dtype, target: launch.Target) 
         }
     else:
         table = {
-            "forward": ((64, 64, 4, 3, 2), (128, 64, 8, 3), (128, 32, 8, 2)),
-            "backward_q": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
-            "backward_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
+            "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (128, 32, 8, 2)),
+            "backward_q": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+            "backward_kv": ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 1)),
             "backward_sinks": ((64, 16, 4, 2), (64, 16, 4, 2), (32, 16, 4, 2)),
             "decode": ((16, 64, 4, 4), (16, 64, 4, 3), (16, 32, 4, 3)),
         }
