@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Layer, Reduction, build, get_layer, list_layers
+from layerzoo.ops import ImplError
 from layerzoo.shell import Memory
 
 DIM = 24
@@ -48,9 +49,20 @@ def impls(layer: Layer) -> list[str]:
     """The implementations that all of the layer's ops have here; of no op, what there is."""
     ops = layer.ops()
     common = [i for i in ("recurrent", "chunked") if ops and all(i in op.impls for op in ops)]
-    if ops and torch.cuda.is_available() and all("triton" in op.available() for op in ops):
+    if ops and torch.cuda.is_available() and takes_kernels(layer):
         common.append("triton")
     return common or ["auto"]
+
+
+def takes_kernels(layer: Layer) -> bool:
+    """Its kernels run it, and do not say why they cannot."""
+    layer = copy.deepcopy(layer).to("cuda")
+    layer.impl = "triton"
+    try:
+        layer(torch.zeros(1, 2, DIM, device="cuda"))
+    except ImplError:
+        return False
+    return True
 
 
 def cases() -> Iterator[Case]:

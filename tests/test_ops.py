@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +70,18 @@ def test_auto_chooses_the_portable_one_on_a_cpu(op: Op, monkeypatch: pytest.Monk
     assert op.select("auto", torch.ones(2))[0] == "recurrent"
 
 
+def test_auto_takes_the_kernel_on_a_gpu(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it supports the arguments; a GPU of AMD says is_cuda, too."""
+    q: Any = SimpleNamespace(is_cuda=True)
+    assert op.select("auto", q)[0] == "chunked"  # there is no kernel
+    kernel = install(monkeypatch, None)
+    assert op.select("auto", q) == ("triton", kernel.run)
+    kernel.reason = "K = 7 is not a power of two"
+    assert op.select("auto", q)[0] == "chunked"
+    with pytest.raises(ImplError, match="cannot run: K = 7"):
+        op.select("triton", q)
+
+
 def test_an_unknown_impl_lists_what_there_is(op: Op) -> None:
     with pytest.raises(ImplError, match="doubling: no impl 'fused'; it has auto, recurrent, ch"):
         op("fused", torch.ones(2))
@@ -131,8 +143,10 @@ def test_layer_impl_is_checked() -> None:
     with pytest.raises(SpecError, match="impl 'chunk' is unknown; did you mean 'chunked'"):
         layer.impl = "chunk"
     layer.impl = "triton"
-    with pytest.raises(ImplError, match="linear_attention: impl 'triton' cannot run"):
-        layer(torch.randn(1, 3, 24))
+    with pytest.raises(
+        ImplError, match="linear_attention: impl 'triton' cannot run: it computes in"
+    ):
+        layer.double()(torch.randn(1, 3, 24).double())
 
 
 def arguments(rule: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
