@@ -34,11 +34,18 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("layerzoo bench gpu", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--out", metavar="FOLDER", type=Path, default=Path("kernels/results"), help="of the file")
+    add("--table", metavar="YAML", type=Path, default=TABLE, help="what to time, as gpu.yaml")
     add("--only", metavar="TEXT", default="", help="those whose name holds this")
     add(
         "--report", metavar="PAGE", type=Path, help="measure nothing; put what --out has in a page"
     )
-    add("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="that compile at once")
+    add(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="that compile first; 0: none",
+    )
     return parser.parse_args(argv)
 
 
@@ -95,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     if options.report:
         importlib.import_module("layerzoo.bench.gpu_report").write(options.out, options.report)
         return 0
-    table = yaml.safe_load(TABLE.read_text())
+    table = yaml.safe_load(options.table.read_text())
     chosen = {name: fields for name, fields in table.items() if options.only in name}
     if not chosen:
         raise SpecError(
@@ -107,14 +114,14 @@ def main(argv: Sequence[str]) -> int:
         )
     device = torch.device("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
-    warm(chosen, options.jobs)
-    found = [
-        measure(title, {**fields, "names": [name]})
-        for title, fields in chosen.items()
-        for name in fields["names"]
-    ]
+    if options.jobs:
+        warm(chosen, options.jobs)
     slug = re.sub(r"[^a-z0-9]+", "-", hardware(device).lower()).strip("-")
-    path = options.out / f"{slug}.json"
-    path.write_text(json.dumps({"gpu": hardware(device), "benchmarks": found}, indent=1) + "\n")
+    path, found = options.out / f"{slug}.json", []
+    for title, fields in chosen.items():
+        for name in fields["names"]:
+            found.append(measure(title, {**fields, "names": [name]}))
+            content = {"gpu": hardware(device), "benchmarks": found}
+            path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nwrote {path}")
     return 1 if any("failed" in one for one in found) else 0
