@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/layerzoo ablate run quickstart
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # The slow tests too, and those of the Ray executor: about 25 minutes.
 test-all: .venv/installed
