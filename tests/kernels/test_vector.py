@@ -173,4 +173,6 @@ def test_vector_settings_divide_the_channels(name: str) -> None:
         for K in (16, 32, 64, 128):
             for parts in (1, 2):
                 for choose in (vector.settings, vector.settings_backward):
-                    assert K % choose(parts, C, K, dtype, launch.TARGETS[name]).block == 0
+                    s = choose(parts, C, K, dtype, launch.TARGETS[name])
+                    assert K % s.strong == 0 and (s.mild == 0 or K % s.mild == 0)
+                    assert s.mild % s.strong == 0

@@ -25,102 +25,12 @@ F_h by at most 2^-12 / e, a twentieth of what rounding it to bfloat16 does.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import launch
-from .tiles import LOG2E
-
-FLOOR = tl.constexpr(-40.0)
-UNIT = tl.constexpr(1024.0)
-"""Log decays times this are well inside float16: 40 log2 e UNIT < 65504."""
-
-
-class Prepared(NamedTuple):
-    """scores: of each part `[B, T, H, C]`, zero where unseen. reads: of each part
-    `[B, T, H, K]`. fades `[B, T, H, K]`. All in the dtype of q. whole: `[B, N, H, K]` float32."""
-
-    scores: tuple[Tensor, ...]
-    reads: tuple[Tensor, ...]
-    fades: Tensor
-    whole: Tensor
-
-
-def forward(rows: tuple[Tensor, ...], k: Tensor, g: Tensor, C: int) -> Prepared:
-    """Prepare all chunks of C tokens. rows: (q,), or (q, k) with the very k.
-
-    q, k `[B, T, H, K]` of one dtype; g `[B, T, H, K]` float32, natural logarithms <= 0, clamped
-    here at FLOOR, -inf included. K: a power of two of at least 16, as is C.
-    """
-    q, k, g = (x.contiguous() for x in (rows[0], k, g))
-    B, T, H, K = q.shape
-    N, parts = (T + C - 1) // C, len(rows)
-    scores = [launch.empty((B, T, H, C), like=q) for _ in rows]
-    reads = [launch.empty((B, T, H, K), like=q) for _ in rows]
-    fades = launch.empty((B, T, H, K), like=q)
-    whole = launch.empty((B, N, H, K), like=q, dtype=torch.float32)
-    s = settings(parts, C, K, q.dtype, launch.target(q.device))
-    launch.launch(
-        _forward, (B * H * N,), q, k, g, scores[0], scores[-1], reads[0], reads[-1], fades, whole,
-        T, H=H, K=K, C=C, BK=s.block, PARTS=parts,
-        PRECISION=launch.precision(q.dtype), num_warps=s.warps, num_stages=s.stages,
-    )  # fmt: skip
-    return Prepared(tuple(scores), tuple(reads), fades, whole)
-
-
-def backward(
-    rows: tuple[Tensor, ...],
-    k: Tensor,
-    g: Tensor,
-    C: int,
-    d_scores: tuple[Tensor, ...],
-    d_reads: tuple[Tensor, ...],
-    d_fades: Tensor,
-    d_whole: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_q, d_k, d_g): d_k of the keys and, where rows are (q, k), of k as a row, added. d_g in
-    float32, zero where g is below FLOOR. Gradients of scores count where tokens are seen."""
-    q, k, g = (x.contiguous() for x in (rows[0], k, g))
-    B, T, H, K = q.shape
-    N, parts = (T + C - 1) // C, len(rows)
-    d_s, d_r = ([x.contiguous() for x in xs] for xs in (d_scores, d_reads))
-    d_q, d_k, d_g = (launch.empty((B, T, H, K), like=x) for x in (q, k, g))
-    s = settings_backward(parts, C, K, q.dtype, launch.target(q.device))
-    launch.launch(
-        _backward, (B * H * N * (K // s.block),), q, k, g, d_s[0], d_s[-1], d_r[0], d_r[-1],
-        d_fades.contiguous(), d_whole.contiguous(), d_q, d_k, d_g,
-        T, H=H, K=K, C=C, BK=s.block, PARTS=parts,
-        PRECISION=launch.precision(q.dtype), num_warps=s.warps, num_stages=s.stages,
-    )  # fmt: skip
-    return d_q, d_k, d_g
-
-
-class Settings(NamedTuple):
-    """block: channels at a time."""
-
-    block: int
-    warps: int
-    stages: int
-
-
-def settings(parts: int, C: int, K: int, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of the forward pass, a loop over blocks of channels. Eight warps would each hold as much
-    as four, for the compiler splits only the tokens of products that feed others."""
-    small = dtype == torch.float32 or not (target.backend == "hip" or int(target.arch) >= 90)
-    return Settings(min(K, 32 if small else 64), 4, 1)
-
-
-def settings_backward(
-    parts: int, C: int, K: int, dtype: torch.dtype, target: launch.Target
-) -> Settings:
-    """Of the backward pass, a program for each block of channels."""
-    small = target.backend == "cuda" and int(target.arch) < 90 and dtype != torch.float32
-    return Settings(min(K, 16 if small else 32), 4, 1)
-
+from .pieces import FLOOR, LOG2, ones, pieces
 
 # Masks [C, C] of one halving compare a column with limits of its row: what does not depend on
 # both and h is a vector, or the compiler would keep matrices of invariants in registers.
@@ -143,29 +53,25 @@ def _around(i, t, h):
 
 
 @triton.jit
-def _across(i, t, h, right: tl.constexpr, left: tl.constexpr):
-    """Where t is in the other half of i's block; for i in right halves, in left ones, or both."""
-    other = (i & -h) ^ h
-    some = tl.where((i & h) != 0, right * h, left * h)
-    return (t >= other) & (t < other + some)
-
-
-@triton.jit
-def _pieces(g) -> Any:
-    """g as a high and a low part of float16, times UNIT."""
-    g = g * UNIT
-    high = g.to(tl.float16)
-    return high, (g - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def _ones(where, like):
-    """What sums `like` by a product: 1 / UNIT for pieces."""
-    if like.dtype == tl.float32:
-        ones = where.to(tl.float32)
-    else:
-        ones = tl.where(where, 1 / UNIT, 0.0).to(tl.float16)
-    return ones
+def _pairs(i, h, E, REACH: tl.constexpr) -> Any:
+    """The signs of E in rows and in keys; the columns [start, end) that row i is compared with;
+    and the next h. If all of E is mild, these are the earlier tokens in i's block of 2h, and
+    nothing is left to do; else the left half, for i in the right one."""
+    half = i & -h
+    right = (i & h) != 0
+    start = half ^ h
+    end = start + tl.where(right, h, 0)
+    to_row = 1.0
+    to_key = 1.0
+    h = h // 2
+    if REACH > 0:
+        near = tl.min(tl.min(E, 1), 0) >= -REACH
+        to_row = tl.where(near, tl.where(right, 1.0, -1.0), 1.0)
+        to_key = tl.where(near, tl.where(right, -1.0, 1.0), 1.0)
+        start = tl.where(near, tl.minimum(half, start), start)
+        end = tl.where(near, i, end)
+        h = tl.where(near, 0, h)
+    return to_row, to_key, start, end, h
 
 
 @triton.jit
@@ -173,45 +79,45 @@ def _decays(i, t, g, high, low) -> Any:
     """(e^G, e^(Z - G), e^Z) from g [C, K] in units of log 2."""
     z = tl.sum(g, 0)
     if high.dtype == tl.float32:
-        since = tl.dot(_ones(t <= i, g), g, input_precision="ieee")
-        until = tl.dot(_ones(t > i, g), g, input_precision="ieee")
+        since = tl.dot(ones(t <= i, g), g, input_precision="ieee")
+        until = tl.dot(ones(t > i, g), g, input_precision="ieee")
     else:
-        m = _ones(t <= i, high)
+        m = ones(t <= i, high)
         since = tl.dot(m, high, tl.dot(m, low))
         until = tl.minimum(z[None, :] - since, 0.0)  # wrong by 2^-12 at most
     return tl.exp2(since), tl.exp2(until), tl.exp2(z)
 
 
-@triton.jit(do_not_specialize=["T"])
-def _forward(
-    q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, T,
+@triton.jit
+def one_forward(
+    item, q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REACH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head: scores [C, C] in registers over a loop over blocks of channels."""
     dt = q.dtype.element_ty
     N = (T + C - 1) // C
-    n, bh = tl.program_id(0) % N, tl.program_id(0) // N
+    n, bh = item % N, item // N
     first = ((bh // H).to(tl.int64) * T + n * C) * H + bh % H  # row of [B T H, ..]
     i, t, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], tl.arange(0, BK)
     alive = n * C + i < T
     row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
     q, k, g, fades = q + first * K, k + first * K, g + first * K, fades + first * K
     reads_q, reads_k, whole = reads_q + first * K, reads_k + first * K, whole + row * K
+    own = tl.zeros([C], tl.float32)
     own_q = tl.zeros([C, C], tl.float32)
     own_k = tl.zeros([C, C], tl.float32)
     for c0 in range(0, K, BK):
         at = i * (H * K) + c0 + c[None, :]
         x = tl.load(q + at, alive, other=0.0)
         y = tl.load(k + at, alive, other=0.0)
-        log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2E
+        log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
         if dt == tl.float32:
             high, low = log, log
         else:
-            high, low = _pieces(log)
-        same = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        own_q += tl.where(i == t, same, 0.0)
+            high, low = pieces(log)
         x, y = x.to(tl.float32), y.to(tl.float32)
+        own += tl.sum(x * y, 1)
         since, until, over = _decays(i, t, log, high, low)
         tl.store(reads_q + at, (x * since).to(dt), alive)
         if PARTS == 2:
@@ -220,27 +126,30 @@ def _forward(
         tl.store(whole + c0 + c, over)
         h = C // 2
         while h >= 1:
-            m = _ones(_between(i, t, h), high)
-            f = tl.exp2(tl.dot(m, high, input_precision=PRECISION))
-            seen = _across(i, t, h, 1, 0)
-            left = (y * f).to(dt)
-            found = tl.dot((x * f).to(dt), tl.trans(left), input_precision=PRECISION)
+            m = ones(_between(i, t, h), high)
+            E = tl.dot(m, high, input_precision=PRECISION)
+            to_row, to_key, start, end, h = _pairs(i, h, E, REACH)
+            seen = (t >= start) & (t < end)
+            key = tl.exp2(E * to_key)
+            reader = tl.exp2(E * to_row) if REACH > 0 else key
+            keys = tl.trans((y * key).to(dt))
+            found = tl.dot((x * reader).to(dt), keys, input_precision=PRECISION)
             own_q += tl.where(seen, found, 0.0)
             if PARTS == 2:
-                found = tl.dot(left, tl.trans(left), input_precision=PRECISION)
+                found = tl.dot((y * reader).to(dt), keys, input_precision=PRECISION)
                 own_k += tl.where(seen, found, 0.0)
-            h = h // 2
+    own_q += tl.where(i == t, own[:, None], 0.0)
     at = i * (H * C) + t
     tl.store(scores_q + first * C + at, own_q.to(dt), alive)
     if PARTS == 2:
         tl.store(scores_k + first * C + at, own_k.to(dt), alive)
 
 
-@triton.jit(do_not_specialize=["T"])
-def _backward(
-    q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g, T,
+@triton.jit
+def one_backward(
+    item, q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REACH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of channels of one chunk of one head.
 
@@ -251,7 +160,7 @@ def _backward(
     """
     dt = q.dtype.element_ty
     N = (T + C - 1) // C
-    block, chunk = tl.program_id(0) % (K // BK), tl.program_id(0) // (K // BK)
+    block, chunk = item % (K // BK), item // (K // BK)
     n, bh = chunk % N, chunk // N
     first = ((bh // H).to(tl.int64) * T + n * C) * H + bh % H
     i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -264,14 +173,12 @@ def _backward(
     d_scores_q, d_scores_k = d_scores_q + first * C, d_scores_k + first * C
     x = tl.load(q + at, alive, other=0.0).to(tl.float32)
     y = tl.load(k + at, alive, other=0.0).to(tl.float32)
-    log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2E
+    log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
     if dt == tl.float32:
         high, low = log, log
     else:
-        high, low = _pieces(log)
+        high, low = pieces(log)
     rows = i * (H * C) + t
-    columns = t * (H * C) + i
-    turned = n * C + t < T
     D = tl.load(d_scores_q + rows, alive, other=0.0)
     own = tl.sum(tl.where(i == t, D, 0.0).to(tl.float32), 1)[:, None]
 
@@ -292,30 +199,89 @@ def _backward(
     dg = tl.dot((t < i).to(dt), (d * y).to(dt), dg, input_precision=PRECISION)
     h = C // 2
     while h >= 1:
-        m = _ones(_between(i, t, h), high)
-        f = tl.exp2(tl.dot(m, high, input_precision=PRECISION))
-        xf, yf = x * f, y * f
-        reader, key = xf.to(dt), yf.to(dt)
+        m = ones(_between(i, t, h), high)
+        E = tl.dot(m, high, input_precision=PRECISION)
+        around = _around(i, t, h).to(dt)
+        to_row, to_key, start, end, h = _pairs(i, h, E, REACH)
+        seen = (t >= start) & (t < end)
+        to_y = tl.exp2(E * to_key)
+        to_x = tl.exp2(E * to_row) if REACH > 0 else to_y
+        reader, key = (x * to_x).to(dt), (y * to_y).to(dt)
         # Loaded for each h, from the cache: in registers all the time, they would not fit.
         D = tl.load(d_scores_q + rows, alive, other=0.0)
-        m = tl.where(_across(i, t, h, 1, 0), D, 0.0).to(dt)
-        a = tl.dot(m, key, input_precision=PRECISION)
-        D = tl.load(d_scores_q + columns, turned, other=0.0)
-        m = tl.where(_across(i, t, h, 0, 1), D, 0.0).to(dt)
-        b = tl.dot(m, reader, input_precision=PRECISION)
+        D = tl.where(seen, D, 0.0)
+        a = tl.dot(D, key, input_precision=PRECISION)
+        b = tl.dot(tl.trans(D), reader, input_precision=PRECISION)
+        dx += a * to_x
+        dE = to_row * (reader.to(tl.float32) * a)
         if PARTS == 2:
-            D = tl.load(d_scores_k + columns, turned, other=0.0)
-            m = tl.where(_across(i, t, h, 0, 1), D, 0.0).to(dt)
-            b = tl.dot(m, key, b, input_precision=PRECISION)
             D = tl.load(d_scores_k + rows, alive, other=0.0)
-            m = tl.where(_across(i, t, h, 1, 0), D, 0.0).to(dt)
-            b = tl.dot(m, key, b, input_precision=PRECISION)
-        dx += a * f
-        dy += b * f
-        dE = (xf * a + yf * b).to(dt)
-        dg = tl.dot(_around(i, t, h).to(dt), dE, dg, input_precision=PRECISION)
-        h = h // 2
+            D = tl.where(seen, D, 0.0)
+            reader = (y * to_x).to(dt)
+            a = tl.dot(D, key, input_precision=PRECISION)
+            b = tl.dot(tl.trans(D), reader, b, input_precision=PRECISION)
+            dy += a * to_x
+            dE += to_row * (reader.to(tl.float32) * a)
+        dy += b * to_y
+        dE += to_key * (key.to(tl.float32) * b)
+        top = dE.to(dt)
+        dg = tl.dot(around, top, dg, input_precision=PRECISION)
+        if REACH > 0:  # rows and keys cancel: in twice the digits
+            dg = tl.dot(around, (dE - top.to(tl.float32)).to(dt), dg)
     tl.store(d_q + at, dx.to(dt), alive)
     tl.store(d_k + at, dy.to(dt), alive)
     given = tl.load(g + at, alive, other=0.0)  # again: not to keep it through the loop
     tl.store(d_g + at, tl.where(given >= FLOOR, dg, 0.0), alive)
+
+
+@triton.jit(do_not_specialize=["T", "items"])
+def forward(
+    q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, flags, items, T,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    REACH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """GROUP chunks, those that are flagged. flags [items], or None: all."""
+    if flags is None:
+        one_forward(
+            tl.program_id(0), q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, T,
+            H, K, C, BK, PARTS, REACH, PRECISION,
+        )  # fmt: skip
+    else:
+        group = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+        some = tl.max(tl.load(flags + group, group < items, other=0), 0)
+        if some > 0:
+            for j in range(GROUP):
+                item = tl.program_id(0) * GROUP + j
+                flag = tl.load(flags + item, item < items, other=0)
+                if flag > 0:
+                    one_forward(
+                        item, q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, T,
+                        H, K, C, BK, PARTS, REACH, PRECISION,
+                    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "items"])
+def backward(
+    q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g,
+    flags, items, T,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    REACH: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """GROUP blocks of BK channels. flags [items / PER]: PER blocks have one."""
+    if flags is None:
+        one_backward(
+            tl.program_id(0), q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades,
+            d_whole, d_q, d_k, d_g, T, H, K, C, BK, PARTS, REACH, PRECISION,
+        )  # fmt: skip
+    else:
+        group = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+        some = tl.max(tl.load(flags + group // PER, group < items, other=0), 0)
+        if some > 0:
+            for j in range(GROUP):
+                item = tl.program_id(0) * GROUP + j
+                flag = tl.load(flags + item // PER, item < items, other=0)
+                if flag > 0:
+                    one_backward(
+                        item, q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades,
+                        d_whole, d_q, d_k, d_g, T, H, K, C, BK, PARTS, REACH, PRECISION,
+                    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""Chunks in which no channel decays by much: one product of whole tiles.
+
+Between the halves of the chunk lies a middle. With S_t the sum of the log decays of base 2 from
+there to token t, negative after the middle and positive before it, R = 2^S and 1 / R,
+
+    scores = tril (x R) (k / R)^T,   reads = x R 2^mid,   fades = k / R 2^(z - mid),
+
+where mid and z are the sums of the left half and of the chunk. If both halves decay by less than
+2^-reach, nothing overflows, and floating point loses nothing by the factors. Else what is
+computed here is nothing, and `strong` has to do it again: flags say for which chunks.
+
+Backward, with D the gradient of the scores, likewise masked,
+
+    a = D (k / R),  b = D^T (x R),  dx = R a + ..,  dk = b / R + ..,
+    dG = (x R) a - (k / R) b + reads d_reads - fades d_fades,
+
+and dg is the sum of dG from a token on, of fades d_fades of all tokens, and of what d_whole adds.
+Pairs of tokens on one side cancel in it: both products are of the same rounded factors, and dG is
+summed in two parts of 8 bits each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .pieces import FLOOR, LOG2, ones, pieces
+
+
+@triton.jit
+def centred(i, t, log, REACH: tl.constexpr) -> Any:
+    """(S [C, K], mid [K], z - mid [K]) of log decays [C, K]. S is clamped: what is not mild must
+    be no more than wrong."""
+    C: tl.constexpr = log.shape[0]
+    high, low = pieces(log)
+    m = ones(t <= i, high)
+    G = tl.dot(m, high, tl.dot(m, low))
+    mid = tl.sum(tl.where(i < C // 2, log, 0.0), 0)
+    rest = tl.sum(tl.where(i < C // 2, 0.0, log), 0)
+    S = tl.minimum(tl.maximum(G - mid[None, :], -REACH), REACH)
+    return S, mid, rest
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward(
+    q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, flags, T,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    REACH: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head, a loop over blocks of BK channels. flags [chunks]."""
+    dt = q.dtype.element_ty
+    N = (T + C - 1) // C
+    n, bh = tl.program_id(0) % N, tl.program_id(0) // N
+    first = ((bh // H).to(tl.int64) * T + n * C) * H + bh % H  # row of [B T H, ..]
+    i, t, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], tl.arange(0, BK)
+    alive = n * C + i < T
+    row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
+    q, k, g, fades = q + first * K, k + first * K, g + first * K, fades + first * K
+    reads_q, reads_k, whole = reads_q + first * K, reads_k + first * K, whole + row * K
+    own_q = tl.zeros([C, C], tl.float32)
+    own_k = tl.zeros([C, C], tl.float32)
+    least = tl.zeros([BK], tl.float32)
+    for c0 in range(0, K, BK):
+        at = i * (H * K) + c0 + c[None, :]
+        log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
+        x = tl.load(q + at, alive, other=0.0)
+        y = tl.load(k + at, alive, other=0.0)
+        S, mid, rest = centred(i, t, log, REACH)
+        least = tl.minimum(least, tl.minimum(mid, rest))
+        tl.store(whole + c0 + c, tl.exp2(mid + rest))
+        mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
+        R = tl.exp2(S)
+        key = y.to(tl.float32) * tl.exp2(-S)
+        tl.store(fades + at, (key * rest).to(dt), alive)
+        key = tl.trans(key.to(dt))
+        reader = x.to(tl.float32) * R
+        tl.store(reads_q + at, (reader * mid).to(dt), alive)
+        own_q = tl.dot(reader.to(dt), key, own_q)
+        if PARTS == 2:
+            reader = y.to(tl.float32) * R
+            tl.store(reads_k + at, (reader * mid).to(dt), alive)
+            own_k = tl.dot(reader.to(dt), key, own_k)
+    tl.store(flags + tl.program_id(0), (tl.min(least, 0) < -REACH).to(tl.int32))
+    at = i * (H * C) + t
+    tl.store(scores_q + first * C + at, tl.where(t <= i, own_q, 0.0).to(dt), alive)
+    if PARTS == 2:
+        tl.store(scores_k + first * C + at, tl.where(t < i, own_k, 0.0).to(dt), alive)
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward(
+    q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g,
+    flags, T,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    REACH: tl.constexpr,
+):  # fmt: skip
+    """One block of channels of one chunk of one head. flags [chunks, blocks]."""
+    dt = q.dtype.element_ty
+    N = (T + C - 1) // C
+    block, chunk = tl.program_id(0) % (K // BK), tl.program_id(0) // (K // BK)
+    n, bh = chunk % N, chunk // N
+    first = ((bh // H).to(tl.int64) * T + n * C) * H + bh % H
+    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    c = block * BK + tl.arange(0, BK)
+    alive = n * C + i < T
+    at = i * (H * K) + c[None, :]
+    q, k, g, d_fades = q + first * K, k + first * K, g + first * K, d_fades + first * K
+    d_reads_q, d_reads_k = d_reads_q + first * K, d_reads_k + first * K
+    d_q, d_k, d_g = d_q + first * K, d_k + first * K, d_g + first * K
+    rows = first * C + i * (H * C) + t
+    row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
+    log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
+    x = tl.load(q + at, alive, other=0.0)
+    y = tl.load(k + at, alive, other=0.0)
+    D = tl.load(d_scores_q + rows, alive, other=0.0)
+    D = tl.where(t <= i, D, 0.0)
+    S, mid, rest = centred(i, t, log, REACH)
+    strong = tl.min(tl.minimum(mid, rest), 0) < -REACH
+    tl.store(flags + tl.program_id(0), strong.to(tl.int32))
+    dg = tl.load(d_whole + row * K + c) * tl.exp2(mid + rest)
+    mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
+    R, Q = tl.exp2(S), tl.exp2(-S)
+    reader, key = (x.to(tl.float32) * R).to(dt), (y.to(tl.float32) * Q).to(dt)
+    a = tl.dot(D, key)
+    b = tl.dot(tl.trans(D), reader)
+    given = tl.load(d_reads_q + at, alive, other=0.0).to(tl.float32) * mid
+    tl.store(d_q + at, ((a + given) * R).to(dt), alive)
+    dG = reader.to(tl.float32) * (a + given)
+    dy = tl.zeros([C, BK], tl.float32)
+    if PARTS == 2:
+        D = tl.load(d_scores_k + rows, alive, other=0.0)
+        D = tl.where(t < i, D, 0.0)
+        reader = (y.to(tl.float32) * R).to(dt)
+        b = tl.dot(tl.trans(D), reader, b)
+        a = tl.dot(D, key)
+        a += tl.load(d_reads_k + at, alive, other=0.0).to(tl.float32) * mid
+        dy = a * R
+        dG += reader.to(tl.float32) * a
+    given = tl.load(d_fades + at, alive, other=0.0).to(tl.float32) * rest
+    b += given
+    tl.store(d_k + at, (dy + b * Q).to(dt), alive)
+    dG -= key.to(tl.float32) * b
+    dg += tl.sum(key.to(tl.float32) * given, 0)
+    high = dG.to(dt)
+    m = (t >= i).to(dt)
+    dg = tl.dot(m, high, tl.dot(m, (dG - high.to(tl.float32)).to(dt))) + dg[None, :]
+    log = tl.load(g + at, alive, other=0.0)  # again: not to keep it in registers
+    tl.store(d_g + at, tl.where(log >= FLOOR, dg, 0.0), alive)
