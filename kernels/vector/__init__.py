@@ -98,8 +98,9 @@ def backward(
 
 def reach(dtype: torch.dtype) -> int:
     """The exponents of 2 that factors may have either way: no number overflows, and no gradient
-    of ordinary size underflows. 0 in float32, whose digits they would cost."""
-    return {torch.float32: 0, torch.float16: 4}.get(dtype, 60)
+    of ordinary size underflows; less than those of FLOOR. 0 in float32, whose digits they would
+    cost."""
+    return {torch.float32: 0, torch.float16: 4}.get(dtype, 57)
 
 
 def grouped(items: int, like: Tensor) -> int:

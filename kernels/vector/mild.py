@@ -72,14 +72,15 @@ def forward(
         tl.store(whole + c0 + c, tl.exp2(mid + rest))
         mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
         R = tl.exp2(S)
-        key = y.to(tl.float32) * tl.exp2(-S)
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        key = y * tl.exp2(-S)
         tl.store(fades + at, (key * rest).to(dt), alive)
         key = tl.trans(key.to(dt))
-        reader = x.to(tl.float32) * R
+        reader = x * R
         tl.store(reads_q + at, (reader * mid).to(dt), alive)
         own_q = tl.dot(reader.to(dt), key, own_q)
         if PARTS == 2:
-            reader = y.to(tl.float32) * R
+            reader = y * R
             tl.store(reads_k + at, (reader * mid).to(dt), alive)
             own_k = tl.dot(reader.to(dt), key, own_k)
     tl.store(flags + tl.program_id(0), (tl.min(least, 0) < -REACH).to(tl.int32))
@@ -109,7 +110,8 @@ def backward(
     q, k, g, d_fades = q + first * K, k + first * K, g + first * K, d_fades + first * K
     d_reads_q, d_reads_k = d_reads_q + first * K, d_reads_k + first * K
     d_q, d_k, d_g = d_q + first * K, d_k + first * K, d_g + first * K
-    rows = first * C + i * (H * C) + t
+    d_scores_q, d_scores_k = d_scores_q + first * C, d_scores_k + first * C
+    rows = i * (H * C) + t
     row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
     log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
     x = tl.load(q + at, alive, other=0.0)
@@ -119,32 +121,32 @@ def backward(
     S, mid, rest = centred(i, t, log, REACH)
     strong = tl.min(tl.minimum(mid, rest), 0) < -REACH
     tl.store(flags + tl.program_id(0), strong.to(tl.int32))
-    dg = tl.load(d_whole + row * K + c) * tl.exp2(mid + rest)
+    more = tl.load(d_whole + row * K + c) * tl.exp2(mid + rest)
     mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
     R, Q = tl.exp2(S), tl.exp2(-S)
-    reader, key = (x.to(tl.float32) * R).to(dt), (y.to(tl.float32) * Q).to(dt)
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    reader, key = (x * R).to(dt), (y * Q).to(dt)
     a = tl.dot(D, key)
     b = tl.dot(tl.trans(D), reader)
-    given = tl.load(d_reads_q + at, alive, other=0.0).to(tl.float32) * mid
-    tl.store(d_q + at, ((a + given) * R).to(dt), alive)
-    dG = reader.to(tl.float32) * (a + given)
-    dy = tl.zeros([C, BK], tl.float32)
+    given = tl.load(d_reads_q + at, alive, other=0.0).to(tl.float32) * (R * mid)
+    tl.store(d_q + at, (a * R + given).to(dt), alive)
+    dG = reader.to(tl.float32) * a + x * given
+    dy = tl.load(d_fades + at, alive, other=0.0).to(tl.float32) * (Q * rest)
+    faded = y * dy
     if PARTS == 2:
         D = tl.load(d_scores_k + rows, alive, other=0.0)
         D = tl.where(t < i, D, 0.0)
-        reader = (y.to(tl.float32) * R).to(dt)
+        reader = (y * R).to(dt)
         b = tl.dot(tl.trans(D), reader, b)
         a = tl.dot(D, key)
-        a += tl.load(d_reads_k + at, alive, other=0.0).to(tl.float32) * mid
-        dy = a * R
-        dG += reader.to(tl.float32) * a
-    given = tl.load(d_fades + at, alive, other=0.0).to(tl.float32) * rest
-    b += given
-    tl.store(d_k + at, (dy + b * Q).to(dt), alive)
-    dG -= key.to(tl.float32) * b
-    dg += tl.sum(key.to(tl.float32) * given, 0)
+        given = tl.load(d_reads_k + at, alive, other=0.0).to(tl.float32) * (R * mid)
+        dy += a * R + given
+        dG += reader.to(tl.float32) * a + y * given
+    tl.store(d_k + at, (b * Q + dy).to(dt), alive)
+    dG -= key.to(tl.float32) * b + faded
     high = dG.to(dt)
     m = (t >= i).to(dt)
-    dg = tl.dot(m, high, tl.dot(m, (dG - high.to(tl.float32)).to(dt))) + dg[None, :]
-    log = tl.load(g + at, alive, other=0.0)  # again: not to keep it in registers
-    tl.store(d_g + at, tl.where(log >= FLOOR, dg, 0.0), alive)
+    dg = tl.dot(m, high, tl.dot(m, (dG - high.to(tl.float32)).to(dt)))
+    dg += tl.sum(faded, 0)[None, :]
+    dg += more[None, :]
+    tl.store(d_g + at, dg, alive)
