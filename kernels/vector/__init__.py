@@ -13,13 +13,14 @@ comes after it, does those again, and all of float32.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import launch
-from . import mild, strong
+from . import mild, pieces, strong
 
 
 class Prepared(NamedTuple):
@@ -52,7 +53,8 @@ def forward(rows: tuple[Tensor, ...], k: Tensor, g: Tensor, C: int) -> Prepared:
     if s.mild:
         flags = torch.empty(items, dtype=torch.int32, device=q.device)
         tile = {"BK": s.mild, "num_warps": s.warps, "num_stages": s.stages}
-        launch.launch(mild.forward, (items,), *args, flags, T, **const, **tile)
+        sums = matrices(C, q.dtype, q.device)
+        launch.launch(mild.forward, (items,), *args, flags, sums[0], T, **const, **tile)
         group = grouped(items, q)
     launch.launch(
         strong.forward, (-(-items // group),), *args, flags, items, T, BK=s.strong, GROUP=group,
@@ -87,7 +89,8 @@ def backward(
         blocks, per = B * H * N * (K // s.mild), s.mild // s.strong
         flags = torch.empty(blocks, dtype=torch.int32, device=q.device)
         tile = {"BK": s.mild, "num_warps": s.warps, "num_stages": s.stages}
-        launch.launch(mild.backward, (blocks,), *args, flags, T, **const, **tile)
+        sums = matrices(C, q.dtype, q.device)
+        launch.launch(mild.backward, (blocks,), *args, flags, *sums, T, **const, **tile)
         group = grouped(items, q)
     launch.launch(
         strong.backward, (-(-items // group),), *args, flags, items, T, BK=s.strong, GROUP=group,
@@ -101,6 +104,14 @@ def reach(dtype: torch.dtype) -> int:
     of ordinary size underflows; less than those of FLOOR. 0 in float32, whose digits they would
     cost."""
     return {torch.float32: 0, torch.float16: 4}.get(dtype, 57)
+
+
+@functools.cache
+def matrices(C: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What sums over the tokens through each, of float16 and of UNIT; and over those from it on.
+    Read from the cache, they are cheaper than made of integers by every program."""
+    ones = torch.ones(C, C, device=device)
+    return (ones.tril() / pieces.UNIT.value).half(), ones.triu().to(dtype)
 
 
 def grouped(items: int, like: Tensor) -> int:

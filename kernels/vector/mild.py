@@ -26,16 +26,27 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .pieces import FLOOR, LOG2, ones, pieces
+from .pieces import FLOOR, LOG2, pieces
 
 
 @triton.jit
-def centred(i, t, log, REACH: tl.constexpr) -> Any:
-    """(S [C, K], mid [K], z - mid [K]) of log decays [C, K]. S is clamped: what is not mild must
+def rounded(x, dt: tl.constexpr) -> Any:
+    """x to the digits of dt, in float32. By integers for bfloat16: a GPU converts single numbers
+    at a fraction of that rate, and pairs of them only if that is all that they are for."""
+    if dt == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(dt).to(tl.float32)
+    return x
+
+
+@triton.jit
+def centred(i, m, log, REACH: tl.constexpr) -> Any:
+    """(S [C, K], mid [K], z - mid [K]) of log decays [C, K], m of `sums`. S is clamped: what is not mild must
     be no more than wrong."""
     C: tl.constexpr = log.shape[0]
     high, low = pieces(log)
-    m = ones(t <= i, high)
     G = tl.dot(m, high, tl.dot(m, low))
     mid = tl.sum(tl.where(i < C // 2, log, 0.0), 0)
     rest = tl.sum(tl.where(i < C // 2, 0.0, log), 0)
@@ -45,11 +56,11 @@ def centred(i, t, log, REACH: tl.constexpr) -> Any:
 
 @triton.jit(do_not_specialize=["T"])
 def forward(
-    q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, flags, T,
+    q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, flags, through, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     REACH: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head, a loop over blocks of BK channels. flags [chunks]."""
+    """One chunk of one head, a loop over blocks of BK channels. flags [chunks]. through: of `sums`."""
     dt = q.dtype.element_ty
     N = (T + C - 1) // C
     n, bh = tl.program_id(0) % N, tl.program_id(0) // N
@@ -59,6 +70,7 @@ def forward(
     row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
     q, k, g, fades = q + first * K, k + first * K, g + first * K, fades + first * K
     reads_q, reads_k, whole = reads_q + first * K, reads_k + first * K, whole + row * K
+    m = tl.load(through + i * C + t)
     own_q = tl.zeros([C, C], tl.float32)
     own_k = tl.zeros([C, C], tl.float32)
     least = tl.zeros([BK], tl.float32)
@@ -67,7 +79,7 @@ def forward(
         log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
         x = tl.load(q + at, alive, other=0.0)
         y = tl.load(k + at, alive, other=0.0)
-        S, mid, rest = centred(i, t, log, REACH)
+        S, mid, rest = centred(i, m, log, REACH)
         least = tl.minimum(least, tl.minimum(mid, rest))
         tl.store(whole + c0 + c, tl.exp2(mid + rest))
         mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
@@ -93,11 +105,12 @@ def forward(
 @triton.jit(do_not_specialize=["T"])
 def backward(
     q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g,
-    flags, T,
+    flags, through, after, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     REACH: tl.constexpr,
 ):  # fmt: skip
-    """One block of channels of one chunk of one head. flags [chunks, blocks]."""
+    """One block of channels of one chunk of one head. flags [chunks, blocks]. through, after: of
+    `sums`."""
     dt = q.dtype.element_ty
     N = (T + C - 1) // C
     block, chunk = tl.program_id(0) % (K // BK), tl.program_id(0) // (K // BK)
@@ -118,35 +131,36 @@ def backward(
     y = tl.load(k + at, alive, other=0.0)
     D = tl.load(d_scores_q + rows, alive, other=0.0)
     D = tl.where(t <= i, D, 0.0)
-    S, mid, rest = centred(i, t, log, REACH)
+    m = tl.load(through + i * C + t)
+    S, mid, rest = centred(i, m, log, REACH)
     strong = tl.min(tl.minimum(mid, rest), 0) < -REACH
     tl.store(flags + tl.program_id(0), strong.to(tl.int32))
     more = tl.load(d_whole + row * K + c) * tl.exp2(mid + rest)
     mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
     R, Q = tl.exp2(S), tl.exp2(-S)
     x, y = x.to(tl.float32), y.to(tl.float32)
-    reader, key = (x * R).to(dt), (y * Q).to(dt)
-    a = tl.dot(D, key)
-    b = tl.dot(tl.trans(D), reader)
+    reader, key = rounded(x * R, dt), rounded(y * Q, dt)
+    a = tl.dot(D, key.to(dt))
+    b = tl.dot(tl.trans(D), reader.to(dt))
     given = tl.load(d_reads_q + at, alive, other=0.0).to(tl.float32) * (R * mid)
     tl.store(d_q + at, (a * R + given).to(dt), alive)
-    dG = reader.to(tl.float32) * a + x * given
+    dG = reader * a + x * given
     dy = tl.load(d_fades + at, alive, other=0.0).to(tl.float32) * (Q * rest)
     faded = y * dy
     if PARTS == 2:
         D = tl.load(d_scores_k + rows, alive, other=0.0)
         D = tl.where(t < i, D, 0.0)
-        reader = (y * R).to(dt)
-        b = tl.dot(tl.trans(D), reader, b)
-        a = tl.dot(D, key)
+        reader = rounded(y * R, dt)
+        b = tl.dot(tl.trans(D), reader.to(dt), b)
+        a = tl.dot(D, key.to(dt))
         given = tl.load(d_reads_k + at, alive, other=0.0).to(tl.float32) * (R * mid)
         dy += a * R + given
-        dG += reader.to(tl.float32) * a + y * given
+        dG += reader * a + y * given
     tl.store(d_k + at, (b * Q + dy).to(dt), alive)
-    dG -= key.to(tl.float32) * b + faded
-    high = dG.to(dt)
-    m = (t >= i).to(dt)
-    dg = tl.dot(m, high, tl.dot(m, (dG - high.to(tl.float32)).to(dt)))
+    dG -= key * b + faded
+    high = rounded(dG, dt)
+    m = tl.load(after + i * C + t)
+    dg = tl.dot(m, high.to(dt), tl.dot(m, (dG - high).to(dt)))
     dg += tl.sum(faded, 0)[None, :]
     dg += more[None, :]
     tl.store(d_g + at, dg, alive)
