@@ -107,11 +107,12 @@ def reach(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def matrices(C: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What sums over the tokens through each, of float16 and of UNIT; and over those from it on.
-    Read from the cache, they are cheaper than made of integers by every program."""
+def matrices(C: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """What sums over the tokens through each, of float16 and of UNIT; over those from it on; and
+    over those before it. Read from the cache, they are cheaper than made of integers by every program."""
     ones = torch.ones(C, C, device=device)
-    return (ones.tril() / pieces.UNIT.value).half(), ones.triu().to(dtype)
+    through = (ones.tril() / pieces.UNIT.value).half()
+    return through, ones.triu().to(dtype), ones.tril(-1).to(dtype)
 
 
 def grouped(items: int, like: Tensor) -> int:

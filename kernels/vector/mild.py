@@ -12,9 +12,9 @@ computed here is nothing, and `strong` has to do it again: flags say for which c
 Backward, with D the gradient of the scores, likewise masked,
 
     a = D (k / R),  b = D^T (x R),  dx = R a + ..,  dk = b / R + ..,
-    dG = (x R) a - (k / R) b + reads d_reads - fades d_fades,
+    dG = (x R) a - (k / R) b + reads d_reads,
 
-and dg is the sum of dG from a token on, of fades d_fades of all tokens, and of what d_whole adds.
+and dg is the sum of dG from a token on, of fades d_fades before it, and of what d_whole adds.
 Pairs of tokens on one side cancel in it: both products are of the same rounded factors, and dG is
 summed in two parts of 8 bits each.
 """
@@ -105,12 +105,12 @@ def forward(
 @triton.jit(do_not_specialize=["T"])
 def backward(
     q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g,
-    flags, through, after, T,
+    flags, through, after, before, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     REACH: tl.constexpr,
 ):  # fmt: skip
-    """One block of channels of one chunk of one head. flags [chunks, blocks]. through, after: of
-    `sums`."""
+    """One block of channels of one chunk of one head. flags [chunks, blocks]. through, after, before:
+    of `sums`."""
     dt = q.dtype.element_ty
     N = (T + C - 1) // C
     block, chunk = tl.program_id(0) % (K // BK), tl.program_id(0) // (K // BK)
@@ -157,10 +157,10 @@ def backward(
         dy += a * R + given
         dG += reader * a + y * given
     tl.store(d_k + at, (b * Q + dy).to(dt), alive)
-    dG -= key * b + faded
+    dG -= key * b
     high = rounded(dG, dt)
     m = tl.load(after + i * C + t)
     dg = tl.dot(m, high.to(dt), tl.dot(m, (dG - high).to(dt)))
-    dg += tl.sum(faded, 0)[None, :]
-    dg += more[None, :]
+    m = tl.load(before + i * C + t)
+    dg = tl.dot(m, faded.to(dt), dg) + more[None, :]
     tl.store(d_g + at, dg, alive)
