@@ -141,26 +141,29 @@ def backward(
     x, y = x.to(tl.float32), y.to(tl.float32)
     reader, key = rounded(x * R, dt), rounded(y * Q, dt)
     a = tl.dot(D, key.to(dt))
-    b = tl.dot(tl.trans(D), reader.to(dt))
     given = tl.load(d_reads_q + at, alive, other=0.0).to(tl.float32) * (R * mid)
     tl.store(d_q + at, (a * R + given).to(dt), alive)
     dG = reader * a + x * given
-    dy = tl.load(d_fades + at, alive, other=0.0).to(tl.float32) * (Q * rest)
-    faded = y * dy
+    b = tl.dot(tl.trans(D), reader.to(dt))
     if PARTS == 2:
         D = tl.load(d_scores_k + rows, alive, other=0.0)
         D = tl.where(t < i, D, 0.0)
-        reader = rounded(y * R, dt)
-        b = tl.dot(tl.trans(D), reader.to(dt), b)
         a = tl.dot(D, key.to(dt))
+        reader = rounded(y * R, dt)
         given = tl.load(d_reads_k + at, alive, other=0.0).to(tl.float32) * (R * mid)
-        dy += a * R + given
         dG += reader * a + y * given
-    tl.store(d_k + at, (b * Q + dy).to(dt), alive)
+        dy = a * R + given
+        b = tl.dot(tl.trans(D), reader.to(dt), b)
     dG -= key * b
+    faded = tl.load(d_fades + at, alive, other=0.0).to(tl.float32) * (Q * rest)
+    b = b * Q + faded
+    if PARTS == 2:
+        b += dy
+    tl.store(d_k + at, b.to(dt), alive)
+    faded = (y * faded).to(dt)
     high = rounded(dG, dt)
     m = tl.load(after + i * C + t)
     dg = tl.dot(m, high.to(dt), tl.dot(m, (dG - high).to(dt)))
     m = tl.load(before + i * C + t)
-    dg = tl.dot(m, faded.to(dt), dg) + more[None, :]
+    dg = tl.dot(m, faded, dg) + more[None, :]
     tl.store(d_g + at, dg, alive)
