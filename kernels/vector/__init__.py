@@ -86,10 +86,11 @@ def backward(
     const = {"H": H, "K": K, "C": C, "PARTS": parts, "REACH": reach(q.dtype)}
     items, flags, group, per = B * H * N * (K // s.strong), None, 1, 1
     if s.mild:
-        blocks, per = B * H * N * (K // s.mild), s.mild // s.strong
+        blocks, per = B * H * N * (K // s.span), s.span // s.strong
         flags = torch.empty(blocks, dtype=torch.int32, device=q.device)
         tile = {"BK": s.mild, "num_warps": s.warps, "num_stages": s.stages}
         sums = matrices(C, q.dtype, q.device)
+        tile["SPAN"] = s.span
         launch.launch(mild.backward, (blocks,), *args, flags, *sums, T, **const, **tile)
         group = grouped(items, q)
     launch.launch(
@@ -123,12 +124,13 @@ def grouped(items: int, like: Tensor) -> int:
 
 class Settings(NamedTuple):
     """mild, strong: channels at a time of the two kernels; mild of 0: all is done by the other.
-    warps and stages of mild."""
+    warps and stages of mild. span: all channels of a program of its backward pass."""
 
     mild: int
     strong: int
     warps: int
     stages: int
+    span: int = 0
 
 
 def settings(parts: int, C: int, K: int, dtype: torch.dtype, target: launch.Target) -> Settings:
@@ -146,4 +148,4 @@ def settings_backward(
     if dtype == torch.float32:
         return Settings(0, min(K, 32), 4, 1)
     small = target.backend == "cuda" and int(target.arch) < 90
-    return Settings(min(K, 64), min(K, 16 if small else 32), 4, 1)
+    return Settings(min(K, 32), min(K, 16 if small else 32), 4, 1, min(K, 128))

@@ -106,64 +106,70 @@ def forward(
 def backward(
     q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g,
     flags, through, after, before, T,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    REACH: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
-    """One block of channels of one chunk of one head. flags [chunks, blocks]. through, after, before:
-    of `sums`."""
+    """SPAN channels of one chunk of one head, a loop over blocks of BK. flags [chunks, spans].
+    through, after, before: of `sums`."""
     dt = q.dtype.element_ty
     N = (T + C - 1) // C
-    block, chunk = tl.program_id(0) % (K // BK), tl.program_id(0) // (K // BK)
+    span, chunk = tl.program_id(0) % (K // SPAN), tl.program_id(0) // (K // SPAN)
     n, bh = chunk % N, chunk // N
     first = ((bh // H).to(tl.int64) * T + n * C) * H + bh % H
     i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    c = block * BK + tl.arange(0, BK)
     alive = n * C + i < T
-    at = i * (H * K) + c[None, :]
-    q, k, g, d_fades = q + first * K, k + first * K, g + first * K, d_fades + first * K
-    d_reads_q, d_reads_k = d_reads_q + first * K, d_reads_k + first * K
-    d_q, d_k, d_g = d_q + first * K, d_k + first * K, d_g + first * K
+    skip = first * K + span * SPAN
+    q, k, g, d_fades = q + skip, k + skip, g + skip, d_fades + skip
+    d_reads_q, d_reads_k = d_reads_q + skip, d_reads_k + skip
+    d_q, d_k, d_g = d_q + skip, d_k + skip, d_g + skip
+    d_whole += (((bh // H).to(tl.int64) * N + n) * H + bh % H) * K + span * SPAN
     d_scores_q, d_scores_k = d_scores_q + first * C, d_scores_k + first * C
     rows = i * (H * C) + t
-    row = ((bh // H).to(tl.int64) * N + n) * H + bh % H
-    log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
-    x = tl.load(q + at, alive, other=0.0)
-    y = tl.load(k + at, alive, other=0.0)
     D = tl.load(d_scores_q + rows, alive, other=0.0)
     D = tl.where(t <= i, D, 0.0)
-    m = tl.load(through + i * C + t)
-    S, mid, rest = centred(i, m, log, REACH)
-    strong = tl.min(tl.minimum(mid, rest), 0) < -REACH
-    tl.store(flags + tl.program_id(0), strong.to(tl.int32))
-    more = tl.load(d_whole + row * K + c) * tl.exp2(mid + rest)
-    mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
-    R, Q = tl.exp2(S), tl.exp2(-S)
-    x, y = x.to(tl.float32), y.to(tl.float32)
-    reader, key = rounded(x * R, dt), rounded(y * Q, dt)
-    a = tl.dot(D, key.to(dt))
-    given = tl.load(d_reads_q + at, alive, other=0.0).to(tl.float32) * (R * mid)
-    tl.store(d_q + at, (a * R + given).to(dt), alive)
-    dG = reader * a + x * given
-    b = tl.dot(tl.trans(D), reader.to(dt))
+    DT = tl.trans(D)
+    E, ET = D, DT
     if PARTS == 2:
-        D = tl.load(d_scores_k + rows, alive, other=0.0)
-        D = tl.where(t < i, D, 0.0)
+        E = tl.load(d_scores_k + rows, alive, other=0.0)
+        E = tl.where(t < i, E, 0.0)
+        ET = tl.trans(E)
+    through = tl.load(through + i * C + t)
+    after = tl.load(after + i * C + t)
+    before = tl.load(before + i * C + t)
+    least = tl.zeros([BK], tl.float32)
+    for block in range(SPAN // BK):
+        c = block * BK + tl.arange(0, BK)
+        at = i * (H * K) + c[None, :]
+        log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
+        x = tl.load(q + at, alive, other=0.0)
+        y = tl.load(k + at, alive, other=0.0)
+        S, mid, rest = centred(i, through, log, REACH)
+        least = tl.minimum(least, tl.minimum(mid, rest))
+        more = tl.load(d_whole + c) * tl.exp2(mid + rest)
+        mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
+        R, Q = tl.exp2(S), tl.exp2(-S)
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        reader, key = rounded(x * R, dt), rounded(y * Q, dt)
         a = tl.dot(D, key.to(dt))
-        reader = rounded(y * R, dt)
-        given = tl.load(d_reads_k + at, alive, other=0.0).to(tl.float32) * (R * mid)
-        dG += reader * a + y * given
-        dy = a * R + given
-        b = tl.dot(tl.trans(D), reader.to(dt), b)
-    dG -= key * b
-    faded = tl.load(d_fades + at, alive, other=0.0).to(tl.float32) * (Q * rest)
-    b = b * Q + faded
-    if PARTS == 2:
-        b += dy
-    tl.store(d_k + at, b.to(dt), alive)
-    faded = (y * faded).to(dt)
-    high = rounded(dG, dt)
-    m = tl.load(after + i * C + t)
-    dg = tl.dot(m, high.to(dt), tl.dot(m, (dG - high).to(dt)))
-    m = tl.load(before + i * C + t)
-    dg = tl.dot(m, faded, dg) + more[None, :]
-    tl.store(d_g + at, dg, alive)
+        given = tl.load(d_reads_q + at, alive, other=0.0).to(tl.float32) * (R * mid)
+        tl.store(d_q + at, (a * R + given).to(dt), alive)
+        dG = reader * a + x * given
+        b = tl.dot(DT, reader.to(dt))
+        if PARTS == 2:
+            a = tl.dot(E, key.to(dt))
+            reader = rounded(y * R, dt)
+            given = tl.load(d_reads_k + at, alive, other=0.0).to(tl.float32) * (R * mid)
+            dG += reader * a + y * given
+            dy = a * R + given
+            b = tl.dot(ET, reader.to(dt), b)
+        dG -= key * b
+        faded = tl.load(d_fades + at, alive, other=0.0).to(tl.float32) * (Q * rest)
+        b = b * Q + faded
+        if PARTS == 2:
+            b += dy
+        tl.store(d_k + at, b.to(dt), alive)
+        high = rounded(dG, dt)
+        dg = tl.dot(after, high.to(dt), tl.dot(after, (dG - high).to(dt)))
+        dg = tl.dot(before, (y * faded).to(dt), dg) + more[None, :]
+        tl.store(d_g + at, dg, alive)
+    tl.store(flags + tl.program_id(0), (tl.min(least, 0) < -REACH).to(tl.int32))
