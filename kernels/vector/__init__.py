@@ -54,10 +54,10 @@ def forward(rows: tuple[Tensor, ...], k: Tensor, g: Tensor, C: int) -> Prepared:
         flags = torch.empty(items, dtype=torch.int32, device=q.device)
         tile = {"BK": s.mild, "num_warps": s.warps, "num_stages": s.stages}
         sums = matrices(C, q.dtype, q.device)
-        launch.launch(mild.forward, (items,), *args, flags, sums[0], T, **const, **tile)
+        launch.launch(mild.mild_forward, (items,), *args, flags, sums[0], T, **const, **tile)
         group = grouped(items, q)
     launch.launch(
-        strong.forward, (-(-items // group),), *args, flags, items, T, BK=s.strong, GROUP=group,
+        strong.strong_forward, (-(-items // group),), *args, flags, items, T, BK=s.strong, GROUP=group,
         PRECISION=launch.precision(q.dtype), num_warps=4, num_stages=1, **const,
     )  # fmt: skip
     return Prepared(tuple(scores), tuple(reads), fades, whole)
@@ -91,10 +91,10 @@ def backward(
         tile = {"BK": s.mild, "num_warps": s.warps, "num_stages": s.stages}
         sums = matrices(C, q.dtype, q.device)
         tile["SPAN"] = s.span
-        launch.launch(mild.backward, (blocks,), *args, flags, *sums, T, **const, **tile)
+        launch.launch(mild.mild_backward, (blocks,), *args, flags, *sums, T, **const, **tile)
         group = grouped(items, q)
     launch.launch(
-        strong.backward, (-(-items // group),), *args, flags, items, T, BK=s.strong, GROUP=group,
+        strong.strong_backward, (-(-items // group),), *args, flags, items, T, BK=s.strong, GROUP=group,
         PER=per, PRECISION=launch.precision(q.dtype), num_warps=4, num_stages=1, **const,
     )  # fmt: skip
     return d_q, d_k, d_g
@@ -138,7 +138,7 @@ def settings(parts: int, C: int, K: int, dtype: torch.dtype, target: launch.Targ
     if dtype == torch.float32:
         return Settings(0, min(K, 32), 4, 1)
     small = target.backend == "cuda" and int(target.arch) < 90
-    return Settings(min(K, 64), min(K, 32 if small else 64), 4, 1)
+    return Settings(min(K, 64), min(K, 32 if small or parts == 2 else 64), 4, 1)
 
 
 def settings_backward(
@@ -148,4 +148,4 @@ def settings_backward(
     if dtype == torch.float32:
         return Settings(0, min(K, 32), 4, 1)
     small = target.backend == "cuda" and int(target.arch) < 90
-    return Settings(min(K, 32), min(K, 16 if small else 32), 4, 1, min(K, 128))
+    return Settings(min(K, 32), min(K, 16 if small or parts == 2 else 32), 4, 1, min(K, 128))

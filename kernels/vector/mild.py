@@ -55,7 +55,7 @@ def centred(i, m, log, REACH: tl.constexpr) -> Any:
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward(
+def mild_forward(
     q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, flags, through, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     REACH: tl.constexpr,
@@ -103,7 +103,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward(
+def mild_backward(
     q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g,
     flags, through, after, before, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr,

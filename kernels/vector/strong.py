@@ -235,7 +235,7 @@ def one_backward(
 
 
 @triton.jit(do_not_specialize=["T", "items"])
-def forward(
+def strong_forward(
     q, k, g, scores_q, scores_k, reads_q, reads_k, fades, whole, flags, items, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     REACH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
@@ -261,7 +261,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["T", "items"])
-def backward(
+def strong_backward(
     q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g,
     flags, items, T,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,

@@ -39,7 +39,7 @@ CASES = [
     Case("resets", 1, 33, 16, B=2, K=32),
     Case("lone reset", 2, 70, 64, K=32),
     Case("medium", 2, 40, 32, B=2, H=2),
-    Case("medium", 1, 64, 64, K=128),
+    Case("medium", 1, 64, 32, K=128),
     Case("none", 2, 1, 16),
 ]
 if GPU:
