@@ -51,13 +51,14 @@ def forward(rows: tuple[Tensor, ...], k: Tensor, g: Tensor, C: int) -> Prepared:
     const = {"H": H, "K": K, "C": C, "PARTS": parts, "REACH": reach(q.dtype)}
     items, flags, group = B * H * N, None, 1
     if s.mild:
-        flags = torch.empty(items, dtype=torch.int32, device=q.device)
+        flags = launch.empty((items,), like=q, dtype=torch.int32)
         tile = {"BK": s.mild, "num_warps": s.warps, "num_stages": s.stages}
         sums = matrices(C, q.dtype, q.device)
         launch.launch(mild.mild_forward, (items,), *args, flags, sums[0], T, **const, **tile)
         group = grouped(items, q)
     launch.launch(
-        strong.strong_forward, (-(-items // group),), *args, flags, items, T, BK=s.strong, GROUP=group,
+        strong.strong_forward, (-(-items // group),), *args, flags, items, T,
+        BK=s.strong, GROUP=group,
         PRECISION=launch.precision(q.dtype), num_warps=4, num_stages=1, **const,
     )  # fmt: skip
     return Prepared(tuple(scores), tuple(reads), fades, whole)
@@ -87,14 +88,15 @@ def backward(
     items, flags, group, per = B * H * N * (K // s.strong), None, 1, 1
     if s.mild:
         blocks, per = B * H * N * (K // s.span), s.span // s.strong
-        flags = torch.empty(blocks, dtype=torch.int32, device=q.device)
+        flags = launch.empty((blocks,), like=q, dtype=torch.int32)
         tile = {"BK": s.mild, "num_warps": s.warps, "num_stages": s.stages}
         sums = matrices(C, q.dtype, q.device)
         tile["SPAN"] = s.span
         launch.launch(mild.mild_backward, (blocks,), *args, flags, *sums, T, **const, **tile)
         group = grouped(items, q)
     launch.launch(
-        strong.strong_backward, (-(-items // group),), *args, flags, items, T, BK=s.strong, GROUP=group,
+        strong.strong_backward, (-(-items // group),), *args, flags, items, T,
+        BK=s.strong, GROUP=group,
         PER=per, PRECISION=launch.precision(q.dtype), num_warps=4, num_stages=1, **const,
     )  # fmt: skip
     return d_q, d_k, d_g
@@ -110,7 +112,7 @@ def reach(dtype: torch.dtype) -> int:
 @functools.cache
 def matrices(C: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """What sums over the tokens through each, of float16 and of UNIT; over those from it on; and
-    over those before it. Read from the cache, they are cheaper than made of integers by every program."""
+    over those before it. To read them from the cache is cheaper for a program than to make them."""
     ones = torch.ones(C, C, device=device)
     through = (ones.tril() / pieces.UNIT.value).half()
     return through, ones.triu().to(dtype), ones.tril(-1).to(dtype)

@@ -43,8 +43,8 @@ def rounded(x, dt: tl.constexpr) -> Any:
 
 @triton.jit
 def centred(i, m, log, REACH: tl.constexpr) -> Any:
-    """(S [C, K], mid [K], z - mid [K]) of log decays [C, K], m of `sums`. S is clamped: what is not mild must
-    be no more than wrong."""
+    """(S [C, K], mid [K], z - mid [K]) of log decays [C, K]; m: of `matrices`. S is
+    clamped: what is not mild must be no more than wrong."""
     C: tl.constexpr = log.shape[0]
     high, low = pieces(log)
     G = tl.dot(m, high, tl.dot(m, low))
@@ -60,7 +60,8 @@ def mild_forward(
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     REACH: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head, a loop over blocks of BK channels. flags [chunks]. through: of `sums`."""
+    """One chunk of one head, a loop over blocks of BK channels. flags [chunks]. through: of
+    `matrices`."""
     dt = q.dtype.element_ty
     N = (T + C - 1) // C
     n, bh = tl.program_id(0) % N, tl.program_id(0) // N
@@ -110,7 +111,7 @@ def mild_backward(
     PARTS: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """SPAN channels of one chunk of one head, a loop over blocks of BK. flags [chunks, spans].
-    through, after, before: of `sums`."""
+    through, after, before: of `matrices`."""
     dt = q.dtype.element_ty
     N = (T + C - 1) // C
     span, chunk = tl.program_id(0) % (K // SPAN), tl.program_id(0) // (K // SPAN)

@@ -1,12 +1,6 @@
-"""A decay per token and key channel inside the chunks of linear attention and the delta rule.
+"""Chunks in which channels may decay by any amount, down to nothing.
 
-With G_t the sum of the log decays of a chunk through token t, and Z_i its last value, `forward`
-prepares for each chunk of C tokens all that is not the state's:
-
-    scores[i, j] = sum_c x_i,c k_j,c e^(G_i,c - G_j,c)      x is q, j <= i; or x is k, j < i
-    reads[i] = x_i e^(G_i),    fades[j] = k_j e^(Z - G_j),    whole = e^Z
-
-and `backward` gives the gradients of q, k and g. e^(G_i) e^(-G_j) overflows. Instead, blocks of
+e^(G_i) e^(-G_j) overflows. Instead, blocks of
 two halves of h tokens are compared through the token between them: for i in the right half and j
 in the left one, G_i - G_j is the sum from the middle to i plus the sum after j to the middle, both
 at most 0. A token is in one half of one block of every size 2h, so it has one exponent E_h a
@@ -18,6 +12,9 @@ which are log2 C products of whole tiles under a mask: the pairs of h are those 
 h <= (i xor j) < 2h. The exponents are products, too, E_h = M_h g, of a matrix of ones at the
 tokens between a token and its middle; local sums of one sign, which a strong decay elsewhere in
 the chunk costs no digits. And so is the gradient of g, the sum of M_h^T dE_h, dE_h = F_h dF_h.
+
+As soon as all E_h are above -REACH, blocks of 2h are done at once as `mild` does chunks: rows of
+left halves and keys of right ones are divided by F_h instead. REACH is 0 for float32: never.
 
 For 16-bit inputs M_h g is a product of float16, rounding g by 2^-12 of itself, which changes
 F_h by at most 2^-12 / e, a twentieth of what rounding it to bfloat16 does.
@@ -147,9 +144,9 @@ def one_forward(
 
 @triton.jit
 def one_backward(
-    item, q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g, T,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    REACH: tl.constexpr, PRECISION: tl.constexpr,
+    item, q, k, g, d_scores_q, d_scores_k, d_reads_q, d_reads_k, d_fades, d_whole, d_q, d_k, d_g,
+    T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, REACH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of channels of one chunk of one head.
 
