@@ -112,7 +112,7 @@ def reach(dtype: torch.dtype) -> int:
 @functools.cache
 def matrices(C: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """What sums over the tokens through each, of float16 and of UNIT; over those from it on; and
-    over those before it. To read them from the cache is cheaper for a program than to make them."""
+    over those before it. Programs read them: to make them takes more instructions."""
     ones = torch.ones(C, C, device=device)
     through = (ones.tril() / pieces.UNIT.value).half()
     return through, ones.triu().to(dtype), ones.tril(-1).to(dtype)
