@@ -38,12 +38,14 @@ CASES = [
     Case("resets", 2, 64, 32, K=64),
     Case("resets", 1, 33, 16, B=2, K=32),
     Case("lone reset", 2, 70, 64, K=32),
+    Case("medium", 2, 40, 32, B=2, H=2),
+    Case("medium", 1, 64, 32, K=128),
     Case("none", 2, 1, 16),
 ]
 if GPU:
     CASES += [
         Case(decay, parts, 300, C, B=2, H=3, K=K)
-        for decay in ("mild", "resets")
+        for decay in ("mild", "strong", "resets")
         for parts in (1, 2)
         for C in (16, 32, 64)
         for K in (64, 128)
@@ -55,7 +57,7 @@ def given(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
     shape = (case.B, case.T, case.H, case.K)
     q, k = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     g = -torch.rand(shape, generator=generator)
-    g = g * {"none": 0.0, "strong": 12.0}.get(case.decay, 0.1)
+    g = g * {"none": 0.0, "strong": 12.0, "medium": 0.6}.get(case.decay, 0.1)
     if case.decay == "resets":  # of half the channels, or nothing would be left to compare
         some = g[..., ::2]
         some[torch.rand(some.shape, generator=generator) < 0.1] = -torch.inf
@@ -173,4 +175,7 @@ def test_vector_settings_divide_the_channels(name: str) -> None:
         for K in (16, 32, 64, 128):
             for parts in (1, 2):
                 for choose in (vector.settings, vector.settings_backward):
-                    assert K % choose(parts, C, K, dtype, launch.TARGETS[name]).block == 0
+                    s = choose(parts, C, K, dtype, launch.TARGETS[name])
+                    assert K % s.strong == 0 and (s.mild == 0 or K % s.mild == 0)
+                    assert s.span == 0 or (s.span % s.strong == 0 and s.span % s.mild == 0)
+                    assert s.span == 0 or K % s.span == 0
