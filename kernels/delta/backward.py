@@ -31,23 +31,26 @@ def reverse_scan(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BV columns of the state's gradient of one head, `[K, BV]` in registers,
-    through all chunks from the end. Writes dv `[B, T, H, V]`, the gradients of the states after
-    the chunks `[B, N, H, K, V]`, and that of the state given."""
+    """A program takes BV columns of the state's gradient of one head, transposed as in `scan`,
+    through all chunks from the end. Writes dv `[B, T, H, V]`, the transposed gradients of the
+    states after the chunks `[B, N, H, V, K]`, and that of the state given."""
     blocks: tl.constexpr = V // BV
     bh = tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), bh % H
     d = tl.arange(0, K)
     c = (tl.program_id(0) % blocks) * BV + tl.arange(0, BV)
     i = tl.arange(0, C)
-    place = d[:, None] * V + c[None, :]
+    place = (b * H + h) * K * V + d[:, None] * V + c[None, :]
     low = q.dtype.element_ty
     untils = gates + (b * 0 + B) * T * H
-    dS = tl.load(d_end + (b * H + h) * K * V + place).to(tl.float32)
+    dS = tl.trans(tl.load(d_end + place).to(tl.float32))
     for m in range(0, N):
         n = N - 1 - m
         first = n * C
         row = (b * T + first) * H + h
+        chunk = (b * N + n) * H + h
+        if DECAY == 1:
+            kept = tl.load(whole + chunk)
         ks = load_rows(k, row, first, T, d, H, K, C)
         qs = load_rows(q, row, first, T, d, H, K, C)
         ys = load_rows(do, row, first, T, c, H, V, C)
@@ -55,26 +58,27 @@ def reverse_scan(
         s = load_rows(scores, row, first, T, i, H, C, C)
         strength = load_gate(beta, row, first, T, H, C)
         after = dS.to(low)
-        tl.store(d_states + ((b * N + n) * H + h) * K * V + place, after)
+        tl.store(d_states + chunk * K * V + c[:, None] * K + d[None, :], after)
         fs = load_rows(fade, row, first, T, d, H, K, C) if DECAY == 2 else ks
-        du = tl.dot(fs, after, input_precision=PRECISION)
+        y = tl.trans(ys)
+        du = tl.dot(after, tl.trans(fs), input_precision=PRECISION)
         if DECAY == 1:
             since = load_gate(gates, row, first, T, H, C)
-            du *= load_gate(untils, row, first, T, H, C)[:, None]
-        du += tl.dot(tl.trans(s), ys, input_precision=PRECISION) * scale
-        du *= strength[:, None]
-        z = tl.dot(tl.trans(M), du.to(low), input_precision=PRECISION)
-        store_rows(dv, row, first, T, c, z, H, V, C)
-        y = ys.to(tl.float32) * scale
+            du *= load_gate(untils, row, first, T, H, C)[None, :]
+        scaled = y.to(tl.float32) * scale
+        du = tl.dot(scaled.to(low), s, du, input_precision=PRECISION)
+        du *= strength[None, :]
+        z = tl.dot(du.to(low), M, input_precision=PRECISION)
+        store_rows(dv, row, first, T, c, tl.trans(z.to(low)), H, V, C)
         if DECAY == 1:
-            y *= since[:, None]
-            z *= since[:, None]
-            dS *= tl.load(whole + (b * N + n) * H + h)
+            scaled *= since[None, :]
+            z *= since[None, :]
+            dS *= kept
         elif DECAY == 2:
-            dS *= tl.load(whole + ((b * N + n) * H + h) * K + d)[:, None]
-        dS = tl.dot(tl.trans(qs), y.to(low), dS, input_precision=PRECISION)
-        dS = tl.dot(tl.trans(ks), (-z).to(low), dS, input_precision=PRECISION)
-    tl.store(d_state + (b * H + h) * K * V + place, dS)
+            dS *= tl.load(whole + chunk * K + d)[None, :]
+        dS = tl.dot(scaled.to(low), qs, dS, input_precision=PRECISION)
+        dS = tl.dot((-z).to(low), ks, dS, input_precision=PRECISION)
+    tl.store(d_state + place, tl.trans(dS))
 
 
 @triton.jit
@@ -193,17 +197,17 @@ def gradients(
         inner = tl.zeros([BK], tl.float32)
         for p in range(0, V // BV):
             c = p * BV + tl.arange(0, BV)
-            at = place + d[:, None] * V + c[None, :]
+            at = place + c[:, None] * K + d[None, :]
             S = tl.load(states + at)
             dS = tl.load(d_states + at)
             ys = load_rows(do, row, first, T, c, H, V, C)
             rs = load_rows(r, row, first, T, c, H, V, C)
             zs = load_rows(z, row, first, T, c, H, V, C)
-            dqs = tl.dot(ys, tl.trans(S), dqs, input_precision=PRECISION)
-            dks = tl.dot(zs, tl.trans(S), dks, input_precision=PRECISION)
-            dfs = tl.dot(rs, tl.trans(dS), dfs, input_precision=PRECISION)
+            dqs = tl.dot(ys, S, dqs, input_precision=PRECISION)
+            dks = tl.dot(zs, S, dks, input_precision=PRECISION)
+            dfs = tl.dot(rs, dS, dfs, input_precision=PRECISION)
             if DECAY != 0:
-                inner += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+                inner += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
         dqs *= scale
         if DECAY == 2:
             fs = load_rows(fade, row, first, T, d, H, K, C)

@@ -98,10 +98,8 @@ def forward(
     if const["DECAY"] == 2:
         assert g is not None
         (scores, A), (read, known), fade, whole = vector.forward((q, k), k, g, C)
-    exact = q.dtype == torch.float32 or launch.target(q.device).backend == "hip"
     args = (q, k, beta, g, A, scores, solve, gates, whole, T, N, B)
-    constant = {**const, "SOLVE": "ieee" if exact else "tf32x3"}
-    launch.launch(prepare, (N * B * H,), *args, **use.prepare, **constant)
+    launch.launch(prepare, (N * B * H,), *args, **use.prepare, **const)
     const |= {"V": V, "BV": use.columns}
     given = (read, known, fade, v, beta, scores, solve, gates, whole, state)
     args = (*given, o, end, r, states, scale, T, N, B)
@@ -125,7 +123,7 @@ def allocate(q: Tensor, v: Tensor, g: Tensor | None, save: bool, use: Settings) 
         launch.empty((2, B, T, H) if scalar else (0,), like=q, dtype=wide),
         launch.empty((0,) if g is None else (B, N, *g.shape[2:]), like=q, dtype=wide),
         launch.empty((B, T, H, V) if keep else (0,), like=q),
-        launch.empty((B, N, H, K, V) if keep else (0,), like=q),
+        launch.empty((B, N, H, V, K) if keep else (0,), like=q),
     )
 
 
