@@ -51,12 +51,10 @@ def prepare(
         ks = load_rows(k, row, first, T, d, H, K, C)
         qs = load_rows(q, row, first, T, d, H, K, C)
         s = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
-        a = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
         if DECAY == 1:
             coarse, fine = sums(log)
             ratio = ratios(coarse, fine)
             s *= ratio
-            a *= ratio
             ends, rest = last(coarse, C), last(fine, C)
             since = tl.exp2(coarse + fine)
             until = tl.exp2(tl.minimum((ends - coarse) + (rest - fine), 0.0))
@@ -64,6 +62,9 @@ def prepare(
             store_gate(gates + (b * 0 + B) * T * H, row, first, T, until, H, C)
             tl.store(whole + (b * N + n) * H + h, tl.exp2(ends + rest))
         store_rows(scores, row, first, T, i, tl.where(seen, s, 0.0), H, C, C)
+        a = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
+        if DECAY == 1:
+            a *= ratio
     a = tl.where(i[:, None] > i[None, :], a * strength[None, :], 0.0)
     inverse = unit_lower_inverse(a, C, PRECISION, q.dtype.element_ty)
     store_rows(solve, row, first, T, i, inverse, H, C, C)

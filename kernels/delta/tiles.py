@@ -77,10 +77,9 @@ def unit_lower_inverse(
     i = tl.arange(0, C)
     apart = i[:, None] ^ i[None, :]
     X = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, A, 0.0)
-    low = A.to(TYPE)
     LEVELS: tl.constexpr = 4 if C == 16 else (5 if C == 32 else 6)
     for level in tl.static_range(1, LEVELS):
-        joins = tl.where((apart >> level) == 1, low, 0.0).to(TYPE)
+        joins = tl.where((apart >> level) == 1, A, 0.0).to(TYPE)
         known = X.to(TYPE)
         right = tl.dot(joins, known, input_precision=PRECISION)
         X = tl.dot(known, (-right).to(TYPE), X, input_precision=PRECISION)
