@@ -109,8 +109,8 @@ def gradients(
     q, k, fade, beta, g, scores, A, gates, whole, do, r, z, states, d_states,
     dq, dk, d_beta, dg, d_scores, dA, d_fade, d_whole, scale, T, N, B,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, INNER: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A program does one chunk of one head: first what is `[C, C]`, then BK key channels at a
     time.
@@ -123,8 +123,8 @@ def gradients(
     and what is left of the state. With EXACT the first are summed as they are; else as those of
     i >= t less those of j >= t.
 
-    Transposes are computed as products of their own: on sm_90 a product's result, transposed, is
-    no safe operand of another.
+    d_scores and dA are written in any case, and read again for their transposes: on sm_90 a
+    product's result, transposed, is no safe operand of another.
     """
     n, bh = tl.program_id(0) % N, tl.program_id(0) // N
     b, h = (bh // H).to(tl.int64), bh % H
@@ -145,47 +145,40 @@ def gradients(
     if DECAY == 2:
         s = load_rows(scores, row, first, T, i, H, C, C).to(tl.float32)
     else:
-        s = products(q, k, row, first, T, H, K, BK, C, PRECISION)
-    dy = products(do, r, row, first, T, H, V, BV, C, PRECISION)
+        s = products(q, k, row, first, T, H, K, min(K, INNER), C, PRECISION)
+    dy = products(do, r, row, first, T, H, V, min(V, INNER), C, PRECISION)
     dy = tl.where(seen, dy * scale, 0.0)
     if DECAY == 1:
         dy *= ratios(coarse, fine)
     pairs = dy * s
     of_beta = tl.sum(pairs, 0)
-    dy *= strength[None, :]
+    yk = (dy * strength[None, :]).to(low)
+    store_rows(d_scores, row, first, T, i, yk, H, C, C)
     if DECAY == 2:
-        store_rows(d_scores, row, first, T, i, dy, H, C, C)
         s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
     else:
-        yk = dy.to(low)
         if DECAY == 1:
             rows = tl.sum(pairs * strength[None, :], 1)
             total = across(pairs, strength, C) if EXACT else rows
-        s = products(k, k, row, first, T, H, K, BK, C, PRECISION)
-    dz = products(z, r, row, first, T, H, V, BV, C, PRECISION)
+        s = products(k, k, row, first, T, H, K, min(K, INNER), C, PRECISION)
+    dz = products(z, r, row, first, T, H, V, min(V, INNER), C, PRECISION)
     dz = tl.where(before, -dz, 0.0)
     if DECAY == 1:
         dz *= ratios(coarse, fine)
     pairs = dz * s
     of_beta += tl.sum(pairs, 0)
-    dz *= strength[None, :]
-    if DECAY == 2:
-        store_rows(dA, row, first, T, i, dz, H, C, C)
-    else:
-        zk = dz.to(low)
-        dy = products(r, do, row, first, T, H, V, BV, C, PRECISION)
-        dz = products(r, z, row, first, T, H, V, BV, C, PRECISION)
-        if DECAY == 1:
-            if EXACT:
-                total += across(pairs, strength, C)
-            else:
-                total += tl.sum(pairs * strength[None, :], 1) - of_beta * strength
-                total = tl.cumsum(total, 0, reverse=True)
-            turned = ratios(-coarse, -fine)
-            dy *= turned
-            dz *= turned
-        ky = tl.where(i[:, None] <= i[None, :], dy * (strength * scale)[:, None], 0.0).to(low)
-        kz = tl.where(i[:, None] < i[None, :], -dz * strength[:, None], 0.0).to(low)
+    zk = (dz * strength[None, :]).to(low)
+    store_rows(dA, row, first, T, i, zk, H, C, C)
+    if DECAY == 1:
+        if EXACT:
+            total += across(pairs, strength, C)
+        else:
+            total += tl.sum(pairs * strength[None, :], 1) - of_beta * strength
+            total = tl.cumsum(total, 0, reverse=True)
+    if DECAY != 2:
+        tl.debug_barrier()
+        ky = tl.trans(load_rows(d_scores, row, first, T, i, H, C, C))
+        kz = tl.trans(load_rows(dA, row, first, T, i, H, C, C))
     left = tl.zeros([C], tl.float32)
     read = tl.zeros([C], tl.float32)
     kept = tl.zeros([1], tl.float32)

@@ -15,13 +15,14 @@ from .step import step
 
 class Settings(NamedTuple):
     """chunk: tokens. columns: of V, in the scans; `wide`: in `outputs`. block: channels of
-    K and of V, in `gradients`. fused: the scan gives the outputs, too. Then the warps and
+    K and of V, in `gradients`; inner: of those that its squares sum over. fused: the scan gives the outputs, too. Then the warps and
     stages of each kernel."""
 
     chunk: int
     columns: int
     wide: int
     block: int
+    inner: int
     fused: bool
     prepare: dict[str, int]
     scan: dict[str, int]
@@ -41,24 +42,29 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
     def of(warps: int, stages: int) -> dict[str, int]:
         return {"num_warps": warps, "num_stages": stages}
 
+    hopper = target.backend == "cuda" and int(target.arch) >= 90
     if dtype == torch.float32:  # products are multiply-adds in registers
-        most, block = 16, 16
-    elif target.backend == "hip" or int(target.arch) < 90:
-        most, block = 32 if K <= 128 else 16, 32
+        most, block, inner = 16, 16, 16
+    elif hopper:  # a warp has 16 of 64 columns, and two groups of four share what they read
+        most, block, inner = 128 if 64 < K <= 128 else 64, 64, 128
+        most = most if K <= 128 else 32
     else:
-        most, block = 64 if K <= 128 else 32, 64 if K > 64 else 32
-    columns = wide = min(V, most)
+        most, block, inner = 32 if K <= 128 else 16, 32, 32
+    columns, wide = min(V, most), min(V, most, 64)
     enough = 0.75 * target.multiprocessors
     fused = rows * (V // columns) >= enough
     while columns > 16 and rows * (V // columns) < enough:
         columns //= 2
     if dtype == torch.float32:
-        chunk, stages, scans = 32 if K <= 64 else 16, 1, 8
+        chunk, stages, warps, last = 32 if K <= 64 else 16, 1, 8, 8
     else:
-        chunk, stages = 64 if K <= 128 else 32, 1 if target.backend == "hip" else 2
-        scans = 8 if K * columns > 64 * most or K > 128 else 4
-    every = of(4, 1), of(scans, stages), of(4, 1), of(scans, stages), of(8, 1)
-    return Settings(chunk, columns, wide, min(K, block), fused, *every)
+        chunk, last = 64 if K <= 128 else 32, 4 if hopper and K <= 128 else 8
+        stages = 1 if target.backend == "hip" else 2
+        if hopper and (columns > 64 or columns < 64):
+            stages = 3
+        warps = 8 if columns > 64 or K > 128 else 4
+    every = of(4, 1), of(warps, stages), of(4, 1), of(warps, stages), of(last, 1)
+    return Settings(chunk, columns, wide, min(K, block), inner, fused, *every)
 
 
 def plan(q: Tensor, v: Tensor) -> Settings:
@@ -162,13 +168,14 @@ def backward(
     args = (read, known, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state)
     grid = (B * H * (V // use.columns),)
     launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, B, **use.reverse, **const)
-    const |= {"BK": use.block, "BV": min(V, use.block), "EXACT": q.dtype == torch.float32}
-    d_scores = d_A = d_fade = d_whole = None
+    const |= {"BK": use.block, "BV": min(V, use.block), "INNER": use.inner}
+    const["EXACT"] = q.dtype == torch.float32
+    d_scores, d_A = (launch.empty(scores.shape, like=q) for _ in range(2))
+    d_fade = d_whole = None
     d_read, d_known, A = dq, dk, None
     if prepared:
         A = prepared.scores[1]
         d_read, d_known, d_fade = (launch.empty(q.shape, like=q) for _ in range(3))
-        d_scores, d_A = (launch.empty(scores.shape, like=q) for _ in range(2))
         d_whole = launch.empty(whole.shape, like=whole)
     given = (read, known, fade, beta, g, scores, A, gates, whole, do, r, dv, states, d_states)
     made = (d_read, d_known, d_beta, dg, d_scores, d_A, d_fade, d_whole)
