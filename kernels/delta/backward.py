@@ -132,7 +132,6 @@ def gradients(
     row = (b * T + first) * H + h
     place = ((b * N + n) * H + h) * K * V
     i = tl.arange(0, C)
-    low = q.dtype.element_ty
     seen = i[:, None] >= i[None, :]
     before = i[:, None] > i[None, :]
     strength = load_gate(beta, row, first, T, H, C)
@@ -151,37 +150,30 @@ def gradients(
     if DECAY == 1:
         dy *= ratios(coarse, fine)
     pairs = dy * s
-    of_beta = tl.sum(pairs, 0)
-    yk = (dy * strength[None, :]).to(low)
-    store_rows(d_scores, row, first, T, i, yk, H, C, C)
+    store_rows(d_scores, row, first, T, i, dy * strength[None, :], H, C, C)
     if DECAY == 2:
         s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
     else:
-        if DECAY == 1:
-            rows = tl.sum(pairs * strength[None, :], 1)
-            total = across(pairs, strength, C) if EXACT else rows
         s = products(k, k, row, first, T, H, K, min(K, INNER), C, PRECISION)
     dz = products(z, r, row, first, T, H, V, min(V, INNER), C, PRECISION)
     dz = tl.where(before, -dz, 0.0)
     if DECAY == 1:
         dz *= ratios(coarse, fine)
-    pairs = dz * s
-    of_beta += tl.sum(pairs, 0)
-    zk = (dz * strength[None, :]).to(low)
-    store_rows(dA, row, first, T, i, zk, H, C, C)
+    store_rows(dA, row, first, T, i, dz * strength[None, :], H, C, C)
+    pairs += dz * s
+    of_beta = tl.sum(pairs, 0)
     if DECAY == 1:
         if EXACT:
-            total += across(pairs, strength, C)
+            total = across(pairs, strength, C)
         else:
-            total += tl.sum(pairs * strength[None, :], 1) - of_beta * strength
-            total = tl.cumsum(total, 0, reverse=True)
+            total = tl.sum(pairs * strength[None, :], 1) - of_beta * strength
     if DECAY != 2:
         tl.debug_barrier()
-        ky = tl.trans(load_rows(d_scores, row, first, T, i, H, C, C))
-        kz = tl.trans(load_rows(dA, row, first, T, i, H, C, C))
+        yk = load_rows(d_scores, row, first, T, i, H, C, C)
+        zk = load_rows(dA, row, first, T, i, H, C, C)
     left = tl.zeros([C], tl.float32)
     read = tl.zeros([C], tl.float32)
-    kept = tl.zeros([1], tl.float32)
+    kept = 0.0
     for m in range(0, K // BK):
         d = m * BK + tl.arange(0, BK)
         dqs = tl.zeros([C, BK], tl.float32)
@@ -199,7 +191,9 @@ def gradients(
             dqs = tl.dot(ys, S, dqs, input_precision=PRECISION)
             dks = tl.dot(zs, S, dks, input_precision=PRECISION)
             dfs = tl.dot(rs, dS, dfs, input_precision=PRECISION)
-            if DECAY != 0:
+            if DECAY == 1:
+                kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+            elif DECAY == 2:
                 inner += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
         dqs *= scale
         if DECAY == 2:
@@ -217,19 +211,21 @@ def gradients(
                 dks *= since[:, None]
                 dfs *= until[:, None]
                 read += tl.sum(dqs * qs.to(tl.float32) - dks * ks.to(tl.float32), 1)
-                kept += tl.sum(inner, 0)
             left += tl.sum(dfs * ks.to(tl.float32), 1)
             dqs = tl.dot(yk, ks, dqs, input_precision=PRECISION)
             store_rows(dq, row, first, T, d, dqs, H, K, C)
             dks = dfs * strength[:, None] - dks
             dks = tl.dot(zk, ks, dks, input_precision=PRECISION)
-            dks = tl.dot(kz, ks, dks, input_precision=PRECISION)
-            dks = tl.dot(ky, qs, dks, input_precision=PRECISION)
+            dks = tl.dot(tl.trans(zk), ks, dks, input_precision=PRECISION)
+            dks = tl.dot(tl.trans(yk), qs, dks, input_precision=PRECISION)
             store_rows(dk, row, first, T, d, dks, H, K, C)
     store_gate(d_beta, row, first, T, of_beta + left, H, C)
     if DECAY == 1:
         left *= strength
-        total += tl.cumsum(read, 0, reverse=True)
-        total += tl.sum(tl.where(before, left[None, :], 0.0), 1)
-        total += tl.sum(kept, 0) * tl.load(whole + (b * N + n) * H + h)
+        if EXACT:
+            total += tl.cumsum(read, 0, reverse=True)
+            total += tl.sum(tl.where(before, left[None, :], 0.0), 1)
+        else:  # what is left before t as all less that from t on
+            total = tl.cumsum(total + read - left, 0, reverse=True) + tl.sum(left, 0)
+        total += kept * tl.load(whole + (b * N + n) * H + h)
         store_gate(dg, row, first, T, tl.where(log >= FLOOR, total, 0.0), H, C)
