@@ -82,6 +82,16 @@ def reverse_scan(
 
 
 @triton.jit
+def onto(x, y, out, FRESH: tl.constexpr, PRECISION: tl.constexpr):
+    """out + x y. FRESH: out is zero, and takes no registers."""
+    if FRESH:
+        out = tl.dot(x, y, input_precision=PRECISION)
+    else:
+        out = tl.dot(x, y, out, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
 def products(
     x, y, row, first, T,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
@@ -92,7 +102,7 @@ def products(
         d = p * BD + tl.arange(0, BD)
         xs = load_rows(x, row, first, T, d, H, D, C)
         ys = load_rows(y, row, first, T, d, H, D, C)
-        out = tl.dot(xs, tl.trans(ys), out, input_precision=PRECISION)
+        out = onto(xs, tl.trans(ys), out, D == BD, PRECISION)
     return out
 
 
@@ -188,9 +198,9 @@ def gradients(
             ys = load_rows(do, row, first, T, c, H, V, C)
             rs = load_rows(r, row, first, T, c, H, V, C)
             zs = load_rows(z, row, first, T, c, H, V, C)
-            dqs = tl.dot(ys, S, dqs, input_precision=PRECISION)
-            dks = tl.dot(zs, S, dks, input_precision=PRECISION)
-            dfs = tl.dot(rs, dS, dfs, input_precision=PRECISION)
+            dqs = onto(ys, S, dqs, V == BV, PRECISION)
+            dks = onto(zs, S, dks, V == BV, PRECISION)
+            dfs = onto(rs, dS, dfs, V == BV, PRECISION)
             if DECAY == 1:
                 kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
             elif DECAY == 2:

@@ -14,14 +14,15 @@ from .step import step
 
 
 class Settings(NamedTuple):
-    """chunk: tokens. columns: of V, in the scans; `wide`: in `outputs`. block: channels of
-    K and of V, in `gradients`; inner: of those that its squares sum over. fused: the scan gives the outputs, too. Then the warps and
+    """chunk: tokens. columns: of V, in the scans; `wide`: in `outputs`. block, depth:
+    channels of K and of V, in `gradients`; inner: of those that its squares sum over. fused: the scan gives the outputs, too. Then the warps and
     stages of each kernel."""
 
     chunk: int
     columns: int
     wide: int
     block: int
+    depth: int
     inner: int
     fused: bool
     prepare: dict[str, int]
@@ -44,12 +45,12 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
 
     hopper = target.backend == "cuda" and int(target.arch) >= 90
     if dtype == torch.float32:  # products are multiply-adds in registers
-        most, block, inner = 16, 16, 16
+        most, block, depth, inner = 16, 16, 16, 16
     elif hopper:  # a warp has 16 of 64 columns, and two groups of four share what they read
-        most, block, inner = 128 if 64 < K <= 128 else 64, 64, 128
+        most, block, depth, inner = 128 if 64 < K <= 128 else 64, 64, 64, 128
         most = most if K <= 128 else 32
     else:
-        most, block, inner = 32 if K <= 128 else 16, 32, 32
+        most, block, depth, inner = 32 if K <= 128 else 16, 32, 32, 32
     columns, wide = min(V, most), min(V, most, 64)
     enough = 0.75 * target.multiprocessors
     fused = rows * (V // columns) >= enough
@@ -64,7 +65,7 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
             stages = 3
         warps = 8 if columns > 64 or K > 128 else 4
     every = of(4, 1), of(warps, stages), of(4, 1), of(warps, stages), of(last, 1)
-    return Settings(chunk, columns, wide, min(K, block), inner, fused, *every)
+    return Settings(chunk, columns, wide, min(K, block), depth, inner, fused, *every)
 
 
 def plan(q: Tensor, v: Tensor) -> Settings:
@@ -168,7 +169,7 @@ def backward(
     args = (read, known, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state)
     grid = (B * H * (V // use.columns),)
     launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, B, **use.reverse, **const)
-    const |= {"BK": use.block, "BV": min(V, use.block), "INNER": use.inner}
+    const |= {"BK": use.block, "BV": min(V, use.depth), "INNER": use.inner}
     const["EXACT"] = q.dtype == torch.float32
     d_scores, d_A = (launch.empty(scores.shape, like=q) for _ in range(2))
     d_fade = d_whole = None
