@@ -94,15 +94,17 @@ def onto(x, y, out, FRESH: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def products(
     x, y, row, first, T,
-    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`[C, C]`: x y^T of a chunk."""
+    BD: tl.constexpr = D if D < MOST else MOST
     out = tl.zeros([C, C], tl.float32)
     for p in range(0, D // BD):
         d = p * BD + tl.arange(0, BD)
         xs = load_rows(x, row, first, T, d, H, D, C)
         ys = load_rows(y, row, first, T, d, H, D, C)
-        out = onto(xs, tl.trans(ys), out, D == BD, PRECISION)
+        out = tl.dot(xs, tl.trans(ys), out, input_precision=PRECISION)
     return out
 
 
@@ -144,6 +146,15 @@ def gradients(
     i = tl.arange(0, C)
     seen = i[:, None] >= i[None, :]
     before = i[:, None] > i[None, :]
+    WHOLE: tl.constexpr = K <= INNER and V <= INNER
+    ONCE: tl.constexpr = WHOLE and K == BK and V == BV
+    if WHOLE:  # all at once: memory is slow to answer
+        if DECAY != 2:
+            k0 = load_rows(k, row, first, T, tl.arange(0, K), H, K, C)
+            q0 = load_rows(q, row, first, T, tl.arange(0, K), H, K, C)
+        r0 = load_rows(r, row, first, T, tl.arange(0, V), H, V, C)
+        y0 = load_rows(do, row, first, T, tl.arange(0, V), H, V, C)
+        z0 = load_rows(z, row, first, T, tl.arange(0, V), H, V, C)
     strength = load_gate(beta, row, first, T, H, C)
     if DECAY == 1:
         log = load_gate(g, row, first, T, H, C)
@@ -153,9 +164,14 @@ def gradients(
     # One square after the other, for their registers.
     if DECAY == 2:
         s = load_rows(scores, row, first, T, i, H, C, C).to(tl.float32)
+    elif WHOLE:
+        s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     else:
-        s = products(q, k, row, first, T, H, K, min(K, INNER), C, PRECISION)
-    dy = products(do, r, row, first, T, H, V, min(V, INNER), C, PRECISION)
+        s = products(q, k, row, first, T, H, K, INNER, C, PRECISION)
+    if WHOLE:
+        dy = tl.dot(y0, tl.trans(r0), input_precision=PRECISION)
+    else:
+        dy = products(do, r, row, first, T, H, V, INNER, C, PRECISION)
     dy = tl.where(seen, dy * scale, 0.0)
     if DECAY == 1:
         dy *= ratios(coarse, fine)
@@ -163,9 +179,14 @@ def gradients(
     store_rows(d_scores, row, first, T, i, dy * strength[None, :], H, C, C)
     if DECAY == 2:
         s = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
+    elif WHOLE:
+        s = tl.dot(k0, tl.trans(k0), input_precision=PRECISION)
     else:
-        s = products(k, k, row, first, T, H, K, min(K, INNER), C, PRECISION)
-    dz = products(z, r, row, first, T, H, V, min(V, INNER), C, PRECISION)
+        s = products(k, k, row, first, T, H, K, INNER, C, PRECISION)
+    if WHOLE:
+        dz = tl.dot(z0, tl.trans(r0), input_precision=PRECISION)
+    else:
+        dz = products(z, r, row, first, T, H, V, INNER, C, PRECISION)
     dz = tl.where(before, -dz, 0.0)
     if DECAY == 1:
         dz *= ratios(coarse, fine)
@@ -195,9 +216,9 @@ def gradients(
             at = place + c[:, None] * K + d[None, :]
             S = tl.load(states + at)
             dS = tl.load(d_states + at)
-            ys = load_rows(do, row, first, T, c, H, V, C)
-            rs = load_rows(r, row, first, T, c, H, V, C)
-            zs = load_rows(z, row, first, T, c, H, V, C)
+            ys = y0 if ONCE else load_rows(do, row, first, T, c, H, V, C)
+            rs = r0 if ONCE else load_rows(r, row, first, T, c, H, V, C)
+            zs = z0 if ONCE else load_rows(z, row, first, T, c, H, V, C)
             dqs = onto(ys, S, dqs, V == BV, PRECISION)
             dks = onto(zs, S, dks, V == BV, PRECISION)
             dfs = onto(rs, dS, dfs, V == BV, PRECISION)
@@ -214,8 +235,8 @@ def gradients(
             store_rows(d_fade, row, first, T, d, dfs * strength[:, None], H, K, C)
             tl.store(d_whole + ((b * N + n) * H + h) * K + d, inner)
         else:
-            ks = load_rows(k, row, first, T, d, H, K, C)
-            qs = load_rows(q, row, first, T, d, H, K, C)
+            ks = k0 if ONCE else load_rows(k, row, first, T, d, H, K, C)
+            qs = q0 if ONCE else load_rows(q, row, first, T, d, H, K, C)
             if DECAY == 1:
                 dqs *= since[:, None]
                 dks *= since[:, None]
