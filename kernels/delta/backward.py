@@ -159,8 +159,6 @@ def gradients(
     if DECAY == 1:
         log = load_gate(g, row, first, T, H, C)
         coarse, fine = sums(log)
-        since = load_gate(gates, row, first, T, H, C)
-        until = load_gate(gates + (b * 0 + B) * T * H, row, first, T, H, C)
     # One square after the other, for their registers.
     if DECAY == 2:
         s = load_rows(scores, row, first, T, i, H, C, C).to(tl.float32)
@@ -200,6 +198,9 @@ def gradients(
             total = tl.sum(pairs * strength[None, :], 1) - of_beta * strength
     if DECAY != 2:
         tl.debug_barrier()
+        if DECAY == 1:
+            since = load_gate(gates, row, first, T, H, C)
+            until = load_gate(gates + (b * 0 + B) * T * H, row, first, T, H, C)
         yk = load_rows(d_scores, row, first, T, i, H, C, C)
         zk = load_rows(dA, row, first, T, i, H, C, C)
     left = tl.zeros([C], tl.float32)
