@@ -14,9 +14,9 @@ from .step import step
 
 
 class Settings(NamedTuple):
-    """chunk: tokens. columns: of V, in the scans; `wide`: in `outputs`. block, depth:
-    channels of K and of V, in `gradients`; inner: of those that its squares sum over. fused: the scan gives the outputs, too. Then the warps and
-    stages of each kernel."""
+    """chunk: tokens. columns: of V, in the scans; `wide`: in `outputs`. block, depth: channels of
+    K and of V at a time in `gradients`; inner: those that its squares sum over at once. fused:
+    the scan gives the outputs, too. Then the warps and stages of each kernel."""
 
     chunk: int
     columns: int
@@ -32,8 +32,16 @@ class Settings(NamedTuple):
     gradients: dict[str, int]
 
 
-def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of `rows` = B H states `[K, V]`.
+def settings(
+    rows: int,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    target: launch.Target,
+    by_channel: bool = False,
+) -> Settings:
+    """Of `rows` = B H states `[K, V]`. by_channel: with decays of channels, which makes it read
+    three tiles of K rather than two.
 
     With many, the scans fill the machine, and the forward one gives the outputs in the fewest
     bytes. With few, all waits for its chain from chunk to chunk: as little as possible is left
@@ -47,8 +55,8 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
     if dtype == torch.float32:  # products are multiply-adds in registers
         most, block, depth, inner = 16, 16, 16, 16
     elif hopper:  # a warp has 16 of 64 columns, and two groups of four share what they read
-        most, block, depth, inner = 128 if 64 < K <= 128 else 64, 64, 64, 128
-        most = most if K <= 128 else 32
+        most = (64 if K <= 64 else 128) if K <= 128 else 32
+        block, depth, inner = 64, 64, 128
     else:
         most, block, depth, inner = 32 if K <= 128 else 16, 32, 32, 32
     columns, wide = min(V, most), min(V, most, 64)
@@ -61,16 +69,19 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
     else:
         chunk, last = 64 if K <= 128 else 32, 4 if hopper and K <= 128 else 8
         stages = 1 if target.backend == "hip" else 2
-        if hopper and (columns > 64 or columns < 64):
+        # Where no other program computes while it waits, the next chunk has to be under way.
+        alone = rows * (V // columns) < 2 * target.multiprocessors or columns > 64
+        if hopper and alone and not (by_channel and K > 64):
             stages = 3
         warps = 8 if columns > 64 or K > 128 else 4
     every = of(4, 1), of(warps, stages), of(4, 1), of(warps, stages), of(last, 1)
     return Settings(chunk, columns, wide, min(K, block), depth, inner, fused, *every)
 
 
-def plan(q: Tensor, v: Tensor) -> Settings:
+def plan(q: Tensor, v: Tensor, g: Tensor | None) -> Settings:
     B, _, H, K = q.shape
-    return settings(B * H, K, v.shape[-1], q.dtype, launch.target(q.device))
+    by_channel = g is not None and g.dim() == 4
+    return settings(B * H, K, v.shape[-1], q.dtype, launch.target(q.device), by_channel)
 
 
 def chunks(T: int, size: int) -> int:
@@ -97,7 +108,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last state, and what the backward wants with `save`: scores, solve, gates, whole, r
     and states."""
-    use = plan(q, v)
+    use = plan(q, v, g)
     (B, T, H, _), V, C = q.shape, v.shape[-1], use.chunk
     N, const = chunks(T, C), constants(q, g, C)
     o, end, scores, solve, gates, whole, r, states = allocate(q, v, g, save, use)
@@ -136,7 +147,7 @@ def allocate(q: Tensor, v: Tensor, g: Tensor | None, save: bool, use: Settings) 
 
 @forward.register_fake
 def _(q: Any, k: Any, v: Any, beta: Any, g: Any, state: Any, scale: float, save: bool) -> Any:
-    return allocate(q, v, g, save, plan(q, v))
+    return allocate(q, v, g, save, plan(q, v, g))
 
 
 @torch.library.custom_op("layerzoo::delta_rule_backward", mutates_args=())
@@ -157,7 +168,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g (empty without one) and of the state given."""
-    use = plan(q, v)
+    use = plan(q, v, g)
     (B, T, H, _), V, C = q.shape, v.shape[-1], use.chunk
     N, const = chunks(T, C), constants(q, g, C)
     dq, dk, dv, d_beta, dg, d_state = allocate_gradients(q, k, v, beta, g)
