@@ -203,6 +203,7 @@ def gradients(
             until = load_gate(gates + (b * 0 + B) * T * H, row, first, T, H, C)
         yk = load_rows(d_scores, row, first, T, i, H, C, C)
         zk = load_rows(dA, row, first, T, i, H, C, C)
+    strength = load_gate(beta, row, first, T, H, C)  # again, for registers meanwhile
     left = tl.zeros([C], tl.float32)
     read = tl.zeros([C], tl.float32)
     kept = 0.0

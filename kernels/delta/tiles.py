@@ -64,9 +64,7 @@ def ratios(coarse, fine):
 
 
 @triton.jit
-def unit_lower_inverse(
-    A, C: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr = tl.float32
-):  # fmt: skip
+def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr):
     """(I + A)^-1 of a strictly lower `[C, C]` in float32. TYPE: of the products' operands.
 
     X has the inverses of the diagonal blocks of n. With L the blocks of A that join two of them,
@@ -77,8 +75,7 @@ def unit_lower_inverse(
     i = tl.arange(0, C)
     apart = i[:, None] ^ i[None, :]
     X = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, A, 0.0)
-    LEVELS: tl.constexpr = 4 if C == 16 else (5 if C == 32 else 6)
-    for level in tl.static_range(1, LEVELS):
+    for level in tl.static_range(1, 4 if C == 16 else (5 if C == 32 else 6)):  # pyright: ignore
         joins = tl.where((apart >> level) == 1, A, 0.0).to(TYPE)
         known = X.to(TYPE)
         right = tl.dot(joins, known, input_precision=PRECISION)
