@@ -30,7 +30,7 @@ from .tiles import (
 def prepare(
     q, k, beta, g, A, scores, solve, gates, whole, T, N, B,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program does one chunk of one head. scores, solve: `[B, T, H, C]`. gates: since and until,
     `[2, B, T, H]`. whole: `[B, N, H]`. DECAY: 0 none, 1 a token, 2 a channel: then A is given,
@@ -42,18 +42,19 @@ def prepare(
     i = tl.arange(0, C)
     d = tl.arange(0, K)
     seen = i[:, None] >= i[None, :]
+    strength = load_gate(beta, row, first, T, H, C)
+    if DECAY == 1:
+        log = load_gate(g, row, first, T, H, C)
     if DECAY == 2:
         a = load_rows(A, row, first, T, i, H, C, C).to(tl.float32)
     else:
         ks = load_rows(k, row, first, T, d, H, K, C)
         qs = load_rows(q, row, first, T, d, H, K, C)
         s = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
-        a = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
         if DECAY == 1:
-            coarse, fine = sums(load_gate(g, row, first, T, H, C))
+            coarse, fine = sums(log)
             ratio = ratios(coarse, fine)
             s *= ratio
-            a *= ratio
             ends, rest = last(coarse, C), last(fine, C)
             since = tl.exp2(coarse + fine)
             until = tl.exp2(tl.minimum((ends - coarse) + (rest - fine), 0.0))
@@ -61,9 +62,12 @@ def prepare(
             store_gate(gates + (b * 0 + B) * T * H, row, first, T, until, H, C)
             tl.store(whole + (b * N + n) * H + h, tl.exp2(ends + rest))
         store_rows(scores, row, first, T, i, tl.where(seen, s, 0.0), H, C, C)
-    a = tl.where(i[:, None] > i[None, :], a, 0.0)
-    a *= load_gate(beta, row, first, T, H, C)[None, :]
-    store_rows(solve, row, first, T, i, unit_lower_inverse(a, C, SOLVE), H, C, C)
+        a = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
+        if DECAY == 1:
+            a *= ratio
+    a = tl.where(i[:, None] > i[None, :], a * strength[None, :], 0.0)
+    inverse = unit_lower_inverse(a, C, PRECISION, q.dtype.element_ty)
+    store_rows(solve, row, first, T, i, inverse, H, C, C)
 
 
 @triton.jit(do_not_specialize=["T", "N", "B"])
@@ -73,9 +77,14 @@ def scan(
     BV: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BV columns of one head's state, `[K, BV]` in float32 registers, through all
-    chunks. With DECAY = 2, q, k and fade are decayed already, and whole is `[B, N, H, K]`.
-    With SAVE, r `[B, T, H, V]` and the states before the chunks `[B, N, H, K, V]` are written;
+    """A program takes BV columns of one head's state through all chunks.
+
+    Their transpose, `[BV, K]`, is in float32 registers, and all is computed transposed: so what
+    one product gives is the left operand of the next, which can stay in registers, and the right
+    ones come from memory.
+
+    With DECAY = 2, q, k and fade are decayed already, and whole is `[B, N, H, K]`. With SAVE,
+    r `[B, T, H, V]` and the transposed states before the chunks `[B, N, H, V, K]` are written;
     without OUT, `outputs` makes o of them."""
     blocks: tl.constexpr = V // BV
     bh = tl.program_id(0) // blocks
@@ -83,48 +92,50 @@ def scan(
     d = tl.arange(0, K)
     c = (tl.program_id(0) % blocks) * BV + tl.arange(0, BV)
     i = tl.arange(0, C)
-    place = d[:, None] * V + c[None, :]
+    place = (b * H + h) * K * V + d[:, None] * V + c[None, :]
     low = q.dtype.element_ty
     untils = gates + (b * 0 + B) * T * H
-    S = tl.load(state + (b * H + h) * K * V + place)
+    S = tl.trans(tl.load(state + place))
     for n in range(0, N):
         first = n * C
         row = (b * T + first) * H + h
+        chunk = (b * N + n) * H + h
+        if DECAY == 1:  # long before it is wanted
+            kept = tl.load(whole + chunk)
         ks = load_rows(k, row, first, T, d, H, K, C)
         vs = load_rows(v, row, first, T, c, H, V, C)
         M = load_rows(solve, row, first, T, i, H, C, C)
         strength = load_gate(beta, row, first, T, H, C)
         known = S.to(low)
         if SAVE:
-            tl.store(states + ((b * N + n) * H + h) * K * V + place, known)
-        e = tl.dot(ks, known, input_precision=PRECISION)
+            tl.store(states + chunk * K * V + c[:, None] * K + d[None, :], known)
+        e = tl.dot(known, tl.trans(ks), input_precision=PRECISION)
         if DECAY == 1:
             since = load_gate(gates, row, first, T, H, C)
-            e *= since[:, None]
-        e = tl.dot(M, (vs - e).to(low), input_precision=PRECISION)
+            e *= since[None, :]
+        e = tl.dot((tl.trans(vs) - e).to(low), tl.trans(M), input_precision=PRECISION)
         if SAVE:
-            store_rows(r, row, first, T, c, e, H, V, C)
-        u = e * strength[:, None]
+            store_rows(r, row, first, T, c, tl.trans(e.to(low)), H, V, C)
+        u = e * strength[None, :]
         written = u.to(low)
         if OUT:
             qs = load_rows(q, row, first, T, d, H, K, C)
             s = load_rows(scores, row, first, T, i, H, C, C)
-            out = tl.dot(qs, known, input_precision=PRECISION)
+            out = tl.dot(known, tl.trans(qs), input_precision=PRECISION)
             if DECAY == 1:
-                out *= since[:, None]
-            out = tl.dot(s, written, out, input_precision=PRECISION)
-            store_rows(o, row, first, T, c, out * scale, H, V, C)
+                out *= since[None, :]
+            out = tl.dot(written, tl.trans(s), out, input_precision=PRECISION)
+            store_rows(o, row, first, T, c, tl.trans((out * scale).to(low)), H, V, C)
         if DECAY == 0:
-            S = tl.dot(tl.trans(ks), written, S, input_precision=PRECISION)
+            S = tl.dot(written, ks, S, input_precision=PRECISION)
         elif DECAY == 1:
-            left = (u * load_gate(untils, row, first, T, H, C)[:, None]).to(low)
-            S *= tl.load(whole + (b * N + n) * H + h)
-            S = tl.dot(tl.trans(ks), left, S, input_precision=PRECISION)
+            left = (u * load_gate(untils, row, first, T, H, C)[None, :]).to(low)
+            S = tl.dot(left, ks, S * kept, input_precision=PRECISION)
         else:
-            S *= tl.load(whole + ((b * N + n) * H + h) * K + d)[:, None]
+            S *= tl.load(whole + chunk * K + d)[None, :]
             fs = load_rows(fade, row, first, T, d, H, K, C)
-            S = tl.dot(tl.trans(fs), written, S, input_precision=PRECISION)
-    tl.store(end + (b * H + h) * K * V + place, S)
+            S = tl.dot(written, fs, S, input_precision=PRECISION)
+    tl.store(end + place, tl.trans(S))
 
 
 @triton.jit(do_not_specialize=["T", "N", "B"])
@@ -142,9 +153,9 @@ def outputs(
     d = tl.arange(0, K)
     c = (tl.program_id(0) % blocks) * BV + tl.arange(0, BV)
     i = tl.arange(0, C)
-    S = tl.load(states + ((b * N + n) * H + h) * K * V + d[:, None] * V + c[None, :])
+    S = tl.load(states + ((b * N + n) * H + h) * K * V + c[:, None] * K + d[None, :])
     qs = load_rows(q, row, first, T, d, H, K, C)
-    out = tl.dot(qs, S, input_precision=PRECISION)
+    out = tl.dot(qs, tl.trans(S), input_precision=PRECISION)
     if DECAY == 1:
         out *= load_gate(gates, row, first, T, H, C)[:, None]
     u = load_rows(r, row, first, T, c, H, V, C).to(tl.float32)

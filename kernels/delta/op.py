@@ -14,14 +14,16 @@ from .step import step
 
 
 class Settings(NamedTuple):
-    """chunk: tokens. columns: of V, in the scans; `wide`: in `outputs`. block: channels of
-    K and of V, in `gradients`. fused: the scan gives the outputs, too. Then the warps and
-    stages of each kernel."""
+    """chunk: tokens. columns: of V, in the scans; `wide`: in `outputs`. block, depth: channels of
+    K and of V at a time in `gradients`; inner: those that its squares sum over at once. fused:
+    the scan gives the outputs, too. Then the warps and stages of each kernel."""
 
     chunk: int
     columns: int
     wide: int
     block: int
+    depth: int
+    inner: int
     fused: bool
     prepare: dict[str, int]
     scan: dict[str, int]
@@ -30,8 +32,16 @@ class Settings(NamedTuple):
     gradients: dict[str, int]
 
 
-def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of `rows` = B H states `[K, V]`.
+def settings(
+    rows: int,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    target: launch.Target,
+    by_channel: bool = False,
+) -> Settings:
+    """Of `rows` = B H states `[K, V]`. by_channel: with decays of channels, which makes it read
+    three tiles of K rather than two.
 
     With many, the scans fill the machine, and the forward one gives the outputs in the fewest
     bytes. With few, all waits for its chain from chunk to chunk: as little as possible is left
@@ -41,29 +51,37 @@ def settings(rows: int, K: int, V: int, dtype: torch.dtype, target: launch.Targe
     def of(warps: int, stages: int) -> dict[str, int]:
         return {"num_warps": warps, "num_stages": stages}
 
+    hopper = target.backend == "cuda" and int(target.arch) >= 90
     if dtype == torch.float32:  # products are multiply-adds in registers
-        most, block = 16, 16
-    elif target.backend == "hip" or int(target.arch) < 90:
-        most, block = 32 if K <= 128 else 16, 32
+        most, block, depth, inner = 16, 16, 16, 16
+    elif hopper:  # a warp has 16 of 64 columns, and two groups of four share what they read
+        most = (64 if K <= 64 else 128) if K <= 128 else 32
+        block, depth, inner = 64, 64, 128
     else:
-        most, block = 64 if K <= 128 else 32, 64 if K > 64 else 32
-    columns = wide = min(V, most)
+        most, block, depth, inner = 32 if K <= 128 else 16, 32, 32, 32
+    columns, wide = min(V, most), min(V, most, 64)
     enough = 0.75 * target.multiprocessors
     fused = rows * (V // columns) >= enough
     while columns > 16 and rows * (V // columns) < enough:
         columns //= 2
     if dtype == torch.float32:
-        chunk, stages, scans = 32 if K <= 64 else 16, 1, 8
+        chunk, stages, warps, last = 32 if K <= 64 else 16, 1, 8, 8
     else:
-        chunk, stages = 64 if K <= 128 else 32, 1 if target.backend == "hip" else 2
-        scans = 8 if K * columns > 64 * most or K > 128 else 4
-    every = of(4, 1), of(scans, stages), of(4, 1), of(scans, stages), of(8, 1)
-    return Settings(chunk, columns, wide, min(K, block), fused, *every)
+        chunk, last = 64 if K <= 128 else 32, 4 if hopper and K <= 128 else 8
+        stages = 1 if target.backend == "hip" else 2
+        # Where no other program computes while it waits, the next chunk has to be under way.
+        alone = rows * (V // columns) < 2 * target.multiprocessors or columns > 64
+        if hopper and alone and not (by_channel and K > 64):
+            stages = 3
+        warps = 8 if columns > 64 or K > 128 else 4
+    every = of(4, 1), of(warps, stages), of(4, 1), of(warps, stages), of(last, 1)
+    return Settings(chunk, columns, wide, min(K, block), depth, inner, fused, *every)
 
 
-def plan(q: Tensor, v: Tensor) -> Settings:
+def plan(q: Tensor, v: Tensor, g: Tensor | None) -> Settings:
     B, _, H, K = q.shape
-    return settings(B * H, K, v.shape[-1], q.dtype, launch.target(q.device))
+    by_channel = g is not None and g.dim() == 4
+    return settings(B * H, K, v.shape[-1], q.dtype, launch.target(q.device), by_channel)
 
 
 def chunks(T: int, size: int) -> int:
@@ -90,7 +108,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last state, and what the backward wants with `save`: scores, solve, gates, whole, r
     and states."""
-    use = plan(q, v)
+    use = plan(q, v, g)
     (B, T, H, _), V, C = q.shape, v.shape[-1], use.chunk
     N, const = chunks(T, C), constants(q, g, C)
     o, end, scores, solve, gates, whole, r, states = allocate(q, v, g, save, use)
@@ -98,10 +116,8 @@ def forward(
     if const["DECAY"] == 2:
         assert g is not None
         (scores, A), (read, known), fade, whole = vector.forward((q, k), k, g, C)
-    exact = q.dtype == torch.float32 or launch.target(q.device).backend == "hip"
     args = (q, k, beta, g, A, scores, solve, gates, whole, T, N, B)
-    constant = {**const, "SOLVE": "ieee" if exact else "tf32x3"}
-    launch.launch(prepare, (N * B * H,), *args, **use.prepare, **constant)
+    launch.launch(prepare, (N * B * H,), *args, **use.prepare, **const)
     const |= {"V": V, "BV": use.columns}
     given = (read, known, fade, v, beta, scores, solve, gates, whole, state)
     args = (*given, o, end, r, states, scale, T, N, B)
@@ -125,13 +141,13 @@ def allocate(q: Tensor, v: Tensor, g: Tensor | None, save: bool, use: Settings) 
         launch.empty((2, B, T, H) if scalar else (0,), like=q, dtype=wide),
         launch.empty((0,) if g is None else (B, N, *g.shape[2:]), like=q, dtype=wide),
         launch.empty((B, T, H, V) if keep else (0,), like=q),
-        launch.empty((B, N, H, K, V) if keep else (0,), like=q),
+        launch.empty((B, N, H, V, K) if keep else (0,), like=q),
     )
 
 
 @forward.register_fake
 def _(q: Any, k: Any, v: Any, beta: Any, g: Any, state: Any, scale: float, save: bool) -> Any:
-    return allocate(q, v, g, save, plan(q, v))
+    return allocate(q, v, g, save, plan(q, v, g))
 
 
 @torch.library.custom_op("layerzoo::delta_rule_backward", mutates_args=())
@@ -152,7 +168,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g (empty without one) and of the state given."""
-    use = plan(q, v)
+    use = plan(q, v, g)
     (B, T, H, _), V, C = q.shape, v.shape[-1], use.chunk
     N, const = chunks(T, C), constants(q, g, C)
     dq, dk, dv, d_beta, dg, d_state = allocate_gradients(q, k, v, beta, g)
@@ -164,13 +180,14 @@ def backward(
     args = (read, known, fade, beta, scores, solve, gates, whole, do, d_end, dv, d_state)
     grid = (B * H * (V // use.columns),)
     launch.launch(reverse_scan, grid, *args, d_states, scale, T, N, B, **use.reverse, **const)
-    const |= {"BK": use.block, "BV": min(V, use.block), "EXACT": q.dtype == torch.float32}
-    d_scores = d_A = d_fade = d_whole = None
+    const |= {"BK": use.block, "BV": min(V, use.depth), "INNER": use.inner}
+    const["EXACT"] = q.dtype == torch.float32
+    d_scores, d_A = (launch.empty(scores.shape, like=q) for _ in range(2))
+    d_fade = d_whole = None
     d_read, d_known, A = dq, dk, None
     if prepared:
         A = prepared.scores[1]
         d_read, d_known, d_fade = (launch.empty(q.shape, like=q) for _ in range(3))
-        d_scores, d_A = (launch.empty(scores.shape, like=q) for _ in range(2))
         d_whole = launch.empty(whole.shape, like=whole)
     given = (read, known, fade, beta, g, scores, A, gates, whole, do, r, dv, states, d_states)
     made = (d_read, d_known, d_beta, dg, d_scores, d_A, d_fade, d_whole)

@@ -64,61 +64,20 @@ def ratios(coarse, fine):
 
 
 @triton.jit
-def quarter(x, row: tl.constexpr, column: tl.constexpr, C: tl.constexpr):
-    """One of the four quarters `[C / 2, C / 2]` of a square."""
-    h: tl.constexpr = C // 2
-    left, right = tl.split(tl.permute(tl.reshape(x, (C, 2, h)), (0, 2, 1)))
-    half = right if column else left
-    up, down = tl.split(tl.permute(tl.reshape(half, (2, h, h)), (1, 2, 0)))
-    return down if row else up
+def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr):
+    """(I + A)^-1 of a strictly lower `[C, C]` in float32. TYPE: of the products' operands.
 
-
-@triton.jit
-def lower(up, left, down, C: tl.constexpr):
-    """`[[up, 0], [left, down]]`, C x C, of its quarters."""
-    h: tl.constexpr = C // 2
-    first = tl.permute(tl.join(up, left), (2, 0, 1))
-    second = tl.permute(tl.join(tl.zeros_like(up), down), (2, 0, 1))
-    both = tl.join(tl.reshape(first, (C, h)), tl.reshape(second, (C, h)))
-    return tl.reshape(tl.permute(both, (0, 2, 1)), (C, C))
-
-
-@triton.jit
-def corner(A, up, down, C: tl.constexpr, PRECISION: tl.constexpr):
-    """The inverse of `[[., 0], [A's, .]]` from those of its two halves."""
-    left = tl.dot(down, quarter(A, 1, 0, C), input_precision=PRECISION)
-    left = tl.dot(left, up, input_precision=PRECISION)
-    return lower(up, -left, down, C)
-
-
-@triton.jit
-def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 of a strictly lower `[C, C]`, C = 16, 32 or 64, all in float32.
-
-    The blocks of 16 on the diagonal by forward substitution, all at once; then pairs of inverses
-    are joined: the lower left block is -D^-1 L A^-1.
+    X has the inverses of the diagonal blocks of n. With L the blocks of A that join two of them,
+    X - X L X has those of 2 n: all entries are ones of inverses, which do not grow as powers of A
+    may. All blocks at once, as products of whole squares: their zeros cost less than a
+    substitution's steps, one row after the other.
     """
-    N: tl.constexpr = C // 16
-    own = tl.arange(0, C)[:, None, None] // 16 == tl.arange(0, N)[None, :, None]
-    blocks = tl.sum(tl.where(own, tl.reshape(A, (C, N, 16)), 0.0), 1)
-    blocks = tl.reshape(blocks, (N, 16, 16))
-    i = tl.arange(0, 16)[None, :, None]
-    j = tl.arange(0, 16)[None, None, :]
-    X = tl.where(i == j, 1.0, 0.0) + tl.zeros_like(blocks)
-    for n in range(1, 16):
-        row = tl.sum(tl.where(i == n, blocks, 0.0), 1)
-        known = tl.sum(row[:, :, None] * X, 1)
-        X = tl.where(i == n, X - known[:, None, :], X)
-    if N == 1:
-        out = tl.reshape(X, (16, 16))
-    elif N == 2:
-        up, down = tl.split(tl.permute(X, (1, 2, 0)))
-        out = corner(A, up, down, 32, PRECISION)
-    else:
-        evens, odds = tl.split(tl.permute(tl.reshape(X, (2, 2, 16, 16)), (2, 3, 0, 1)))
-        X0, X2 = tl.split(evens)
-        X1, X3 = tl.split(odds)
-        up = corner(quarter(A, 0, 0, 64), X0, X1, 32, PRECISION)
-        down = corner(quarter(A, 1, 1, 64), X2, X3, 32, PRECISION)
-        out = corner(A, up, down, 64, PRECISION)
-    return out
+    i = tl.arange(0, C)
+    apart = i[:, None] ^ i[None, :]
+    X = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, A, 0.0)
+    for level in tl.static_range(1, 4 if C == 16 else (5 if C == 32 else 6)):  # pyright: ignore
+        joins = tl.where((apart >> level) == 1, A, 0.0).to(TYPE)
+        known = X.to(TYPE)
+        right = tl.dot(joins, known, input_precision=PRECISION)
+        X = tl.dot(known, (-right).to(TYPE), X, input_precision=PRECISION)
+    return X
