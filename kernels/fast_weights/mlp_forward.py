@@ -31,7 +31,7 @@ def mlp_forward(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
     FT: tl.constexpr, VT: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, L2: tl.constexpr, TANH: tl.constexpr, FULL: tl.constexpr,
-    IP: tl.constexpr,
+    GUARD: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Mini-batches first .. first + NB - 1 of n tokens each. w, s: `[slots, N, P]`: the weights
     are read from slot 0 and written to slot 1 at first, then to STEP slots further each time. u:
@@ -92,10 +92,14 @@ def mlp_forward(
         tl.debug_barrier()
         e1c = tl.load(turn + r * C * V + oc[:, None] * V + ov[None, :])
         et = tl.load(turn + r * C * V + oc[None, :] * V + ov[:, None])
+        # Tokens' rates scale what stays for all hidden tiles: E0 and X enter their products as
+        # they are, and are rounded and laid out once.
         w0s, w1s = (wl * rate0)[:, None], (wl * rate1)[:, None]
+        ktw, etw = (kt * (wl * rate0)[None, :]).to(DT), (et * (wl * rate1)[None, :]).to(DT)
         if s is not None:
             cs, tl_ = tl.load(c + 2 * C), tl.load(c + 5 * C)
             t0s, t1s = (tl_ * rate0)[:, None], (tl_ * rate1)[:, None]
+            ktt, ett = (kt * (tl_ * rate0)[None, :]).to(DT), (et * (tl_ * rate1)[None, :]).to(DT)
             s_end, theta = tl.load(ends + cell * 4 + 1), tl.load(ends + cell * 4 + 3)
         if u is not None:
             cu, u_end = tl.load(c + 3 * C), tl.load(ends + cell * 4 + 2)
@@ -103,7 +107,7 @@ def mlp_forward(
         p = tl.dot(qq, tl.trans(kk), input_precision=IP)
         if BIAS:
             p += 1
-        a0 = masked(p, here, row, oc, C).to(DT)
+        a0 = (masked(p, here, row, oc, C) * rate0[None, :]).to(DT)
 
         out = tl.zeros([C, V], dtype=tl.float32)
         a1 = tl.zeros([C, C], dtype=tl.float32)
@@ -157,7 +161,8 @@ def mlp_forward(
             xx, slope = act_slope(z, TANH)
             xc = xx.to(DT)
             e0 = tl.dot(e1c, w1c, input_precision=IP) * slope
-            y = act(y - tl.dot(a0, (e0 * rate0[:, None]).to(DT), input_precision=IP), TANH)
+            e0c = e0.to(DT)
+            y = act(y - tl.dot(a0, e0c, input_precision=IP), TANH)
             a1 = tl.dot(y.to(DT), tl.trans(xc), a1, input_precision=IP)
             yA = y if lam is None else y * cA[:, None]
             out = tl.dot(yA.to(DT), tl.trans(w1c), out, input_precision=IP)
@@ -167,9 +172,13 @@ def mlp_forward(
                 u1c = tl.load(u + p1).to(DT)
                 out = tl.dot((y * cu[:, None]).to(DT), tl.trans(u1c), out, input_precision=IP)
 
-            tl.debug_barrier()  # all of the tile is read before it is written, maybe in place;
-            # each thread reads again what it writes: float32 weights would fill the registers
-            new = -tl.dot(kt, (e0 * w0s).to(DT), input_precision=IP)
+            # All of the tile is read before it is written, maybe in place: on NVIDIA's it has gone
+            # through shared memory, behind its barriers; one more would keep the next tile from
+            # being loaded meanwhile. Each thread reads again what it writes: float32 weights
+            # would fill the registers.
+            if GUARD:
+                tl.debug_barrier()
+            new = -tl.dot(ktw, e0c, input_precision=IP)
             if FULL:
                 new += A_end * tl.load(w_in + p0)
             if u is not None:
@@ -177,10 +186,10 @@ def mlp_forward(
             if s is not None:
                 old = tl.load(s_in + p0)
                 new += s_end * old
-                mom = theta * old - tl.dot(kt, (e0 * t0s).to(DT), input_precision=IP)
+                mom = theta * old - tl.dot(ktt, e0c, input_precision=IP)
                 tl.store(s_out + p0, mom)
             tl.store(w_out + p0, new)
-            new = -tl.dot(et, (xx * w1s).to(DT), input_precision=IP)
+            new = -tl.dot(etw, xc, input_precision=IP)
             if FULL:
                 new += A_end * tl.load(w_in + p1)
             if u is not None:
@@ -188,7 +197,7 @@ def mlp_forward(
             if s is not None:
                 old = tl.load(s_in + p1)
                 new += s_end * old
-                mom = theta * old - tl.dot(et, (xx * t1s).to(DT), input_precision=IP)
+                mom = theta * old - tl.dot(ett, xc, input_precision=IP)
                 tl.store(s_out + p1, mom)
             tl.store(w_out + p1, new)
             if BIAS:

@@ -44,6 +44,8 @@ class Settings(NamedTuple):
     """Of the hidden dimension."""
     num_warps: int
     num_stages: int
+    guard: bool = False
+    """A barrier before weights are written, where products may take them past shared memory."""
 
 
 def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
@@ -54,7 +56,7 @@ def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
         return Settings(min(form.hidden, 16), 8, 1)
     tile = 16 if target.backend == "hip" else 64
     wide = max(form.keys, form.values, form.tile) > 64
-    return Settings(min(form.hidden, tile), 8 if wide else 4, 2)
+    return Settings(min(form.hidden, tile), 8 if wide else 4, 2, target.backend == "hip")
 
 
 def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:
@@ -85,13 +87,14 @@ def forward(
     if form.hidden:
         args += [turn, *kept]
         kernel = mlp_forward
+        more: dict[str, Any] = {"GUARD": got.guard}
     else:
         args += kept[:2]
-        kernel = linear_forward
+        kernel, more = linear_forward, {}
     launch.launch(
         kernel, (q.shape[0] * H,), *args, T, first, count, step, form.tokens,
         num_warps=got.num_warps, num_stages=got.num_stages,
-        H=H, **constants(form, q.dtype, got.tile),
+        H=H, **constants(form, q.dtype, got.tile), **more,
     )  # fmt: skip
 
 
