@@ -75,6 +75,11 @@ def row_size(form: Form) -> int:
     return (K + V) * F + (F + V) * form.bias if F else K * V + V * form.bias
 
 
+def turn_size(form: Form) -> int:
+    """Of the scratch of a program of the forward kernel."""
+    return form.tile * (3 * form.values + 2 * form.keys + form.tile) if form.hidden else 0
+
+
 def forward(
     given: Sequence[Any], form: Form, o: Any, w: Tensor, s: Any, kept: Any, turn: Any,
     first: int, count: int, step: int,
@@ -123,7 +128,7 @@ def token_forward(
         buffers[-1][0].copy_(x)
     W, S = buffers
     o = launch.empty(v.shape, like=q)
-    turn = launch.empty((N, f.tile, f.values), like=q)
+    turn = launch.empty((N, turn_size(f)), like=q)
     given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
     for g in range(groups):
         size = min(G, count - g * G)
@@ -172,7 +177,7 @@ def token_backward(
     W, S = (None if x is None else launch.empty((size + 1, N, P), like=w) for x in (w, s))
     kept = [launch.empty((size, N, C, x), like=w) for x in (V, V, C)]
     turn = launch.empty((3, N, C, V), like=q)
-    more = (turn,)
+    more, again = (turn,), launch.empty((N, turn_size(f)), like=q)
     if f.hidden:
         more = (turn, launch.empty((4, N, C, C), like=q), launch.empty((N, C, C), like=w))
         more += launch.empty((2, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
@@ -186,7 +191,7 @@ def token_backward(
         for x, start in ((W, w), (S, s)):
             if x is not None and start is not None:
                 x[0].copy_(start[g])
-        forward(given, f, None, W, S, kept, turn[0], first, n, 1)
+        forward(given, f, None, W, S, kept, again, first, n, 1)
         launch.launch(
             mlp_backward if f.hidden else linear_backward, (N,),
             *given[:9], W, S, u, *kept, d_o, d_w, d_s, d_u, *found, *more, T, first, n, f.tokens,
