@@ -180,7 +180,7 @@ def token_backward(
     more, again = (turn,), launch.empty((N, turn_size(f)), like=q)
     if f.hidden:
         more = (turn, launch.empty((4, N, C, C), like=q), launch.empty((N, C, C), like=w))
-        more += launch.empty((2, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
+        more += launch.empty((3, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
     given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
     got = settings(f, q.dtype, launch.target(q.device))
     T, H = q.shape[1:3]
