@@ -35,8 +35,8 @@ def mlp_forward(
 ):  # fmt: skip
     """Mini-batches first .. first + NB - 1 of n tokens each. w, s: `[slots, N, P]`: the weights
     are read from slot 0 and written to slot 1 at first, then to STEP slots further each time. u:
-    `[N, P]`, None at the start of a mini-batch. turn `[N, C (3 V + 2 K + C)]` is scratch. kept: f, f' and
-    y X^T of every mini-batch, for the backward pass, or None."""
+    `[N, P]`, None at the start of a mini-batch. kept: f, f' and y X^T of every mini-batch, for
+    the backward pass, or None. Scratch: turn `[N, C (3 V + 2 K + C)]`."""
     P: tl.constexpr = (K + V) * F + (F + V if BIAS else 0)
     B0: tl.constexpr = (K + V) * F
     N = tl.num_programs(0)

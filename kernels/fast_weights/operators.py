@@ -46,12 +46,14 @@ class Settings(NamedTuple):
     num_stages: int
     guard: bool = False
     """A barrier before weights are written, where products may take them past shared memory."""
+    back: tuple[int, int, int] | None = None
+    """Tile, warps and stages of the backward kernel, if not the same and one stage."""
 
 
 def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of the forward kernel; backward has one stage. Products have 64 rows, which four warps
-    share: more would only repeat them. Narrower tiles than 64 are no faster on Hopper, and its
-    assembler turns them into faulty code in the backward pass of 64 tokens."""
+    """Products have 64 rows, which four warps share: more would only repeat them. The assembler of
+    CUDA made faulty code of the backward kernel with tiles of 16 and 32 and 64 tokens, so not
+    those."""
     if dtype == torch.float32:
         return Settings(min(form.hidden, 16), 8, 1)
     tile = 16 if target.backend == "hip" else 64
@@ -183,6 +185,7 @@ def token_backward(
         more += launch.empty((3, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
     given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
     got = settings(f, q.dtype, launch.target(q.device))
+    tile, warps, stages = got.back or (got.tile, got.num_warps, 1)
     T, H = q.shape[1:3]
     if not f.hidden:
         kept = kept[:2]
@@ -195,8 +198,8 @@ def token_backward(
         launch.launch(
             mlp_backward if f.hidden else linear_backward, (N,),
             *given[:9], W, S, u, *kept, d_o, d_w, d_s, d_u, *found, *more, T, first, n, f.tokens,
-            num_warps=got.num_warps, num_stages=1,
-            H=H, **constants(f, q.dtype, got.tile),
+            num_warps=warps, num_stages=stages,
+            H=H, **constants(f, q.dtype, tile),
         )  # fmt: skip
     return [x for x in (*found, d_w, d_u, d_s) if x is not None]
 
