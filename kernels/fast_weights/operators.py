@@ -51,14 +51,15 @@ class Settings(NamedTuple):
 
 
 def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Products have 64 rows, which four warps share: more would only repeat them. The assembler of
-    CUDA made faulty code of the backward kernel with tiles of 16 and 32 and 64 tokens, so not
-    those."""
+    """Products have 64 rows, which four warps share: more would only repeat them. On Hopper tiles
+    of 64: with 16 and 32 the backward kernel of 64 tokens has accessed illegal memory there,
+    though its PTX accesses none."""
     if dtype == torch.float32:
         return Settings(min(form.hidden, 16), 8, 1)
-    tile = 16 if target.backend == "hip" else 64
+    hip = target.backend == "hip"
+    tile = 16 if hip else 32 if int(target.arch) < 90 else 64
     wide = max(form.keys, form.values, form.tile) > 64
-    return Settings(min(form.hidden, tile), 8 if wide else 4, 2, target.backend == "hip")
+    return Settings(min(form.hidden, tile), 8 if wide else 4, 2, hip)
 
 
 def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:
