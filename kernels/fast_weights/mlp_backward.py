@@ -14,8 +14,8 @@ of the weights and of the momentum at the end of the mini-batch:
 
 The gradient of L is d_L = g * a, that of w in row j is -<E0_j, (k D0)_j> - <X_j, (E1 D1^T)_j>.
 D and G are kept in place, float32 in the L2 cache. Three passes over the hidden tiles: d_z and y;
-all that they give, and d_E1; what needs d_f. Registers are the limit, and so left operands wait in
-memory (which also turns them), and so do d_z and y between passes.
+d_E1, and what of d_k needs no d_f; what needs d_f, and D and G. Registers are the limit, and so
+left operands wait in memory (which also turns them), and so do d_z, y and d_h between passes.
 """
 
 # Types of Triton's language are not Python's:
@@ -58,7 +58,7 @@ def mlp_backward(
     """Mini-batches first + NB - 1 .. first. w, s: `[slots, N, P]`, slot i of mini-batch
     first + i. d_w, d_s: at the end, becoming those at the start; d_u is written. d_gamma, d_beta
     `[N, V]`: added to. Scratch: turn `[3, N, C, V]`, turn_a `[4, N, C, C]`, sums `[N, C, C]`,
-    hidden `[2, N, C, F]`, wide `[N, C, F]`."""
+    hidden `[3, N, C, F]`, wide `[N, C, F]`."""
     P: tl.constexpr = (K + V) * F + (F + V if BIAS else 0)
     B0: tl.constexpr = (K + V) * F
     N = tl.num_programs(0)
@@ -83,6 +83,7 @@ def mlp_backward(
     d_w += r * P
     all_z = hidden + r * C * F
     all_y = hidden + (N + r) * C * F
+    all_dh = hidden + (2 * N + r) * C * F
     wide += r * C * F
     if s is not None:
         d_s += r * P
@@ -164,22 +165,22 @@ def mlp_backward(
             if s is not None:
                 tl.store(d_s + pb1, end_s)
         e1c, dfc = tl.load(e_turn + pc), tl.load(o_turn + pc)
-        et, dft = tl.load(e_turn + pct), tl.load(o_turn + pct)
 
         a1 = tl.load(kept_a + (i * N + r) * C * C + pa)
-        g1 = -tl.dot(dfc, et, input_precision=IP)
+        g1 = -tl.dot(dfc, tl.load(e_turn + pct), input_precision=IP)
         if BIAS:
             a1 += 1
         d_row, d_rate1 = rate_pull(g1 * a1, here, row, rate1, d_here, oc, C, False)
-        tl.store(turn_a + pa, masked(g1, here, row, oc, C).to(DT))
-        g1t = -tl.dot(e1c, dft, input_precision=IP)
+        tl.store(turn_a + pa, (masked(g1, here, row, oc, C) * rate1[None, :]).to(DT))
+        g1t = -tl.dot(e1c, tl.load(o_turn + pct), input_precision=IP)
         tl.store(turn_a + each + pa, masked_t(g1t, here, row, oc, C).to(DT))
         a0 = tl.dot(qq, tl.trans(kk), input_precision=IP)
         a0t = tl.dot(kk, tl.trans(qq), input_precision=IP)
         if BIAS:
             a0 += 1
             a0t += 1
-        tl.store(turn_a + 2 * each + pa, masked(a0, here, row, oc, C).to(DT))
+        a0 = masked(a0, here, row, oc, C) * rate0[None, :]
+        tl.store(turn_a + 2 * each + pa, a0.to(DT))
         tl.store(turn_a + 3 * each + pa, masked_t(a0t, here, row, oc, C).to(DT))
         tl.debug_barrier()
 
@@ -219,14 +220,15 @@ def mlp_backward(
                 y += m * cu[:, None]
             xx, slope = act_slope(z, TANH)
             e0 = tl.dot(e1c, w1c, input_precision=IP) * slope
-            y -= tl.dot(a0c, (e0 * rate0[:, None]).to(DT), input_precision=IP)
+            e0c = e0.to(DT)
+            y -= tl.dot(a0c, e0c, input_precision=IP)
             y, slope = act_slope(y, TANH)
             tl.store(all_y + ph, y.to(DT))
-            dz = tl.dot(d_a1, (xx * rate1[:, None]).to(DT), input_precision=IP)
+            dz = tl.dot(d_a1, xx.to(DT), input_precision=IP)
             m = tl.dot(dfc, w1c, input_precision=IP)
             if lam is not None:
                 d_A += tl.sum(m * y, 1)
-            dz += m * cA[:, None]
+            dz += m if lam is None else m * cA[:, None]
             if s is not None:
                 m = tl.dot(dfc, s1c, input_precision=IP)
                 d_cs += tl.sum(m * y, 1)
@@ -238,7 +240,7 @@ def mlp_backward(
             dz *= slope
             dzc = dz.to(DT)
             tl.store(all_z + ph, dzc)
-            g0 -= tl.dot(dzc, tl.trans(e0.to(DT)), input_precision=IP)
+            g0 -= tl.dot(dzc, tl.trans(e0c), input_precision=IP)
             dq = tl.dot(dzc, tl.trans(w0c), dq, input_precision=IP)
             if s is not None:
                 dqS = tl.dot(dzc, tl.trans(s0c), dqS, input_precision=IP)
@@ -292,7 +294,6 @@ def mlp_backward(
         g0t = masked_t(tl.load(sums + pat), here, row, oc, C).to(DT)
         dk = tl.dot(g0t, qq, input_precision=IP) * rate0[:, None]
         d_a1t, a0t = tl.load(turn_a + each + pa), tl.load(turn_a + 3 * each + pa)
-        qt = tl.load(q + bk + pkt, mask=inside[None, :], other=0.0)
         for j in range(0, F, FT):
             p0 = ok[:, None] * F + (j + of)[None, :]
             p1 = K * F + ov[:, None] * F + (j + of)[None, :]
@@ -337,60 +338,7 @@ def mlp_backward(
                 d_e1 = tl.dot((xx * -t1s).to(DT), tl.trans(G1c), d_e1, input_precision=IP)
             tl.store(wide + ph, dx * slope + d_e0 * h)
 
-            tl.debug_barrier()  # all of the tile is read before it is written in place
-            new0 = tl.dot(qt, (dz * cA[:, None]).to(DT), input_precision=IP)
-            D0 = tl.load(d_w + p0)
-            if FULL:
-                if lam is not None:
-                    n_A += tl.sum(D0 * tl.load(w_in + p0))
-                new0 += A_end * D0
-            if s is not None:
-                S, G = tl.load(s_in + p0), tl.load(d_s + p0)
-                n_s += tl.sum(D0 * S)
-                n_t += tl.sum(G * S)
-                G = theta * G + s_end * D0
-                G += tl.dot(qt, (dz * cs[:, None]).to(DT), input_precision=IP)
-                tl.store(d_s + p0, G)
-            if u is not None:
-                n_u += tl.sum(D0 * tl.load(u + p0))
-                m = tl.dot(qt, (dz * cu[:, None]).to(DT), input_precision=IP)
-                tl.store(d_u + p0, u_end * D0 + m)
-            tl.store(d_w + p0, new0)
-            new1 = tl.dot(dft, (y * cA[:, None]).to(DT), input_precision=IP)
-            new1 = tl.dot(et, dh, new1, input_precision=IP)
-            D1 = tl.load(d_w + p1)
-            if FULL:
-                if lam is not None:
-                    n_A += tl.sum(D1 * tl.load(w_in + p1))
-                new1 += A_end * D1
-            if s is not None:
-                S, G = tl.load(s_in + p1), tl.load(d_s + p1)
-                n_s += tl.sum(D1 * S)
-                n_t += tl.sum(G * S)
-                G = theta * G + s_end * D1
-                G += tl.dot(dft, (y * cs[:, None]).to(DT), input_precision=IP)
-                tl.store(d_s + p1, G)
-            if u is not None:
-                n_u += tl.sum(D1 * tl.load(u + p1))
-                m = tl.dot(dft, (y * cu[:, None]).to(DT), input_precision=IP)
-                tl.store(d_u + p1, u_end * D1 + m)
-            tl.store(d_w + p1, new1)
-            if BIAS:
-                dz = dz.to(tl.float32)
-                new = tl.sum(dz * cA[:, None], 0)
-                if FULL:
-                    n_A += tl.sum(Db * b0)
-                    new += A_end * Db
-                if s is not None:
-                    n_s += tl.sum(Db * sb)
-                    n_t += tl.sum(Gb * sb)
-                    Gb = theta * Gb + s_end * Db + tl.sum(dz * cs[:, None], 0)
-                    tl.store(d_s + pb, Gb)
-                if u is not None:
-                    ub = tl.load(u + pb)
-                    n_u += tl.sum(Db * ub)
-                    tl.store(d_u + pb, u_end * Db + tl.sum(dz * cu[:, None], 0))
-                tl.store(d_w + pb, new)
+            tl.store(all_dh + ph, dh)
 
         d_rate0 += d_w0 * wl
         d_rate1 += d_w1 * wl
@@ -407,11 +355,6 @@ def mlp_backward(
         else:
             tl.store(pr, d_rate0)
             tl.store(pr + C, d_rate1)
-        pe = d_ends + cell * 4
-        tl.store(pe, n_A)
-        tl.store(pe + 1, n_s)
-        tl.store(pe + 2, n_u)
-        tl.store(pe + 3, n_t)
         f = tl.load(kept_f + (i * N + r) * C * V + pc)
         vv = tl.load(v + bv + pv, mask=inside[:, None], other=0.0).to(tl.float32)
         if NORM:
@@ -434,27 +377,86 @@ def mlp_backward(
         if BIAS:
             tl.store(d_w + pb1, end)
         d_fc, ft = tl.load(f_turn + pc), tl.load(f_turn + pct)
+        et, dft = tl.load(e_turn + pct), tl.load(o_turn + pct)
+        qt = tl.load(q + bk + pkt, mask=inside[None, :], other=0.0)
         kt = tl.load(k + bk + pkt, mask=inside[None, :], other=0.0)
         for j in range(0, F, FT):
             p0 = ok[:, None] * F + (j + of)[None, :]
             p1 = K * F + ov[:, None] * F + (j + of)[None, :]
+            ph = oc[:, None] * F + (j + of)[None, :]
+            pb = B0 + j + of
             w0c, w1c = tl.load(w_in + p0).to(DT), tl.load(w_in + p1).to(DT)
             z = tl.dot(kk, w0c, input_precision=IP)
             if BIAS:
-                z += tl.load(w_in + B0 + j + of)[None, :]
+                z += tl.load(w_in + pb)[None, :]
             xx, slope = act_slope(z, TANH)
-            dz = tl.load(wide + oc[:, None] * F + (j + of)[None, :])
-            dz += tl.dot(d_fc, w1c, input_precision=IP) * slope
-            dzc = dz.to(DT)
-            dk = tl.dot(dzc, tl.trans(w0c), dk, input_precision=IP)
-            new0 = tl.load(d_w + p0) + tl.dot(kt, dzc, input_precision=IP)
+            dk_z = tl.load(wide + ph) + tl.dot(d_fc, w1c, input_precision=IP) * slope
+            dkc = dk_z.to(DT)
+            dk = tl.dot(dkc, tl.trans(w0c), dk, input_precision=IP)
+            dz, y, dh = tl.load(all_z + ph), tl.load(all_y + ph), tl.load(all_dh + ph)
+            new0 = tl.dot(qt, dz if lam is None else (dz * cA[:, None]).to(DT), input_precision=IP)
+            new0 = tl.dot(kt, dkc, new0, input_precision=IP)
+            D0 = tl.load(d_w + p0)
+            if FULL:
+                if lam is not None:
+                    n_A += tl.sum(D0 * tl.load(w_in + p0))
+                new0 += A_end * D0
+            if s is not None:
+                S, G = tl.load(s_in + p0), tl.load(d_s + p0)
+                n_s += tl.sum(D0 * S)
+                n_t += tl.sum(G * S)
+                G = theta * G + s_end * D0
+                G += tl.dot(qt, (dz * cs[:, None]).to(DT), input_precision=IP)
+                tl.store(d_s + p0, G)
+            if u is not None:
+                n_u += tl.sum(D0 * tl.load(u + p0))
+                m = tl.dot(qt, (dz * cu[:, None]).to(DT), input_precision=IP)
+                tl.store(d_u + p0, u_end * D0 + m)
             tl.store(d_w + p0, new0)
-            new1 = tl.load(d_w + p1) + tl.dot(ft, xx.to(DT), input_precision=IP)
+            new1 = tl.dot(dft, y if lam is None else (y * cA[:, None]).to(DT), input_precision=IP)
+            new1 = tl.dot(et, dh, new1, input_precision=IP)
+            new1 = tl.dot(ft, xx.to(DT), new1, input_precision=IP)
+            D1 = tl.load(d_w + p1)
+            if FULL:
+                if lam is not None:
+                    n_A += tl.sum(D1 * tl.load(w_in + p1))
+                new1 += A_end * D1
+            if s is not None:
+                S, G = tl.load(s_in + p1), tl.load(d_s + p1)
+                n_s += tl.sum(D1 * S)
+                n_t += tl.sum(G * S)
+                G = theta * G + s_end * D1
+                G += tl.dot(dft, (y * cs[:, None]).to(DT), input_precision=IP)
+                tl.store(d_s + p1, G)
+            if u is not None:
+                n_u += tl.sum(D1 * tl.load(u + p1))
+                m = tl.dot(dft, (y * cu[:, None]).to(DT), input_precision=IP)
+                tl.store(d_u + p1, u_end * D1 + m)
             tl.store(d_w + p1, new1)
             if BIAS:
-                pb = B0 + j + of
-                new = tl.load(d_w + pb) + tl.sum(dz, 0)
-                tl.debug_barrier()
+                dz = dz.to(tl.float32)
+                b0, Db = tl.load(w_in + pb), tl.load(d_w + pb)
+                if s is not None:
+                    sb, Gb = tl.load(s_in + pb), tl.load(d_s + pb)
+                tl.debug_barrier()  # every thread has read them
+                new = tl.sum(dz * cA[:, None] + dk_z, 0)
+                if FULL:
+                    n_A += tl.sum(Db * b0)
+                    new += A_end * Db
+                if s is not None:
+                    n_s += tl.sum(Db * sb)
+                    n_t += tl.sum(Gb * sb)
+                    Gb = theta * Gb + s_end * Db + tl.sum(dz * cs[:, None], 0)
+                    tl.store(d_s + pb, Gb)
+                if u is not None:
+                    ub = tl.load(u + pb)
+                    n_u += tl.sum(Db * ub)
+                    tl.store(d_u + pb, u_end * Db + tl.sum(dz * cu[:, None], 0))
                 tl.store(d_w + pb, new)
+        pe = d_ends + cell * 4
+        tl.store(pe, n_A)
+        tl.store(pe + 1, n_s)
+        tl.store(pe + 2, n_u)
+        tl.store(pe + 3, n_t)
         tl.store(d_k + bk + pk, dk, mask=inside[:, None])
         tl.debug_barrier()  # the mini-batch before reads what this one wrote

@@ -31,12 +31,12 @@ def mlp_forward(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
     FT: tl.constexpr, VT: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, L2: tl.constexpr, TANH: tl.constexpr, FULL: tl.constexpr,
-    IP: tl.constexpr,
+    GUARD: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Mini-batches first .. first + NB - 1 of n tokens each. w, s: `[slots, N, P]`: the weights
     are read from slot 0 and written to slot 1 at first, then to STEP slots further each time. u:
-    `[N, P]`, None at the start of a mini-batch. turn `[N, C, V]` turns a tile. kept: f, f' and
-    y X^T of every mini-batch, for the backward pass, or None."""
+    `[N, P]`, None at the start of a mini-batch. kept: f, f' and y X^T of every mini-batch, for
+    the backward pass, or None. Scratch: turn `[N, C (3 V + 2 K + C)]`."""
     P: tl.constexpr = (K + V) * F + (F + V if BIAS else 0)
     B0: tl.constexpr = (K + V) * F
     N = tl.num_programs(0)
@@ -46,8 +46,15 @@ def mlp_forward(
     DT: tl.constexpr = q.dtype.element_ty
     true = None if VT == V else (ov < VT)[None, :]
     pk = oc[:, None] * (H * K) + ok[None, :]
-    pkt = oc[None, :] * (H * K) + ok[:, None]
     pv = oc[:, None] * (H * V) + ov[None, :]
+    pc = oc[:, None] * V + ov[None, :]
+    pct = oc[None, :] * V + ov[:, None]
+    pa = oc[:, None] * C + oc[None, :]
+    pd = oc[:, None] * K + ok[None, :]
+    pdt = oc[None, :] * K + ok[:, None]
+    e_turn = turn + r * (C * (3 * V + 2 * K + C))
+    k_turn = e_turn + 3 * C * V
+    a_turn = k_turn + 2 * C * K
     inside = oc < n
     w_in = w + r * P
     w_out = w_in + slot
@@ -63,13 +70,27 @@ def mlp_forward(
         kk = tl.load(k + bk + pk, mask=inside[:, None], other=0.0)
         qq = tl.load(q + bk + pk, mask=inside[:, None], other=0.0)
         vv = tl.load(v + bv + pv, mask=inside[:, None], other=0.0).to(tl.float32)
-        kt = tl.load(k + bk + pkt, mask=inside[None, :], other=0.0)
         cell = at.to(tl.int64) * N + r
         c = coef + cell * 6 * C + oc
         row, cA, wl = tl.load(c), tl.load(c + C), tl.load(c + 4 * C)
         rate0 = tl.load(rates + cell * M * C + oc)
         rate1 = tl.load(rates + cell * M * C + (M - 1) * C + oc)
         A_end = tl.load(ends + cell * 4)
+
+        # Left operands of the loops over hidden tiles wait in memory: loaded, they come from
+        # shared memory, and computed ones would fill registers. Tokens' rates scale them: E0 and X
+        # enter their products as they are, rounded and laid out once.
+        w0s, w1s = (wl * rate0)[:, None], (wl * rate1)[:, None]
+        tl.store(k_turn + pd, (kk * w0s).to(DT))
+        if s is not None:
+            cs, tl_ = tl.load(c + 2 * C), tl.load(c + 5 * C)
+            t0s, t1s = (tl_ * rate0)[:, None], (tl_ * rate1)[:, None]
+            tl.store(k_turn + C * K + pd, (kk * t0s).to(DT))
+        here = None if lam is None else lam + cell * C * C
+        p = tl.dot(qq, tl.trans(kk), input_precision=IP)
+        if BIAS:
+            p += 1
+        tl.store(a_turn + pa, (masked(p, here, row, oc, C) * rate0[None, :]).to(DT))
 
         f = tl.zeros([C, V], dtype=tl.float32)
         for j in range(0, F, FT):
@@ -87,23 +108,19 @@ def mlp_forward(
             g, b = None, None
         e1 = error(f, kk.to(tl.float32), vv, g, b, true, VT, NORM, RESIDUAL, L2)
         if kept_f is not None:
-            tl.store(kept_f + (i * N + r) * C * V + oc[:, None] * V + ov[None, :], f)
-        tl.store(turn + r * C * V + oc[:, None] * V + ov[None, :], e1.to(DT))
-        tl.debug_barrier()
-        e1c = tl.load(turn + r * C * V + oc[:, None] * V + ov[None, :])
-        et = tl.load(turn + r * C * V + oc[None, :] * V + ov[:, None])
-        w0s, w1s = (wl * rate0)[:, None], (wl * rate1)[:, None]
+            tl.store(kept_f + (i * N + r) * C * V + pc, f)
+        tl.store(e_turn + pc, e1.to(DT))
+        tl.store(e_turn + C * V + pc, (e1 * w1s).to(DT))
         if s is not None:
-            cs, tl_ = tl.load(c + 2 * C), tl.load(c + 5 * C)
-            t0s, t1s = (tl_ * rate0)[:, None], (tl_ * rate1)[:, None]
+            tl.store(e_turn + 2 * C * V + pc, (e1 * t1s).to(DT))
+        tl.debug_barrier()
+        e1c, etw = tl.load(e_turn + pc), tl.load(e_turn + C * V + pct)
+        ktw, a0 = tl.load(k_turn + pdt), tl.load(a_turn + pa)
+        if s is not None:
+            ett, ktt = tl.load(e_turn + 2 * C * V + pct), tl.load(k_turn + C * K + pdt)
             s_end, theta = tl.load(ends + cell * 4 + 1), tl.load(ends + cell * 4 + 3)
         if u is not None:
             cu, u_end = tl.load(c + 3 * C), tl.load(ends + cell * 4 + 2)
-        here = None if lam is None else lam + cell * C * C
-        p = tl.dot(qq, tl.trans(kk), input_precision=IP)
-        if BIAS:
-            p += 1
-        a0 = masked(p, here, row, oc, C).to(DT)
 
         out = tl.zeros([C, V], dtype=tl.float32)
         a1 = tl.zeros([C, C], dtype=tl.float32)
@@ -157,7 +174,8 @@ def mlp_forward(
             xx, slope = act_slope(z, TANH)
             xc = xx.to(DT)
             e0 = tl.dot(e1c, w1c, input_precision=IP) * slope
-            y = act(y - tl.dot(a0, (e0 * rate0[:, None]).to(DT), input_precision=IP), TANH)
+            e0c = e0.to(DT)
+            y = act(y - tl.dot(a0, e0c, input_precision=IP), TANH)
             a1 = tl.dot(y.to(DT), tl.trans(xc), a1, input_precision=IP)
             yA = y if lam is None else y * cA[:, None]
             out = tl.dot(yA.to(DT), tl.trans(w1c), out, input_precision=IP)
@@ -167,9 +185,13 @@ def mlp_forward(
                 u1c = tl.load(u + p1).to(DT)
                 out = tl.dot((y * cu[:, None]).to(DT), tl.trans(u1c), out, input_precision=IP)
 
-            tl.debug_barrier()  # all of the tile is read before it is written, maybe in place;
-            # each thread reads again what it writes: float32 weights would fill the registers
-            new = -tl.dot(kt, (e0 * w0s).to(DT), input_precision=IP)
+            # All of the tile is read before it is written, maybe in place: on NVIDIA's it has gone
+            # through shared memory, behind its barriers; one more would keep the next tile from
+            # being loaded meanwhile. Each thread reads again what it writes: float32 weights
+            # would fill the registers.
+            if GUARD:
+                tl.debug_barrier()
+            new = -tl.dot(ktw, e0c, input_precision=IP)
             if FULL:
                 new += A_end * tl.load(w_in + p0)
             if u is not None:
@@ -177,10 +199,10 @@ def mlp_forward(
             if s is not None:
                 old = tl.load(s_in + p0)
                 new += s_end * old
-                mom = theta * old - tl.dot(kt, (e0 * t0s).to(DT), input_precision=IP)
+                mom = theta * old - tl.dot(ktt, e0c, input_precision=IP)
                 tl.store(s_out + p0, mom)
             tl.store(w_out + p0, new)
-            new = -tl.dot(et, (xx * w1s).to(DT), input_precision=IP)
+            new = -tl.dot(etw, xc, input_precision=IP)
             if FULL:
                 new += A_end * tl.load(w_in + p1)
             if u is not None:
@@ -188,7 +210,7 @@ def mlp_forward(
             if s is not None:
                 old = tl.load(s_in + p1)
                 new += s_end * old
-                mom = theta * old - tl.dot(et, (xx * t1s).to(DT), input_precision=IP)
+                mom = theta * old - tl.dot(ett, xc, input_precision=IP)
                 tl.store(s_out + p1, mom)
             tl.store(w_out + p1, new)
             if BIAS:
@@ -202,13 +224,13 @@ def mlp_forward(
                     tl.store(s_out + pb, theta * sb - tl.sum(e0 * t0s, 0))
                 tl.store(w_out + pb, end0)
         if kept_a is not None:
-            tl.store(kept_a + (i * N + r) * C * C + oc[:, None] * C + oc[None, :], a1)
+            tl.store(kept_a + (i * N + r) * C * C + pa, a1)
         if BIAS:
             a1 += 1
         e1r = (e1c * rate1[:, None]).to(DT)
         out -= tl.dot(masked(a1, here, row, oc, C).to(DT), e1r, input_precision=IP)
         if kept_o is not None:
-            tl.store(kept_o + (i * N + r) * C * V + oc[:, None] * V + ov[None, :], out)
+            tl.store(kept_o + (i * N + r) * C * V + pc, out)
         if o is not None:
             if NORM:
                 g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)

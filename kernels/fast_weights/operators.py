@@ -44,17 +44,22 @@ class Settings(NamedTuple):
     """Of the hidden dimension."""
     num_warps: int
     num_stages: int
+    guard: bool = False
+    """A barrier before weights are written, where products may take them past shared memory."""
+    back: tuple[int, int, int] | None = None
+    """Tile, warps and stages of the backward kernel, if not the same and one stage."""
 
 
 def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
-    """Of the forward kernel; backward has one stage. Products have 64 rows, which four warps
-    share: more would only repeat them. Narrow tiles, because `C V` and `C C` numbers stay in
-    registers beside them."""
+    """Products have 64 rows, which four warps share: more would only repeat them. On Hopper tiles
+    of 64: with 16 and 32 the backward kernel of 64 tokens has accessed illegal memory there,
+    though its PTX accesses none."""
     if dtype == torch.float32:
         return Settings(min(form.hidden, 16), 8, 1)
-    tile = 16 if target.backend == "hip" else 32
+    hip = target.backend == "hip"
+    tile = 16 if hip else 32 if int(target.arch) < 90 else 64
     wide = max(form.keys, form.values, form.tile) > 64
-    return Settings(min(form.hidden, tile), 8 if wide else 4, 2)
+    return Settings(min(form.hidden, tile), 8 if wide else 4, 2, hip)
 
 
 def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:
@@ -73,6 +78,11 @@ def row_size(form: Form) -> int:
     return (K + V) * F + (F + V) * form.bias if F else K * V + V * form.bias
 
 
+def turn_size(form: Form) -> int:
+    """Of the scratch of a program of the forward kernel."""
+    return form.tile * (3 * form.values + 2 * form.keys + form.tile) if form.hidden else 0
+
+
 def forward(
     given: Sequence[Any], form: Form, o: Any, w: Tensor, s: Any, kept: Any, turn: Any,
     first: int, count: int, step: int,
@@ -85,13 +95,14 @@ def forward(
     if form.hidden:
         args += [turn, *kept]
         kernel = mlp_forward
+        more: dict[str, Any] = {"GUARD": got.guard}
     else:
         args += kept[:2]
-        kernel = linear_forward
+        kernel, more = linear_forward, {}
     launch.launch(
         kernel, (q.shape[0] * H,), *args, T, first, count, step, form.tokens,
         num_warps=got.num_warps, num_stages=got.num_stages,
-        H=H, **constants(form, q.dtype, got.tile),
+        H=H, **constants(form, q.dtype, got.tile), **more,
     )  # fmt: skip
 
 
@@ -120,7 +131,7 @@ def token_forward(
         buffers[-1][0].copy_(x)
     W, S = buffers
     o = launch.empty(v.shape, like=q)
-    turn = launch.empty((N, f.tile, f.values), like=q)
+    turn = launch.empty((N, turn_size(f)), like=q)
     given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
     for g in range(groups):
         size = min(G, count - g * G)
@@ -169,12 +180,13 @@ def token_backward(
     W, S = (None if x is None else launch.empty((size + 1, N, P), like=w) for x in (w, s))
     kept = [launch.empty((size, N, C, x), like=w) for x in (V, V, C)]
     turn = launch.empty((3, N, C, V), like=q)
-    more = (turn,)
+    more, again = (turn,), launch.empty((N, turn_size(f)), like=q)
     if f.hidden:
         more = (turn, launch.empty((4, N, C, C), like=q), launch.empty((N, C, C), like=w))
-        more += launch.empty((2, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
+        more += launch.empty((3, N, C, f.hidden), like=q), launch.empty((N, C, f.hidden), like=w)
     given = (q, k, v, rates, coef, ends, lam, gamma, beta, u)
     got = settings(f, q.dtype, launch.target(q.device))
+    tile, warps, stages = got.back or (got.tile, got.num_warps, 1)
     T, H = q.shape[1:3]
     if not f.hidden:
         kept = kept[:2]
@@ -183,12 +195,12 @@ def token_backward(
         for x, start in ((W, w), (S, s)):
             if x is not None and start is not None:
                 x[0].copy_(start[g])
-        forward(given, f, None, W, S, kept, turn[0], first, n, 1)
+        forward(given, f, None, W, S, kept, again, first, n, 1)
         launch.launch(
             mlp_backward if f.hidden else linear_backward, (N,),
             *given[:9], W, S, u, *kept, d_o, d_w, d_s, d_u, *found, *more, T, first, n, f.tokens,
-            num_warps=got.num_warps, num_stages=1,
-            H=H, **constants(f, q.dtype, got.tile),
+            num_warps=warps, num_stages=stages,
+            H=H, **constants(f, q.dtype, tile),
         )  # fmt: skip
     return [x for x in (*found, d_w, d_u, d_s) if x is not None]
 

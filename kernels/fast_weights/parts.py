@@ -15,13 +15,22 @@ HALF = tl.constexpr(0.7071067811865476)
 DENSITY = tl.constexpr(0.3989422804014327)
 TANH_A = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi): gelu_tanh is x sigmoid(A (x + B x^3))
 TANH_B = tl.constexpr(0.044715)
+LOG_A = tl.constexpr(-2.302208198)  # -A log2(e)
+LOG_AB = tl.constexpr(-0.1029432396)
+
+
+@triton.jit
+def tanh_sigmoid(x):
+    """sigmoid(A (x + B x^3)). The square of 1 / sqrt is one instruction, and a division ten."""
+    t = tl.math.rsqrt(1 + tl.exp2(x * (x * x * LOG_AB + LOG_A)))
+    return t * t
 
 
 @triton.jit
 def act(x, TANH: tl.constexpr):
     """GELU, exact or by tanh."""
     if TANH:
-        return x / (1 + tl.exp(x * (x * x * TANH_B + 1) * -TANH_A))
+        return x * tanh_sigmoid(x)
     else:
         return x * 0.5 * (1 + tl.erf(x * HALF))
 
@@ -30,8 +39,9 @@ def act(x, TANH: tl.constexpr):
 def act_slope(x, TANH: tl.constexpr):
     """GELU and its derivative."""
     if TANH:
-        s = 1 / (1 + tl.exp(x * (x * x * TANH_B + 1) * -TANH_A))
-        return x * s, s + x * s * (1 - s) * (x * x * (3 * TANH_B) + 1) * TANH_A
+        s = tanh_sigmoid(x)
+        y = x * s
+        return y, s + (y - y * s) * (x * x * (3 * TANH_A * TANH_B) + TANH_A)
     else:
         c = 0.5 * (1 + tl.erf(x * HALF))
         return x * c, c + x * tl.exp(-0.5 * x * x) * DENSITY
@@ -41,7 +51,7 @@ def act_slope(x, TANH: tl.constexpr):
 def act_curve(x, TANH: tl.constexpr):
     """GELU and its first two derivatives."""
     if TANH:
-        s = 1 / (1 + tl.exp(x * (x * x * TANH_B + 1) * -TANH_A))
+        s = tanh_sigmoid(x)
         g = (x * x * (3 * TANH_B) + 1) * TANH_A
         d = s * (1 - s)
         bend = d * (2 * g + x * ((1 - 2 * s) * g * g + x * (6 * TANH_A * TANH_B)))

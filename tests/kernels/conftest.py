@@ -41,6 +41,48 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter: each access of a kernel lies within one of the tensors it is given."""
+    if GPU:
+        return
+    from triton.runtime import interpreter
+
+    builder: Any = interpreter.InterpreterBuilder
+    executor: Any = interpreter.GridExecutor
+    begin, load, store = (
+        executor._init_args_hst,
+        builder.create_masked_load,
+        builder.create_masked_store,
+    )
+    spans: list[tuple[int, int]] = []
+
+    def begun(self: Any, *args: Any) -> Any:
+        found = begin(self, *args)
+        tensors = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+        ends = (x.untyped_storage().data_ptr() + x.untyped_storage().nbytes() for x in tensors)
+        spans[:] = [(x.data_ptr(), end) for x, end in zip(tensors, ends, strict=True)]
+        return found
+
+    def check(pointers: Any, mask: Any) -> None:
+        at = pointers.data[mask.data.astype(bool)]
+        if at.size:
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            first, end = int(at.min()), int(at.max()) + size
+            assert any(a <= first and end <= b for a, b in spans), "outside of all tensors"
+
+    def checked(access: Any, mask: int) -> Any:
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check(args[0], args[mask])
+            return access(self, *args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(executor, "_init_args_hst", begun)
+    monkeypatch.setattr(builder, "create_masked_load", checked(load, 1))
+    monkeypatch.setattr(builder, "create_masked_store", checked(store, 2))
+
+
+@pytest.fixture
 def judge(poison: None, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
     return lambda op, call, tensors, **options: compare(
         op, call, tensors, device, dtype, **options

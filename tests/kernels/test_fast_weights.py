@@ -17,6 +17,7 @@ from layerzoo.memories.fast_weights.op import OP
 from layerzoo.memories.fast_weights.state import init_state
 from layerzoo.ops import ImplError
 
+pytestmark = pytest.mark.usefixtures("inside")
 GPU = torch.cuda.is_available()
 ALL: Any = {"bias": True, "residual": True, "layer_norm": True}
 WIDE = ("weights", "lr", "momentum", "decay", "row", "layer_norm", "state")
