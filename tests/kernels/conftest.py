@@ -83,7 +83,9 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def judge(poison: None, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
+def judge(
+    poison: None, inside: None, device: torch.device, dtype: torch.dtype
+) -> Callable[..., None]:
     return lambda op, call, tensors, **options: compare(
         op, call, tensors, device, dtype, **options
     )
@@ -149,7 +151,7 @@ def lowered(chunked: Callable[..., Any], dtype: torch.dtype) -> Callable[..., An
     return run
 
 
-def relative(got: Tensor, want: Tensor, total: float) -> float:
+def relative(got: Tensor, want: Tensor, total: float = 1.0) -> float:
     """|got - want| / |want|, infinite where it is NaN. One that must be zero (the gradient of a
     softmax over one key) is measured against `total`, the norm of all."""
     if not want.numel():
