@@ -13,8 +13,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
+TRITON = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs the kernels on the CPU: slow, for tests."""
 
@@ -68,6 +70,17 @@ def refusal(*tensors: Tensor | None) -> str | None:
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             name = str(x.dtype).removeprefix("torch.")
             return f"it computes in float32, bfloat16 or float16, not in {name}"
+    return None
+
+
+def distrusted(*tensors: Tensor | None) -> str | None:
+    """Why no gradient is taken of a decay per channel here: on an H200 with Triton 3.6.0 one was
+    wrong that Triton's interpreter gets right. (flash-linear-attention refuses its own gated
+    backward there, too, for wrong products on Hopper before Triton 3.7.1.)"""
+    on = target(next(x for x in tensors if x is not None).device)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if wanted and on[:2] == ("cuda", 90) and TRITON < (3, 7, 1) and not PRETENDED:
+        return "gradients of a decay per channel need Triton 3.7.1 or later on a Hopper GPU"
     return None
 
 

@@ -185,6 +185,7 @@ def gradients(
         dz = tl.dot(z0, tl.trans(r0), input_precision=PRECISION)
     else:
         dz = products(z, r, row, first, T, H, V, INNER, C, PRECISION)
+    own = tl.sum(tl.where(i[:, None] == i[None, :], dz, 0.0), 1)  # z r of every token
     dz = tl.where(before, -dz, 0.0)
     if DECAY == 1:
         dz *= ratios(coarse, fine)
@@ -252,7 +253,10 @@ def gradients(
             dks = tl.dot(tl.trans(zk), ks, dks, input_precision=PRECISION)
             dks = tl.dot(tl.trans(yk), qs, dks, input_precision=PRECISION)
             store_rows(dk, row, first, T, d, dks, H, K, C)
-    store_gate(d_beta, row, first, T, of_beta + left, H, C)
+    # As z = beta (du - A^T z), by division where beta is not small: equal keys cancel in the rest.
+    large = strength > 0.0625
+    by_z = own / tl.where(large, strength, 1.0)
+    store_gate(d_beta, row, first, T, tl.where(large, by_z, of_beta + left), H, C)
     if DECAY == 1:
         left *= strength
         if EXACT:

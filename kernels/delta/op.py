@@ -54,12 +54,11 @@ def settings(
     hopper = target.backend == "cuda" and int(target.arch) >= 90
     if dtype == torch.float32:  # products are multiply-adds in registers
         most, block, depth, inner = 16, 16, 16, 16
-    elif hopper:  # a warp has 16 of 64 columns, and two groups of four share what they read
-        most = (64 if K <= 64 else 128) if K <= 128 else 32
-        block, depth, inner = 64, 64, 128
+    elif hopper:  # a warp has 16 of 64 columns
+        most, block, depth, inner = 64 if K <= 128 else 32, 64, 64, 128
     else:
         most, block, depth, inner = 32 if K <= 128 else 16, 32, 32, 32
-    columns, wide = min(V, most), min(V, most, 64)
+    columns = wide = min(V, most)
     enough = 0.75 * target.multiprocessors
     fused = rows * (V // columns) >= enough
     while columns > 16 and rows * (V // columns) < enough:
@@ -70,10 +69,10 @@ def settings(
         chunk, last = 64 if K <= 128 else 32, 4 if hopper and K <= 128 else 8
         stages = 1 if target.backend == "hip" else 2
         # Where no other program computes while it waits, the next chunk has to be under way.
-        alone = rows * (V // columns) < 2 * target.multiprocessors or columns > 64
+        alone = rows * (V // columns) < 2 * target.multiprocessors
         if hopper and alone and not (by_channel and K > 64):
             stages = 3
-        warps = 8 if columns > 64 or K > 128 else 4
+        warps = 8 if K > 128 else 4
     every = of(4, 1), of(warps, stages), of(4, 1), of(warps, stages), of(last, 1)
     return Settings(chunk, columns, wide, min(K, block), depth, inner, fused, *every)
 

@@ -59,7 +59,7 @@ def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
     hip = target.backend == "hip"
     tile = 16 if hip else 32 if int(target.arch) < 90 else 64
     wide = max(form.keys, form.values, form.tile) > 64
-    return Settings(min(form.hidden, tile), 8 if wide else 4, 2, hip)
+    return Settings(min(form.hidden, tile), 8 if wide else 4, 1, hip)
 
 
 def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:

@@ -48,4 +48,6 @@ def supports(
     for name, n in (("K", k.shape[3]), ("V", v.shape[3])):
         if n > LIMIT:
             return f"{name} = {n} is more than the {LIMIT} channels that it takes"
+    if log_decay is not None and log_decay.dim() == 4:
+        return launch.distrusted(q, k, v, log_decay, state)
     return None

@@ -125,15 +125,14 @@ def mild_backward(
     d_q, d_k, d_g = d_q + skip, d_k + skip, d_g + skip
     d_whole += (((bh // H).to(tl.int64) * N + n) * H + bh % H) * K + span * SPAN
     d_scores_q, d_scores_k = d_scores_q + first * C, d_scores_k + first * C
-    rows = i * (H * C) + t
-    D = tl.load(d_scores_q + rows, alive, other=0.0)
-    D = tl.where(t <= i, D, 0.0)
-    DT = tl.trans(D)
+    # The transposes are read as such: on sm_90 one that is made in registers is no safe operand.
+    rows, columns, alive_t = i * (H * C) + t, t * (H * C) + i, n * C + t < T
+    D = tl.load(d_scores_q + rows, alive & (t <= i), other=0.0)
+    DT = tl.load(d_scores_q + columns, alive_t & (i <= t), other=0.0)
     E, ET = D, DT
     if PARTS == 2:
-        E = tl.load(d_scores_k + rows, alive, other=0.0)
-        E = tl.where(t < i, E, 0.0)
-        ET = tl.trans(E)
+        E = tl.load(d_scores_k + rows, alive & (t < i), other=0.0)
+        ET = tl.load(d_scores_k + columns, alive_t & (i < t), other=0.0)
     through = tl.load(through + i * C + t)
     after = tl.load(after + i * C + t)
     before = tl.load(before + i * C + t)

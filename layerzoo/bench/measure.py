@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], Any]
 WARMUP = 2
 GEMM = 1024
-FLUSH = 2**28
-"""Bytes: more than a GPU's cache holds."""
+FLUSH = 2**31
+"""Bytes: more than a GPU's cache holds, and half a millisecond of writing."""
 
 
 class Spread(NamedTuple):
