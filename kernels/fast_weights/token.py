@@ -179,12 +179,12 @@ def make_coefficients(
     s_end, theta = zero[..., -1], zero[..., -1]
     if momentum is not None or decay is not None:
         # Late, and for no more than this: kernels know of no memory.
-        from layerzoo.memories.fast_weights.gates import token_gates
+        from ...memories.fast_weights.gates import token_gates
 
         flat = (None if x is None else cells(x).reshape(1, -1, n) for x in (momentum, decay))
         m, d = flat
         given = rates.new_ones(1, rates.shape[0] * rates.shape[1], n, 1)
-        (found,) = token_gates(given, m, None if d is None else 1 - d, None)
+        found: Any = token_gates(given, m, None if d is None else 1 - d, None)[0]
         lam, wl = found.L[0], found.w[0].reshape(shape)
         lam = pad(lam.expand(given.shape[1], n, n).unflatten(0, shape[:2]), C, 2)
         if d is not None:

@@ -89,7 +89,8 @@ def table(rows: Rows) -> str:
                 "-" if peak is None else f"{peak / 2**20:.0f}",
             ]
         )
-    note = f"Beside: {', '.join(peers)}. The last columns are of the longest T."
+    note = f"Beside: {', '.join(peers)}. " if peers else ""
+    note += "The last columns are of the longest T."
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}"
 
 
