@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -104,13 +104,9 @@ POISON: list[float] = []
 _RECORD: list[list[Launch]] = []
 
 
-def empty(
-    shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None, zero: bool = False
-) -> Tensor:
+def empty(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a kernel's output on the device of `like`, and of its dtype but for `dtype`."""
     x = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-    if zero:
-        return x.zero_()
     return x.fill_(POISON[-1]) if POISON and x.is_floating_point() else x
 
 
@@ -156,6 +152,3 @@ def pad_channels(x: Tensor, size: int) -> Tensor:
     """Zero channels at the end, up to `size`."""
     missing = size - x.shape[-1]
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
-
-
-Supports = Callable[..., str | None]
