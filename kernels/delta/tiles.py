@@ -75,7 +75,7 @@ def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.con
     i = tl.arange(0, C)
     apart = i[:, None] ^ i[None, :]
     X = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, A, 0.0)
-    for level in tl.static_range(1, 4 if C == 16 else (5 if C == 32 else 6)):  # pyright: ignore
+    for level in tl.static_range(1, 4 if C == 16 else (5 if C == 32 else 6)):
         joins = tl.where((apart >> level) == 1, A, 0.0).to(TYPE)
         known = X.to(TYPE)
         right = tl.dot(joins, known, input_precision=PRECISION)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ...memories.fast_weights.forgetting import Norm
 from ...memories.fast_weights.networks import GLU
@@ -73,10 +73,10 @@ def chunk(*args: Any) -> Any:
 def _(*args: Any) -> Any:
     q, _, v, lr, _, _, *state, _, _, _ = args[:17]
     keep, count = args[23], slots(q.shape[1], args[17])
-    like = lambda x: None if x is None else torch.empty_like(x)  # noqa: E731
-    wide = lambda x: None if x is None or not keep else x.new_empty(count, *x.shape)  # noqa: E731
-    kept = (wide(state[n]) for n in (0, 1, 4, 5))
-    return present(lr, v.new_empty(v.shape), *map(like, state), *kept)
+    like = (None if x is None else torch.empty_like(x) for x in state)
+    wide = (state[n] if keep else None for n in (0, 1, 4, 5))
+    kept = (None if x is None else x.new_empty(count, *x.shape) for x in wide)
+    return present(lr, v.new_empty(v.shape), *like, *kept)
 
 
 @torch.library.custom_op(
@@ -157,6 +157,11 @@ def supports_chunk(
     return refusal(q, k, v, lr, momentum, decay, *initial, *pending)
 
 
+def beside(x: Any) -> list[Any]:
+    """W0 and W2 in one matrix, and W1; None of None."""
+    return [None, None] if x is None else [torch.cat((x[0], x[2]), -1), x[1]]
+
+
 def run_chunk(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Any, decay: Any, row: Any,
     layer_norm: Any, initial: tuple[Tensor, ...], *, rule: Rule, state: Any, checkpoint: bool,
@@ -170,12 +175,8 @@ def run_chunk(
     k, v, lr = k.to(q.dtype), v.to(q.dtype), lr.float()
     momentum = None if momentum is None else momentum.float()
     retention = None if decay is None else 1 - decay.float()
-    rows = lambda x: x.float().flatten(0, 1)  # noqa: E731
-    flat = {
-        name: [rows(w) for w in x] if isinstance(x, tuple) else rows(x)
-        for name, x in state.items()
-        if name != "position"
-    }
+    parts = {name: x for name, x in state.items() if name != "position"}
+    flat: Any = tree_map(lambda x: x.float().flatten(0, 1), parts)
     norms = [None] * 3
     if isinstance(rule.forgetting, Norm):
         norms = [w.float().norm(dim=-2) for w in initial]
@@ -195,9 +196,8 @@ def run_chunk(
                 q, k, v, lr, momentum, retention, flat, norms if mapped else [None] * 3, state,
                 fresh, rule.place, eps, *flags,
             )  # fmt: skip
-    side = lambda x: [None, None] if x is None else [torch.cat((x[0], x[2]), -1), x[1]]  # noqa: E731
-    W, U, S = (side(flat.get(name)) for name in ("weights", "updates", "momentum"))
-    n = side(None if norms[0] is None else norms)
+    W, U, S = (beside(flat.get(name)) for name in ("weights", "updates", "momentum"))
+    n = beside(None if norms[0] is None else norms)
     optimiser = rule.optimiser
     o, *found = torch.ops.layerzoo.fast_weights_chunk(
         q, k, v, lr, momentum, retention, *W, *U, *S, flat.get("retention"),

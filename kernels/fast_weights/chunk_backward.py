@@ -151,8 +151,7 @@ class Step:
     def sums(self, A: Any, mean: Any) -> Pair:
         """Memory for partial sums of the gradients of A and the mean, `[g, N, programs]`."""
         columns = sum(map(programs, self.M))
-        make = lambda x: None if x is None else empty((*x.shape, columns), like=x)  # noqa: E731
-        return [make(A), make(mean)]
+        return [None if x is None else empty((*x.shape, columns), like=x) for x in (A, mean)]
 
     def write(
         self, j: int, g_M: Pair, g_S: Pair, A: Any, mean: Any, sums: Pair

@@ -107,9 +107,9 @@ class Chunked:
 
     def buffers(self, M: Pair, q: Tensor, g: int) -> tuple[Pair, Pair]:
         """Weights that keys and queries meet, of g mini-batches; the same where they may be."""
-        make = lambda: [empty((g, *m.shape[-3:]), like=m, dtype=q.dtype) for m in M]  # noqa: E731
-        G = make()
-        return G, make() if self.apart else G
+        shapes = [(g, *m.shape[-3:]) for m in M]
+        pairs = [[empty(shape, like=q) for shape in shapes] for _ in range(2 if self.apart else 1)]
+        return pairs[0], pairs[-1]
 
     def cast(self, slot: int, M: Pair, G: Pair, R: Pair) -> Pair:
         """Fills G and R from masters `[.., N, I, O]`; the factors c."""

@@ -11,7 +11,6 @@ time from the L2 cache; the rest once.
 """
 
 # Types of Triton's language are not Python's:
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

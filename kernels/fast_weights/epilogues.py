@@ -57,7 +57,7 @@ def pull_gated_kernel(z, dh, h, dz, R, F: tl.constexpr, BR: tl.constexpr, BF: tl
     g = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(z + at + F, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(dh + r * F + f, mask=mask, other=0.0).to(tl.float32)
-    s, s1, _ = slopes(g)  # pyright: ignore[reportGeneralTypeIssues]
+    s, s1, _ = slopes(g)
     dtype = h.dtype.element_ty
     tl.store(h + r * F + f, (s * u).to(dtype), mask=mask)
     tl.store(dz + at, (d * u * s1).to(dtype), mask=mask)
@@ -98,7 +98,7 @@ def errors_kernel(
     x = tl.load(d + r * F + f, mask=mask, other=0.0).to(tl.float32)
     lr0 = tl.load(lr + r * M, mask=r < R, other=0.0)
     lr2 = tl.load(lr + r * M + M - 1, mask=r < R, other=0.0)
-    s, s1, _ = slopes(g)  # pyright: ignore[reportGeneralTypeIssues]
+    s, s1, _ = slopes(g)
     dtype = e.dtype.element_ty
     tl.store(e + at, (-lr0 * x * u * s1).to(dtype), mask=mask)
     tl.store(e + at + F, (-lr2 * x * s).to(dtype), mask=mask)
@@ -131,7 +131,7 @@ def pull_errors_kernel(
         x = tl.load(d + r * F + f, mask=mask, other=0.0).to(tl.float32)
         a0 = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
         a2 = tl.load(a + at + F, mask=mask, other=0.0).to(tl.float32)
-        s, s1, s2 = slopes(g)  # pyright: ignore[reportGeneralTypeIssues]
+        s, s1, s2 = slopes(g)
         e0, e2 = -lr0 * a0, -lr2 * a2
         if dd is not None:
             sum0 -= a0 * x * u * s1

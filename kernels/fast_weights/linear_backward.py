@@ -10,7 +10,6 @@ As in `mlp_backward`, with a = q k^T + 1 and D, G the gradients of W and S at th
 """
 
 # Types of Triton's language are not Python's:
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ Weights as in `mlp_forward`: one row a head, W `[K, V]`, b `[V]`.
 """
 
 # Types of Triton's language are not Python's:
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

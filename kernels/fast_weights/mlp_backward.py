@@ -19,7 +19,6 @@ left operands wait in memory (which also turns them), and so do d_z, y and d_h b
 """
 
 # Types of Triton's language are not Python's:
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

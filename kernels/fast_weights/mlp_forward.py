@@ -14,7 +14,6 @@ Triton gets wrong on Hopper.
 """
 
 # Types of Triton's language are not Python's:
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

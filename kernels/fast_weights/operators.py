@@ -118,7 +118,7 @@ def token_forward(
     w: Tensor, u: Tensor | None, s: Tensor | None, form: Sequence[int], keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the weights (or updates) at the end, the momentum, and checkpoints of both."""
-    f = Form(*form)  # pyright: ignore[reportArgumentType]
+    f = Form._make(form)
     count, N, P = rates.shape[0], *w.shape
     G = group_size(count) if keep else count
     groups = -(-count // G)
@@ -165,7 +165,7 @@ def token_backward(
     w: Tensor, u: Tensor | None, s: Tensor | None, form: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q .. beta, w, u, s, as far as these are there. w, s: the checkpoints."""
-    f = Form(*form)  # pyright: ignore[reportArgumentType]
+    f = Form._make(form)
     count, (_, N, P) = rates.shape[0], w.shape
     G = group_size(count)
     like = [q, k, v, rates, coef, ends, lam]

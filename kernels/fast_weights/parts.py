@@ -4,7 +4,6 @@ Tiles of tokens are `[C, ..]`. Columns of V beyond the true width VT are zero, i
 """
 
 # Types of Triton's language are not Python's:
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...memories.fast_weights.gates import token_gates
 from .. import launch
 from .decode import step
 from .operators import Form, operator
@@ -178,9 +179,6 @@ def make_coefficients(
     a, s, wl, tl, lam = one, zero, one, zero, None
     s_end, theta = zero[..., -1], zero[..., -1]
     if momentum is not None or decay is not None:
-        # Late, and for no more than this: kernels know of no memory.
-        from ...memories.fast_weights.gates import token_gates
-
         flat = (None if x is None else cells(x).reshape(1, -1, n) for x in (momentum, decay))
         m, d = flat
         given = rates.new_ones(1, rates.shape[0] * rates.shape[1], n, 1)

@@ -74,7 +74,7 @@ def scan(
                 at, there = i[:, None] * (H * BT) + i[None, :], seen[:, None]
             scores = tl.load(A + skip * BT + at, mask=there, other=0.0)
             o = tl.dot(scores, z, o, input_precision=PRECISION)
-        elif not REVERSE:  # noqa: SIM102
+        elif not REVERSE:
             if block == 0:
                 at = i[:, None] * (H * BT) + i[None, :]
                 d_scores = scale * tl.dot(x, tl.trans(y), input_precision=PRECISION)
@@ -98,7 +98,7 @@ def scan(
         else:
             S *= decay[:, None]
         S = tl.dot(tl.trans(y), z, S, input_precision=PRECISION)
-    if last is not None:  # noqa: SIM102
+    if last is not None:
         if n == (0 if REVERSE else tl.num_programs(1) - 1):
             tl.store(last + bh.to(tl.int64) * R * C + state, S)
 

@@ -143,7 +143,7 @@ def vector_forward(
 def vector_backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float, do: Tensor,
     d_last: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g and the state. What was prepared is prepared again."""
     (B, T, H, K), V = q.shape, v.shape[3]
     BT = vector_tile(q, v)["BT"]
@@ -188,7 +188,7 @@ def backward(
     """Gradients of q, k, v, g (empty without `with_g`, but per channel) and the state."""
     q, k, v, state, do, d_last = (x.contiguous() for x in (q, k, v, state, do, d_last))
     if g is not None and g.ndim == 4:
-        return vector_backward(q, k, v, g, state, scale, do, d_last)  # pyright: ignore
+        return vector_backward(q, k, v, g, state, scale, do, d_last)
     (B, T, H, K), V = q.shape, v.shape[3]
     tile = chosen(q, V, K)
     at_q = at_k = None

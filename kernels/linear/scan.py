@@ -48,7 +48,7 @@ def factors(g, REVERSE: tl.constexpr, EXACT: tl.constexpr):
     and many small ones would add it up.
     """
     if EXACT:
-        coarse, fine, end, rest = sums(g)  # pyright: ignore
+        coarse, fine, end, rest = sums(g)
         since = tl.exp(coarse + fine)
         until = tl.exp((end - coarse) + (rest - fine))
         wide = tl.exp(end.to(tl.float64) + rest.to(tl.float64))
@@ -178,7 +178,7 @@ def scan(
         elif REVERSE:
             z = (z * scale).to(dtype)
         S = tl.dot(tl.trans(y), z, S, input_precision=PRECISION)
-    if last is not None:  # noqa: SIM102
+    if last is not None:
         if n == (0 if REVERSE else tl.num_programs(1) - 1):
             tl.store(last + bh.to(tl.int64) * R * C + state, S)
 

@@ -85,7 +85,7 @@ def read(stats, lines, at, keep, size, precision: tl.constexpr):
     """Of some queries: what to subtract from logits, delta, and what to multiply p with."""
     shift = tl.load(lines + at, mask=keep, other=0.0)
     delta = tl.load(lines + size + at, mask=keep, other=0.0)
-    if precision == "ieee":  # noqa: SIM108
+    if precision == "ieee":
         over = 1.0 / tl.load(stats + size + at, mask=keep, other=1.0)
     else:
         over = delta

@@ -79,7 +79,7 @@ def load(base, r0, stop, stride, BR: tl.constexpr, D: tl.constexpr, BD: tl.const
 def load_all(base, r0, stride, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Rows r0 .. r0 + BR, all of which exist."""
     p = tile(base, r0, stride, BR, BD)
-    if D < BD:  # noqa: SIM108
+    if D < BD:
         x = tl.load(p, mask=(tl.arange(0, BD) < D)[None, :], other=0.0)
     else:
         x = tl.load(p)

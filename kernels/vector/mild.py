@@ -46,7 +46,7 @@ def centred(i, m, log, REACH: tl.constexpr) -> Any:
     """(S [C, K], mid [K], z - mid [K]) of log decays [C, K]; m: of `matrices`. S is
     clamped: what is not mild must be no more than wrong."""
     C: tl.constexpr = log.shape[0]
-    high, low = pieces(log)  # pyright: ignore
+    high, low = pieces(log)
     G = tl.dot(m, high, tl.dot(m, low))
     mid = tl.sum(tl.where(i < C // 2, log, 0.0), 0)
     rest = tl.sum(tl.where(i < C // 2, 0.0, log), 0)
@@ -80,7 +80,7 @@ def mild_forward(
         log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
         x = tl.load(q + at, alive, other=0.0)
         y = tl.load(k + at, alive, other=0.0)
-        S, mid, rest = centred(i, m, log, REACH)  # pyright: ignore
+        S, mid, rest = centred(i, m, log, REACH)
         least = tl.minimum(least, tl.minimum(mid, rest))
         tl.store(whole + c0 + c, tl.exp2(mid + rest))
         mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]
@@ -143,7 +143,7 @@ def mild_backward(
         log = tl.maximum(tl.load(g + at, alive, other=0.0), FLOOR) * LOG2
         x = tl.load(q + at, alive, other=0.0)
         y = tl.load(k + at, alive, other=0.0)
-        S, mid, rest = centred(i, through, log, REACH)  # pyright: ignore
+        S, mid, rest = centred(i, through, log, REACH)
         least = tl.minimum(least, tl.minimum(mid, rest))
         more = tl.load(d_whole + c) * tl.exp2(mid + rest)
         mid, rest = tl.exp2(mid)[None, :], tl.exp2(rest)[None, :]

@@ -174,7 +174,7 @@ def one_backward(
     if dt == tl.float32:
         high, low = log, log
     else:
-        high, low = pieces(log)  # pyright: ignore
+        high, low = pieces(log)
     rows = i * (H * C) + t
     D = tl.load(d_scores_q + rows, alive, other=0.0)
     own = tl.sum(tl.where(i == t, D, 0.0).to(tl.float32), 1)[:, None]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from layerzoo.memories.fast_weights import Rule, fast_weights
@@ -67,11 +68,10 @@ def tensors(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=g, dtype=torch.float64)
 
-    unit = lambda x: torch.nn.functional.normalize(x, dim=-1)  # noqa: E731
     weights = tuple(normal(H, i, o) / i**0.5 for i, o in rule.network.shapes(K, V))
     found: dict[str, Any] = {
-        "q": unit(normal(B, T, H, K)),
-        "k": unit(normal(B, T, H, K)),
+        "q": F.normalize(normal(B, T, H, K), dim=-1),
+        "k": F.normalize(normal(B, T, H, K), dim=-1),
         "v": normal(B, T, H, V),
         "weights": weights,
         "lr": 0.2 * uniform(B, T, H, rates),
@@ -136,7 +136,9 @@ def test_outputs_and_gradients(judge: Any, name: str, shape: str) -> None:
 
 
 def run(rule: Rule, device: Any, impl: str = "triton", state: Any = None, **x: Any) -> Any:
-    cast = lambda t: t.float().to(device) if t.is_floating_point() else t  # noqa: E731
+    def cast(t: Tensor) -> Tensor:
+        return t.float().to(device) if t.is_floating_point() else t
+
     return call(rule)(impl, state=state, **tree_map(cast, x))
 
 
