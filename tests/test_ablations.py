@@ -84,7 +84,7 @@ def metrics_of(root: Path) -> dict[str, str]:
 
 
 def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
-    broken = {"model.network.layers": ["linear"], "model.impl": "triton"}  # fails when it runs
+    broken = {"model.network.layers": ["mesa"], "model.impl": "triton"}  # it has no kernel
     tree = yaml.safe_load(grid_file(tmp_path).read_text())
     path = grid_file(tmp_path, axes={"layer": {**tree["axes"]["layer"], "broken": broken}})
     assert go(path, tmp_path, jobs=2, retries=0, every=0) == 1

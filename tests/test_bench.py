@@ -320,7 +320,7 @@ def test_the_picture(crowded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "linear: heads (or give key_dim and value_dim): 4",
         ),
         (["ops", "linear", "--impl", "fast"], "impl 'fast' is unknown"),
-        (["ops", "linear", "--impl", "triton", *TINY], "impl 'triton' cannot run"),
+        (["ops", "mesa", "--impl", "triton", *TINY], "impl 'triton' cannot run"),
         (["ops", "--json", "/no/where.json"], "--json /no/where.json: No such file or directory"),
         (["ops", "--json", "/"], "--json /: Is a directory"),
         (["ops", "--plot", "/no/where.png"], "--plot /no/where.png: No such file or directory"),

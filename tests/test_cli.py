@@ -15,6 +15,7 @@ from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
 from layerzoo.training import named_configs
 
+NO_KERNEL = ["--model.impl", "triton"]
 FAST = ["--trainer.max_steps", "1", "--trainer.logger", "false", "--trainer.callbacks", "null"]
 
 
@@ -110,7 +111,10 @@ def test_list_name_shows_equation_and_fields(
             ["fit", "--config", "mqar", "--model.network.vocab_size", "32", *FAST],
             "set model.network.vocab_size to 64",
         ),
-        (["fit", "--config", "mqar", "--model.impl", "triton", *FAST], "no Triton kernel yet"),
+        (
+            ["fit", "--config", "mqar", "--model.network.layers", "[mesa]", *NO_KERNEL, *FAST],
+            "mesa: impl 'triton' cannot run: it has no Triton kernel yet",
+        ),
         (["fit", "--config", "text", "--data.files", "[/no/*]", *FAST], "nothing matches '/no/*'"),
         (["fit", "--config", "mqar", "--model.lr", "-1"], "model.lr: must be in [0, inf], got -1"),
         (["fit", "--config", "mqar", "--data.alpha", "-500"], "alpha: must be in (0, 2]"),

@@ -112,7 +112,8 @@ def test_a_killed_worker_is_replaced_and_a_raised_error_is_told(
 ) -> None:
     loader = {"data.init_args.num_workers": 1}
     (endless,) = cells(1, tmp_path / "endless", **ENDLESS, **loader)
-    (broken,) = cells(1, tmp_path / "broken", **{"model.impl": "triton"})
+    no_kernel = {"model.impl": "triton", "model.network.layers": ["mesa"]}
+    (broken,) = cells(1, tmp_path / "broken", **no_kernel)
     (quick,) = cells(1, tmp_path / "quick", **{"data.init_args.lengths": [32, 64]})
     shared.start(endless)
     until_it_trains(endless)
