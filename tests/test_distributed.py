@@ -291,3 +291,5 @@ def test_processes_share_the_batches_of_training(world: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    torch.distributed.barrier()  # a process that goes first can take the other's threads with it
+    torch.distributed.destroy_process_group()
