@@ -15,8 +15,8 @@ from layerzoo.memories.decays import FLOOR, ChannelDecays, Pulled
 
 from .conftest import GPU, relative
 
-DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32, torch.float16]
-"""float16 stands for bfloat16, which the interpreter gets wrong, on the path of 16 bits."""
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+"""float16 has a reach of 4 alone, so that chunks are mild and strong in turn."""
 
 
 class Case(NamedTuple):
@@ -50,6 +50,14 @@ if GPU:
         for C in (16, 32, 64)
         for K in (64, 128)
     ]
+
+
+RUNS = [
+    (case, dtype)
+    for case in CASES
+    for dtype in DTYPES
+    if not (GPU and case.C == 64 and dtype == torch.float32)  # its chunks are shorter
+]
 
 
 def given(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,12 +133,11 @@ def portable(
     return outs, [*pulled[:2], pulled[2] * (g >= FLOOR)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize(
+    ("case", "dtype"), RUNS, ids=["-".join(map(str, (*c, d))) for c, d in RUNS]
+)
 @pytest.mark.usefixtures("poison")
 def test_vector_follows_the_formulas(case: Case, dtype: torch.dtype, device: torch.device) -> None:
-    if dtype == torch.float32 and case.C == 64 and GPU:
-        pytest.skip("chunks of 64 are for 16 bits")
     q, k, g = given(case, dtype, device)
     exact = [x.double().requires_grad_() for x in (q, k, g)]
     want = formulas(exact[0], exact[1], exact[2].clamp(min=FLOOR), case)
