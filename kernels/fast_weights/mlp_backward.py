@@ -22,6 +22,8 @@ left operands wait in memory (which also turns them), and so do d_z, y and d_h b
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -42,6 +44,34 @@ def rate_pull(dL, lam, row, rate, d_lam, oc, C: tl.constexpr, ADD: tl.constexpr)
         tl.store(d_lam + p, y)
         x *= tl.load(lam + p)
     return tl.sum(x, 1), tl.sum(masked(dL, lam, row, oc, C), 0)
+
+
+@triton.jit
+def pull_end(
+    at, left, x, new, w, s, u, d_w, d_s, d_u, lam, A_end, s_end, u_end, theta, cs, cu,
+    n_A, n_s, n_u, n_t, FULL: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
+) -> Any:  # fmt: skip
+    """One tile of a matrix at the end of a mini-batch: from `new`, what its own products give, the
+    gradients of W, S and U at its start, in place, and sums for those of A_end, s_end, u_end and
+    theta."""
+    D = tl.load(d_w + at)
+    if FULL:
+        if lam is not None:
+            n_A += tl.sum(D * tl.load(w + at))
+        new += A_end * D
+    if s is not None:
+        S, G = tl.load(s + at), tl.load(d_s + at)
+        n_s += tl.sum(D * S)
+        n_t += tl.sum(G * S)
+        G = theta * G + s_end * D
+        G += tl.dot(left, (x * cs[:, None]).to(DT), input_precision=IP)
+        tl.store(d_s + at, G)
+    if u is not None:
+        n_u += tl.sum(D * tl.load(u + at))
+        m = tl.dot(left, (x * cu[:, None]).to(DT), input_precision=IP)
+        tl.store(d_u + at, u_end * D + m)
+    tl.store(d_w + at, new)
+    return n_A, n_s, n_u, n_t
 
 
 @triton.jit(do_not_specialize=["T", "first", "NB", "n"])
@@ -126,6 +156,7 @@ def mlp_backward(
         d_A = tl.zeros([C], dtype=tl.float32)
         d_w0, d_w1 = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
         n_A, n_s, n_u, n_t = 0.0, 0.0, 0.0, 0.0
+        s_in, s_end, theta, cs, u_end, cu = None, None, None, None, None, None
         if s is not None:
             s_in = s + (i * N + r) * P
             cs, tl_ = tl.load(c + 2 * C), tl.load(c + 5 * C)
@@ -395,43 +426,17 @@ def mlp_backward(
             dz, y, dh = tl.load(all_z + ph), tl.load(all_y + ph), tl.load(all_dh + ph)
             new0 = tl.dot(qt, dz if lam is None else (dz * cA[:, None]).to(DT), input_precision=IP)
             new0 = tl.dot(kt, dkc, new0, input_precision=IP)
-            D0 = tl.load(d_w + p0)
-            if FULL:
-                if lam is not None:
-                    n_A += tl.sum(D0 * tl.load(w_in + p0))
-                new0 += A_end * D0
-            if s is not None:
-                S, G = tl.load(s_in + p0), tl.load(d_s + p0)
-                n_s += tl.sum(D0 * S)
-                n_t += tl.sum(G * S)
-                G = theta * G + s_end * D0
-                G += tl.dot(qt, (dz * cs[:, None]).to(DT), input_precision=IP)
-                tl.store(d_s + p0, G)
-            if u is not None:
-                n_u += tl.sum(D0 * tl.load(u + p0))
-                m = tl.dot(qt, (dz * cu[:, None]).to(DT), input_precision=IP)
-                tl.store(d_u + p0, u_end * D0 + m)
-            tl.store(d_w + p0, new0)
+            n_A, n_s, n_u, n_t = pull_end(
+                p0, qt, dz, new0, w_in, s_in, u, d_w, d_s, d_u, lam, A_end, s_end, u_end, theta,
+                cs, cu, n_A, n_s, n_u, n_t, FULL, DT, IP,
+            )  # fmt: skip
             new1 = tl.dot(dft, y if lam is None else (y * cA[:, None]).to(DT), input_precision=IP)
             new1 = tl.dot(et, dh, new1, input_precision=IP)
             new1 = tl.dot(ft, xx.to(DT), new1, input_precision=IP)
-            D1 = tl.load(d_w + p1)
-            if FULL:
-                if lam is not None:
-                    n_A += tl.sum(D1 * tl.load(w_in + p1))
-                new1 += A_end * D1
-            if s is not None:
-                S, G = tl.load(s_in + p1), tl.load(d_s + p1)
-                n_s += tl.sum(D1 * S)
-                n_t += tl.sum(G * S)
-                G = theta * G + s_end * D1
-                G += tl.dot(dft, (y * cs[:, None]).to(DT), input_precision=IP)
-                tl.store(d_s + p1, G)
-            if u is not None:
-                n_u += tl.sum(D1 * tl.load(u + p1))
-                m = tl.dot(dft, (y * cu[:, None]).to(DT), input_precision=IP)
-                tl.store(d_u + p1, u_end * D1 + m)
-            tl.store(d_w + p1, new1)
+            n_A, n_s, n_u, n_t = pull_end(
+                p1, dft, y, new1, w_in, s_in, u, d_w, d_s, d_u, lam, A_end, s_end, u_end, theta,
+                cs, cu, n_A, n_s, n_u, n_t, FULL, DT, IP,
+            )  # fmt: skip
             if BIAS:
                 dz = dz.to(tl.float32)
                 b0, Db = tl.load(w_in + pb), tl.load(d_w + pb)
