@@ -51,8 +51,14 @@ def results(tmp_path: Path) -> Path:
 def test_the_page_gets_the_tables_and_the_picture(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(f"before\n{gpu_report.BEGIN}old\n{gpu_report.END}after\n")
+    table = tmp_path / "table.yaml"
+    table.write_text(
+        "matrix memories: {names: [gla, kda], lengths: '4096,65536'}\n"
+        "sliding: {names: ['{name: sliding, window: 512}'], lengths: 96}\n"
+    )
+    options = ["--out", str(results), "--table", str(table)]
     for _ in range(2):  # the second replaces the first
-        assert main(["bench", "gpu", "--out", str(results), "--report", str(page)]) == 0
+        assert main(["bench", "gpu", *options, "--report", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert (
@@ -60,6 +66,7 @@ def test_the_page_gets_the_tables_and_the_picture(results: Path, tmp_path: Path)
     )
     assert "| 50 | 12 | 3 |" in text and "800 TFLOP/s, copy 3.00 TB/s" in text
     assert "- fla of x: no" in text and "- kda: it broke" in text
+    assert "- matrix memories: gla (64k), kda\n- sliding: sliding(window=512)\n" in text
     assert "![times against peers](results/gpu-1.svg)" in text
     assert (results / "gpu-1.svg").read_text().count("forward+backward") == 1
 
@@ -68,7 +75,7 @@ def test_what_is_missing_is_said(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("no place\n")
     with pytest.raises(SpecError, match="has no place for the figures"):
-        gpu_report.write(results, page)
+        gpu_report.write(results, page, {})
     with pytest.raises(SpecError, match="no figures; run `layerzoo bench gpu`"):
-        gpu_report.write(tmp_path / "none", page)
+        gpu_report.write(tmp_path / "none", page, {})
     assert page.read_text() == "no place\n"

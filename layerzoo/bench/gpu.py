@@ -99,10 +99,11 @@ def measure(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
-    if options.report:
-        importlib.import_module("layerzoo.bench.gpu_report").write(options.out, options.report)
-        return 0
     table = yaml.safe_load(options.table.read_text())
+    if options.report:
+        write = importlib.import_module("layerzoo.bench.gpu_report").write
+        write(options.out, options.report, table)
+        return 0
     chosen = {name: fields for name, fields in table.items() if options.only in name}
     if not chosen:
         raise SpecError(

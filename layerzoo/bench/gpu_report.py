@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from layerzoo.spec import SpecError
 from layerzoo.style import COLOURS, MARKERS, tidy
 
+from .command import label_of, spec_of
 from .report import digits
 from .run import OURS
 
@@ -24,8 +25,9 @@ BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 Rows = list[dict[str, Any]]
 
 
-def write(folder: Path, page: Path) -> None:
-    """Put the tables of all files of a folder, and a picture of each, into a page.
+def write(folder: Path, page: Path, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the tables of all files of a folder, and a picture of each, into a page; what `table`
+    times besides is said to be missing.
 
     Raises:
         SpecError: no files, or a page without the place for them.
@@ -38,11 +40,11 @@ def write(folder: Path, page: Path) -> None:
         raise SpecError(f"{page}: has no place for the figures, '{BEGIN.strip()}'")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    parts = [part for file in files for part in of_gpu(file, page.parent)]
+    parts = [part for file in files for part in of_gpu(file, page.parent, table)]
     page.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END + after)
 
 
-def of_gpu(file: Path, root: Path) -> Iterator[str]:
+def of_gpu(file: Path, root: Path, wanted: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     found = json.loads(file.read_text())
     benchmarks = [one for one in found["benchmarks"] if "failed" not in one]
     machine = benchmarks[0]["machine"]
@@ -65,6 +67,33 @@ def of_gpu(file: Path, root: Path) -> Iterator[str]:
             if one["name"] == title:
                 notes = [one["failed"]] if "failed" in one else one["skipped"]
                 yield from (f"- {note}" for note in notes)
+    if lines := list(missing(benchmarks, wanted)):
+        yield "**not measured yet**\n\n" + "\n".join(lines)
+
+
+def missing(
+    benchmarks: Sequence[dict[str, Any]], wanted: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """A line a benchmark that is not whole: its layers and lengths without a time of ours."""
+    timed = {
+        (one["name"], row["layer"], row["T"])
+        for one in benchmarks
+        for row in one["rows"]
+        if row["impl"] == OURS and row["ms"]
+    }
+    for title, fields in wanted.items():
+        lengths = [int(T) for T in str(fields["lengths"]).split(",")]
+        absent = {
+            label: left
+            for label in map(label_of, map(spec_of, fields["names"]))
+            if (left := [T for T in lengths if (title, label, T) not in timed])
+        }
+        if absent:
+            lines = (
+                label if left == lengths else f"{label} ({', '.join(map(short, left))})"
+                for label, left in absent.items()
+            )
+            yield f"- {title}: {', '.join(lines)}"
 
 
 def table(rows: Rows) -> str:
