@@ -66,11 +66,18 @@ def sliding_attention(
     k, v = append(state["k"], k), append(state["v"], v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o = OP(impl, q, k, v, window=window, sinks=sinks, start=start, scale=scale)
-    kept = cached_sinks(end, window, sinks) + min(window - 1, end)
-    if kept < k.shape[1]:
-        head, tail = cached_sinks(end, window, sinks), min(window - 1, end)
-        k, v = (torch.cat((t[:, :head], t[:, t.shape[1] - tail :]), 1) for t in (k, v))
+    k, v = trim(k, v, end, window, sinks)
     return o, {"k": k, "v": v, "position": state["position"] + q.shape[1]}
+
+
+def trim(k: Tensor, v: Tensor, end: int, window: int, sinks: int) -> Pair:
+    """What a cache keeps after `end` tokens, of which it holds the last ones behind its sinks: the
+    sinks that have left the window, and the last window - 1 tokens."""
+    head, tail = cached_sinks(end, window, sinks), min(window - 1, end)
+    if head + tail >= k.shape[1]:
+        return k, v
+    k, v = (torch.cat((t[:, :head], t[:, t.shape[1] - tail :]), 1) for t in (k, v))
+    return k, v
 
 
 def check_window(window: int, sinks: int = 0) -> None:
@@ -184,7 +191,7 @@ class Overlapping(torch.autograd.Function):
         return total.flatten(1, 2)[:, : ctx.tokens], None, None
 
 
-def _ramp(n: int, top: int) -> int:
+def ramp(n: int, top: int) -> int:
     """sum of min(j, top) over j = 1..n"""
     rising = max(0, min(n, top))
     return rising * (rising + 1) // 2 + max(0, n - top) * top
@@ -230,7 +237,7 @@ class Sliding(Attention, name="sliding"):
 
     def rule_flops(self, T: int) -> float:
         c = self.config
-        seen = _ramp(T, c.window) + _ramp(T - c.window, c.sinks)  # the window, and sinks behind it
+        seen = ramp(T, c.window) + ramp(T - c.window, c.sinks)  # the window, and sinks behind it
         return self.heads * 4 * self.head_dim * seen / max(1, T)
 
     def reach(self) -> Reach:

@@ -116,10 +116,31 @@ def test_shared_projections_are_one(share: str) -> None:
     for name in names:
         assert getattr(memory, name) is getattr(window, name)
     assert (memory.out is window.out) == (share == "qkvo")
-    alone.load_state_dict(layer.state_dict())
+    theirs = {f"layers.1.{name}.weight": getattr(window, name).weight for name in names}
+    assert not theirs.keys() & layer.state_dict().keys()  # a file holds them once
+    alone.load_state_dict({**layer.state_dict(), **theirs})
     assert torch.allclose(layer(X)[0], alone(X)[0], rtol=0, atol=1e-14)
     count = sum(p.numel() for p in alone.parameters()) - sum(p.numel() for p in layer.parameters())
     assert count == len(names) * 24 * 24
+
+
+@pytest.mark.parametrize("every", [None, 7])
+def test_shared_projections_of_grouped_heads_are_repeated(every: int | None) -> None:
+    """A window of 4 heads in 2 groups; its memory may be within a `reset`."""
+    window = {"name": "sliding", "heads": 4, "kv_heads": 2, "window": 4}
+    memory: dict[str, Any] = {"name": "gated_delta", "heads": 4}
+    if every:
+        memory = {"name": "reset", "children": [memory], "every": every}
+    alone, layer = parallel(window, memory), parallel(window, memory, share="qkvo")
+    prefix = "layers.1.layers.0." if every else "layers.1."
+    weights = dict(layer.state_dict())
+    for name in ("q", "k", "v", "out"):
+        weight = getattr(layer.layers[0], name).weight
+        if name in ("k", "v"):
+            weight = weight.unflatten(0, (2, 6)).repeat_interleave(2, 0).flatten(0, 1)
+        weights[f"{prefix}{name}.weight"] = weight
+    alone.load_state_dict(weights)
+    assert torch.allclose(layer(X)[0], alone(X)[0], rtol=0, atol=1e-14)
 
 
 def test_window_dropout_leaves_rows_without_the_window() -> None:
@@ -255,8 +276,8 @@ REFUSED: Any = [
     ("parallel", {"children": [WINDOW, "linear"], "drop": 1.0}, r"drop: must be in \[0, 1\)"),
     (
         "parallel",
-        {"children": [{**WINDOW, "kv_heads": 1}, "linear"], "share": "qkv"},
-        r"children\[1\]: share: its projection 'k' has shape \(24, 24\), and sliding's \(12, 24\)",
+        {"children": [WINDOW, {"name": "linear", "key_dim": 3}], "share": "qkv"},
+        r"children\[1\]: share: its projection 'q' has shape \(12, 24\), and sliding's \(24, 24\)",
     ),
     ("parallel", {"children": [WINDOW, "parallel"], "share": "qkv"}, "children: missing"),
     (

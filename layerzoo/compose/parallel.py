@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Layer, State, StateBytes
-from layerzoo.shell import Memory, Write
+from layerzoo.shell import QKV, Memory, Write
 from layerzoo.spec import SpecError, at
 
 from .base import ChildrenConfig, Composition
+from .reset import Reset
 
 PROJECTIONS = {"none": "", "qkv": ("q", "k", "v"), "qkvo": ("q", "k", "v", "out")}
 
@@ -32,7 +33,7 @@ class Parallel(Composition, name="parallel"):
 
     children: specs of layers, or built layers. scale_init: start of every scale_n. share: the
     others use the first child's projections of q, k and v (qkv), and of the output, too (qkvo);
-    they must have the same shapes. write: all, or evicted. drop: in training, probability with
+    they must have the same shapes, but that grouped keys and values are repeated. write: all, or evicted. drop: in training, probability with
     which a row goes without the first child, which makes a memory learn what a window knows.
 
     The attribute `off` of the layer names children to leave out, as a control at test time.
@@ -79,6 +80,13 @@ class Parallel(Composition, name="parallel"):
         },
         {
             "children": [
+                {"name": "sliding", "heads": 4, "kv_heads": 2, "window": 4},
+                {"name": "reset", "children": [{"name": "ttt_linear", "mini_batch": 4}], "every": 7},
+            ],
+            "share": "qkvo",
+        },
+        {
+            "children": [
                 {"name": "softmax", "heads": 2},
                 {"name": "mamba2", "heads": 3},
                 {"name": "sliding", "heads": 4, "window": 5},
@@ -114,12 +122,13 @@ class Parallel(Composition, name="parallel"):
         layers: list[Any] = self.children_layers()
         first, *others = layers
         given = self.init_state(len(x)) if state is None else state
-        shared = {} if self.config.share == "none" else {"qkv": first.qkv(x)}
-        y, s = first(x, given[0], **shared)
+        qkv = None if self.config.share == "none" else first.qkv(x)
+        y, s = first(x, given[0], **({} if qkv is None else {"qkv": qkv}))
         new, waiting = [s], []
         y = self._dropped(y)
         past = int(given[-1]["position"]) if self.evicts else 0
         for n, (child, scale) in enumerate(zip(others, self.scales, strict=True), 1):
+            shared = {} if qkv is None else {"qkv": spread(qkv, child)}
             if self.evicts:
                 waits = given[-1]["writes"][n - 1]
                 o, s, wait = self._late(child, x, given[n], waits, shared, past)
@@ -215,21 +224,61 @@ class Parallel(Composition, name="parallel"):
         return first.cautions(T) + [line for m in memories for line in m.cautions(written)]
 
 
+class Grouped(nn.Module):
+    """A projection to fewer heads `[B, T, G K]`, each repeated for the heads that read it."""
+
+    def __init__(self, theirs: nn.Linear, heads: int, repeats: int) -> None:
+        super().__init__()
+        self.theirs, self.heads, self.repeats = theirs, heads, repeats
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spread(self.theirs(x))
+
+    def spread(self, projected: Tensor) -> Tensor:
+        heads = projected.unflatten(-1, (self.heads, -1))
+        return heads.repeat_interleave(self.repeats, -2).flatten(-2)
+
+
 def share(name: str, first: Layer, child: Layer) -> None:
-    """Make a projection of the child the first child's.
+    """Make a projection of the child the first child's; it is registered there alone. Keys and
+    values of grouped heads are repeated for each head that reads them.
 
     Raises:
         SpecError: they are not of the same shape, or one has none.
     """
+    child = sharer(child)
     theirs, own = getattr(first, name, None), getattr(child, name, None)
     if not isinstance(theirs, nn.Linear) or not isinstance(own, nn.Linear):
         raise SpecError(f"share: {(child if theirs else first).name} has no projection '{name}'")
-    if own.weight.shape != theirs.weight.shape:
+    target: Any = theirs
+    groups, heads = getattr(first, "kv_heads", 0), getattr(first, "heads", 0)
+    repeats = heads // groups if groups else 1
+    if name in ("k", "v") and own.out_features == repeats * theirs.out_features and repeats > 1:
+        target = Grouped(theirs, groups, repeats)
+    elif own.weight.shape != theirs.weight.shape:
         raise SpecError(
             f"share: its projection '{name}' has shape {tuple(own.weight.shape)}, and "
             f"{first.name}'s {tuple(theirs.weight.shape)}; make heads x width the same"
         )
-    setattr(child, name, theirs)
+    delattr(child, name)
+    child.__dict__[name] = target
+
+
+def sharer(child: Layer) -> Layer:
+    """The layer that has the projections: a `reset` passes them on to its child."""
+    while isinstance(child, Reset):
+        (child,) = child.children_layers()
+    return child
+
+
+def spread(qkv: QKV, child: Layer) -> QKV:
+    """The first child's projections, as a child of more heads reads them."""
+    own: Any = sharer(child)
+    q, k, v = qkv
+    k, v = (
+        part.spread(t) if isinstance(part, Grouped) else t for part, t in ((own.k, k), (own.v, v))
+    )
+    return q, k, v
 
 
 def join(past: Tensor, new: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from layerzoo.layer import Reach, State, StateBytes
+from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
 from .base import ChildrenConfig, Composition
@@ -47,7 +50,10 @@ class Reset(Composition, name="reset"):
         position = torch.zeros((), dtype=torch.int64, device="cpu")
         return {"child": self.children_layers()[0].init_state(batch_size), "position": position}
 
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State = None, qkv: QKV | None = None
+    ) -> tuple[Tensor, State]:
+        """qkv: the child's projections of x, if another layer has made them."""
         B, T, _ = x.shape
         (child,) = self.children_layers()
         given = self.init_state(B) if state is None else state
@@ -59,14 +65,15 @@ class Reset(Composition, name="reset"):
             whole = (T - t) // every if place == 0 else 0
             if whole:  # segments that know nothing of each other are rows of one batch
                 n = whole * every
-                rows = x[:, t : t + n].reshape(B * whole, every, -1)
-                y, s = child(rows, child.init_state(len(rows)))
+                parts = segment(x, qkv, t, t + n, every)
+                y, s = child(parts.pop("x"), child.init_state(B * whole), **parts)
                 s = tree_map(lambda leaf, k=whole: last_of(leaf, k), s)
                 y = y.reshape(B, n, -1)
             else:
                 n = min(every - place, T - t)
                 s = child.init_state(B) if place == 0 else s
-                y, s = child(x[:, t : t + n], s)
+                parts = segment(x, qkv, t, t + n, n)
+                y, s = child(parts.pop("x"), s, **parts)
             outputs.append(y)
             t += n
         y = torch.cat(outputs, 1) if outputs else child(x, s)[0]
@@ -96,6 +103,15 @@ class Reset(Composition, name="reset"):
 
     def reach(self) -> Reach | None:
         return Reach(self.every - 1) if self.every else self.children_layers()[0].reach()
+
+
+def segment(x: Tensor, qkv: QKV | None, start: int, end: int, size: int) -> dict[str, Any]:
+    """Tokens start .. end of a child's inputs, by name, as rows of `size` tokens."""
+
+    def cut(t: Tensor) -> Tensor:
+        return t[:, start:end].unflatten(1, (-1, size)).flatten(0, 1)
+
+    return {"x": cut(x)} if qkv is None else {"x": cut(x), "qkv": tuple(map(cut, qkv))}
 
 
 def last_of(leaf: Tensor, segments: int) -> Tensor:
