@@ -88,7 +88,33 @@ class Block(nn.Module):
         return {**conv, "layer": self.layer.init_state(batch_size)}
 
 
-class LanguageModel(nn.Module):
+class Stack:
+    """What holds for any model whose `each_block` yields blocks with a `layer`."""
+
+    def each_block(self) -> Iterable[Any]:
+        raise NotImplementedError
+
+    def cautions(self, T: int) -> list[str]:
+        """What its layers cannot do in sequences of T tokens, each line once."""
+        return list(
+            dict.fromkeys(c for block in self.each_block() for c in block.layer.cautions(T))
+        )
+
+    def choices(self) -> dict[str, list[str]]:
+        """Which implementations of its ops have run in this process since `forget_choices`."""
+        return {op.name: sorted(op.used) for op in self._ops()}
+
+    def forget_choices(self) -> None:
+        """Start the record of `choices` anew."""
+        for op in self._ops():
+            op.used.clear()
+
+    def _ops(self) -> list[Op]:
+        found = {op.name: op for block in self.each_block() for op in block.layer.ops()}
+        return list(found.values())
+
+
+class LanguageModel(Stack, nn.Module):
     """Embedding, blocks, final norm, head. It obeys the law of a layer: `model(tokens, state)`
     in any pieces equals the whole.
 
@@ -149,13 +175,8 @@ class LanguageModel(nn.Module):
         Raises:
             SpecError: tokens that are not integers [B, T], or documents beside a state.
         """
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise SpecError(f"tokens: expected integers [B, T], got {tuple(tokens.shape)}")
+        check_tokens(tokens, state, documents)
         if documents is not None:
-            if state is not None:
-                raise SpecError("documents: cannot continue a state; give one or the other")
-            if documents.shape != tokens.shape:
-                raise SpecError(f"documents: shape {tuple(documents.shape)} is not the tokens'")
             rows, where = unpack(tokens, documents)
             return self.hidden(rows)[0][where], None
         state = self.init_state(len(tokens)) if state is None else state
@@ -221,30 +242,29 @@ class LanguageModel(nn.Module):
         return Reach(sum(back) + conv, max(0, max(sinks) - self.config.persistent))
 
     def cautions(self, T: int) -> list[str]:
-        """What its layers cannot do in sequences of T tokens, each line once."""
-        read = T + self.config.persistent
-        return list(
-            dict.fromkeys(c for block in self.each_block() for c in block.layer.cautions(read))
-        )
-
-    def choices(self) -> dict[str, list[str]]:
-        """Which implementations of its ops have run in this process since `forget_choices`."""
-        return {op.name: sorted(op.used) for op in self._ops()}
-
-    def forget_choices(self) -> None:
-        """Start the record of `choices` anew."""
-        for op in self._ops():
-            op.used.clear()
-
-    def _ops(self) -> list[Op]:
-        found = {op.name: op for block in self.each_block() for op in block.layer.ops()}
-        return list(found.values())
+        return super().cautions(T + self.config.persistent)
 
 
 def linear_flops(part: nn.Module | None) -> float:
     """FLOPs per token of the linear maps in a part of a model, 2 a multiply-add."""
     linear = (m for m in part.modules() if isinstance(m, nn.Linear)) if part else ()
     return sum(2.0 * m.in_features * m.out_features for m in linear)
+
+
+def check_tokens(tokens: Tensor, state: State, documents: Tensor | None) -> None:
+    """Refuse what no model can read.
+
+    Raises:
+        SpecError: tokens that are not integers [B, T], or documents beside a state.
+    """
+    if tokens.dim() != 2 or tokens.is_floating_point():
+        raise SpecError(f"tokens: expected integers [B, T], got {tuple(tokens.shape)}")
+    if documents is None:
+        return
+    if state is not None:
+        raise SpecError("documents: cannot continue a state; give one or the other")
+    if documents.shape != tokens.shape:
+        raise SpecError(f"documents: shape {tuple(documents.shape)} is not the tokens'")
 
 
 def unpack(tokens: Tensor, documents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -36,7 +36,8 @@ class Parallel(Composition, name="parallel"):
     they must have the same shapes, but that grouped keys and values are repeated. write: all, or evicted. drop: in training, probability with
     which a row goes without the first child, which makes a memory learn what a window knows.
 
-    The attribute `off` of the layer names children to leave out, as a control at test time.
+    The attribute `off` of the layer names children to leave out, as a control at test time; the
+    attribute `drop` is the config's until it is set.
     """
 
     class Config(ChildrenConfig):
@@ -98,6 +99,7 @@ class Parallel(Composition, name="parallel"):
     def __init__(self, dim: int, config: Parallel.Config) -> None:
         super().__init__(dim, config)
         self.off: tuple[int, ...] = ()
+        self.drop = config.drop
         self.scales = nn.Parameter(
             torch.full((len(config.children) - 1, dim), float(config.scale_init))
         )
@@ -146,9 +148,9 @@ class Parallel(Composition, name="parallel"):
         """The first child's output, without the rows that training drops, or if it is off."""
         if 0 in self.off:
             return torch.zeros_like(y)
-        if not (self.training and self.config.drop):
+        if not (self.training and self.drop):
             return y
-        stays = torch.rand(len(y), 1, 1, device=y.device) >= self.config.drop
+        stays = torch.rand(len(y), 1, 1, device=y.device) >= self.drop
         return y * stays.to(y.dtype)
 
     def _late(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -121,6 +122,17 @@ class FastWeights(Memory, name="fast_weights"):
         if rule.network.layer_norm:
             self.norm_weight = nn.Parameter(torch.ones(H, V))
             self.norm_bias = nn.Parameter(torch.zeros(H, V))
+
+    @property
+    def mini_batch(self) -> int:
+        """The config's, until it is set; rates, which were chosen for the config's, stay."""
+        return self.rule_.mini_batch
+
+    @mini_batch.setter
+    def mini_batch(self, tokens: int) -> None:
+        if self.config.row and tokens != self.config.mini_batch:
+            raise SpecError(f"{self.name}: mini_batch: `row` is learned for {self.mini_batch}")
+        self.rule_ = dataclasses.replace(self.rule_, mini_batch=tokens)
 
     def start(self, m: int) -> Tensor:
         """Initial weights of a matrix: outputs of variance 1, behind the last one a quarter."""
