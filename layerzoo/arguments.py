@@ -1,10 +1,13 @@
-"""The argument parser of our own subcommands."""
+"""The arguments of our own subcommands: the parser, and specs of layers."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
+
+from layerzoo.layer import check_spec
 from layerzoo.spec import SpecError, suggest
 
 
@@ -24,3 +27,15 @@ class Parser(argparse.ArgumentParser):
             known = (o for action in self._actions for o in action.option_strings)
             message = f"{word}: no such option; {suggest(word, known)}"
         raise SpecError(f"{self.prog.split()[1]}: {message}")
+
+
+def spec_of(text: str) -> dict[str, Any]:
+    """A layer's name, or its spec in YAML."""
+    if not text.lstrip().startswith("{"):
+        return {"name": text}
+    try:
+        spec = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SpecError(f"NAME {text}: not YAML; write '{{name: linear, heads: 2}}'") from None
+    check_spec(spec)
+    return spec

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from layerzoo.arguments import Parser
-from layerzoo.layer import build, check_spec, get_layer, list_layers
+from layerzoo.arguments import Parser, spec_of
+from layerzoo.layer import build, get_layer, list_layers
 from layerzoo.spec import SpecError, required, suggest
 
 from . import report
@@ -114,18 +113,6 @@ def specs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             continue
         found[label] = spec
     return found
-
-
-def spec_of(text: str) -> dict[str, Any]:
-    """A layer's name, or its spec in YAML."""
-    if not text.lstrip().startswith("{"):
-        return {"name": text}
-    try:
-        spec = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SpecError(f"NAME {text}: not YAML; write '{{name: linear, heads: 2}}'") from None
-    check_spec(spec)
-    return spec
 
 
 def label_of(spec: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from layerzoo.arguments import Parser
+from layerzoo.arguments import Parser, spec_of
 from layerzoo.layer import build, check_spec, get_layer, list_layers
 from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError, suggest
@@ -70,8 +70,6 @@ def compile_all(
 
 
 def specs_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    from .command import spec_of
-
     if names:
         return {text: spec_of(text) for text in names}
     found = {}

@@ -14,10 +14,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from layerzoo.arguments import spec_of
 from layerzoo.spec import SpecError
 from layerzoo.style import COLOURS, MARKERS, tidy
 
-from .command import label_of, spec_of
+from .command import label_of
 from .report import digits
 from .run import OURS
 

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.arguments import Parser
+from layerzoo.arguments import Parser, spec_of
 from layerzoo.generate import stream
 from layerzoo.layer import Spec
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
 
-from .command import PICTURES, check_writable, positive, spec_of
+from .command import PICTURES, check_writable, positive
 from .measure import hardware
 
 STATM = Path("/proc/self/statm")
@@ -97,11 +97,11 @@ def points(model: LanguageModel, arm: Arm) -> Iterator[Point]:
         clock, cpu, last = time.perf_counter(), time.process_time(), n
 
 
-def in_a_process(arm: Arm) -> list[Point]:
-    """A fresh process: its memory holds nothing of another arm."""
+def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Its result in a fresh process, whose memory holds nothing of another call."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
-        return pool.submit(measure, arm).result()
+        return pool.submit(function, *args).result()
 
 
 def table(label: str, found: Sequence[Point], lines: int = 10) -> str:

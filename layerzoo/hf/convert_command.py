@@ -1,0 +1,78 @@
+"""`layerzoo convert`: a pretrained model, with a memory beside its attention, in a folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from layerzoo.arguments import Parser, spec_of
+from layerzoo.data.tokenizer import reason
+from layerzoo.spec import SpecError
+
+from .convert import convert, load_source
+
+
+def indices(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected indices, as in 0,2,-1, got '{text}'") from None
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "layerzoo convert",
+        description="Put a memory beside the attention of a pretrained Llama, Qwen2 or Qwen3, "
+        "and write the model, and its tokenizer, to a folder.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--source", metavar="PATH", required=True, help="a model's folder, or a Hugging Face id")
+    add("--gguf", metavar="FILE", help="the name of the GGUF file there, if it is one")
+    add("--memory", metavar="SPEC", default="allmem", help="a name, or {name: .., ..}")
+    add("--window", metavar="W", type=int, default=512, help="tokens that stay visible")
+    add("--sinks", metavar="N", type=int, default=4, help="first tokens, always visible")
+    add("--layers", metavar="N,..", type=indices, help="blocks to convert; default all")
+    add("--write", default="all", choices=("all", "evicted"), help="when the memory gets a token")
+    add("--scale_init", metavar="X", type=float, default=0.0, help="of the memory; default 0")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--out", metavar="DIR", type=Path, required=True, help="a folder, which is made")
+    return parser.parse_args(argv)
+
+
+def save_tokenizer(source: str, gguf: str | None, out: Path) -> None:
+    """The source's tokenizer beside the model, if it has one."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(out)
+    except (OSError, ValueError) as error:
+        print(f"no tokenizer: {reason(error)}")
+
+
+def main(argv: Sequence[str]) -> int:
+    options = arguments(argv)
+    if options.out.is_file() or (options.out.is_dir() and any(options.out.iterdir())):
+        raise SpecError(f"--out {options.out}: is there already; give a new folder")
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    spec = spec_of(options.memory)
+    model = convert(
+        load_source(options.source, options.gguf, dtype),
+        spec,
+        window=options.window,
+        sinks=options.sinks,
+        layers=options.layers,
+        write=options.write,
+        scale_init=options.scale_init,
+    )
+    model.save_pretrained(options.out)
+    save_tokenizer(options.source, options.gguf, options.out)
+    added, theirs = model.added_parameters()
+    print(
+        f"{options.out}: {len(model.mixers())} of {model.config.num_hidden_layers} blocks "
+        f"converted; {added:,} parameters added to {theirs:,} ({100 * added / theirs:.1f}%)"
+    )
+    return 0
