@@ -37,7 +37,9 @@ class Text(Task):
 
     Args:
         files: paths or globs (`**` is recursive); null is the source of the running
-            interpreter's standard library: real text, always there.
+            interpreter's standard library: real text, always there. An entry `stdlib` stands for
+            the same, to be mixed with others (`[stdlib, ~/books/**/*.txt]`); a file of that name
+            is `./stdlib`.
         length: T, tokens a sample.
         held_out: share of the files for val, and again for test.
         documents: do not let a window's files see each other: emit `documents`, and do not
