@@ -34,6 +34,7 @@ from layerzoo.metrics import (
     ContinualMatrix,
     ErrorKinds,
     LossByPosition,
+    MarkedAnswers,
     Recall,
     RecallByLag,
     SuccessRate,
@@ -117,6 +118,7 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "ContinualMatrix": lambda: ContinualMatrix(2),
     "ErrorKinds": ErrorKinds,
     "LossByPosition": lambda: LossByPosition(8, 1),
+    "MarkedAnswers": MarkedAnswers,
     "Recall": Recall,
     "RecallByLag": lambda: RecallByLag(8, 0.0),
     "SuccessRate": SuccessRate,
@@ -150,6 +152,8 @@ def update(name: str, metric: Metric, rows: slice) -> None:
         for phase, row in ((0, 0), (1, 5), (2, 15)):
             if row in range(30)[rows]:
                 metric.update(phase, answers()["logits"][row, :2])
+    elif name == "MarkedAnswers":  # two of three labels; the cut is between two answers
+        metric.update(**{**notes, "answer": (torch.arange(30) - CUT)[rows] % 3 > 0})
     else:
         metric.update(**notes)
 

@@ -27,7 +27,7 @@ CASES = {
 }
 IN_CONTEXT = [name for name, (cls, _) in CASES.items() if cls.in_context]
 RECALL = [name for name, (cls, _) in CASES.items() if issubclass(cls, RecallTask)]
-WITHOUT = {"Text", "Continual"}
+WITHOUT = {"Text", "RecallText", "Continual"}
 """Tasks without cases: of files, and of other tasks. They have tests of their own."""
 
 

@@ -128,6 +128,25 @@ def test_lengths_share_one_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) == 2 and len(other._corpus["val"].starts) > len(task._corpus["val"].starts)
 
 
+def test_the_standard_library_can_be_mixed_with_other_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("lib/email").mkdir(parents=True)
+    Path("lib/site-packages").mkdir()
+    for name in ("abc.py", "email/parser.py", "site-packages/no.py"):
+        Path("lib", name).write_text(f"library's {name}")
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: {"stdlib": "lib"}[name])
+    library = {name: f"library's {name}".encode() for name in ("abc.py", "email/parser.py")}
+    assert corpus.read_files(None) == corpus.read_files(["stdlib"]) == library
+    Path("abc.py").write_text("ours")
+    Path("stdlib").write_text("a file of that name")
+    ours = {"./abc.py": b"ours", "00.txt": DOCUMENTS[0].encode()}
+    for files in (["stdlib", "00.txt", "*.py"], ["*.py", "00.txt", "stdlib"]):
+        assert corpus.read_files(files) == library | ours
+    assert corpus.read_files(["./stdlib"]) == {"stdlib": b"a file of that name"}
+    assert corpus.read_files(["*.py"]) == {"abc.py": b"ours"}
+
+
 # Tokens
 
 

@@ -9,6 +9,7 @@ from layerzoo.data.mqar import MQAR
 from layerzoo.data.needle import Needle
 from layerzoo.data.overwrite import Overwrite
 from layerzoo.data.recall import RecallTask
+from layerzoo.data.recall_text import RecallText
 from layerzoo.data.state_tracking import StateTracking
 from layerzoo.data.task import Task, list_tasks
 from layerzoo.data.text import Text
@@ -30,6 +31,7 @@ __all__ = [
     "NoisyRecall",
     "Overwrite",
     "RecallTask",
+    "RecallText",
     "SelectiveCopying",
     "StateTracking",
     "Task",

@@ -17,6 +17,8 @@ Documents = dict[str, list[bytes]]
 """By split."""
 NAMES = {"train": "train", "val": "validation", "test": "test"}
 """What datasets call the splits."""
+STDLIB = "stdlib"
+"""The entry of `files` that stands for the standard library's source."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,20 @@ class Source:
 
 def read_files(files: list[str] | None) -> dict[str, bytes]:
     """Contents by name, in sorted order; names are relative so that machines agree."""
-    if files is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        skip = {"site-packages", "test", "tests", "__pycache__"}
-        paths = {str(p.relative_to(root)): p for p in root.rglob("*.py")}
-        paths = {n: p for n, p in paths.items() if not skip & set(Path(n).parts)}
-    else:
-        paths = {}
-        for pattern in files:
-            path = Path(pattern).expanduser()
-            if path.is_dir():
-                raise SpecError(f"files: '{pattern}' is a folder; write '{pattern}/**/*'")
-            names = [path] if path.is_file() else glob.glob(str(path), recursive=True)
-            found = [p for p in map(Path, names) if p.is_file()]
-            if not found:
-                raise SpecError(f"files: nothing matches '{pattern}'")
-            paths |= {p.as_posix(): p for p in found}
+    paths = _standard_library() if files is None or STDLIB in files else {}
+    library = set(paths)
+    for pattern in files or ():
+        if pattern == STDLIB:
+            continue
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            raise SpecError(f"files: '{pattern}' is a folder; write '{pattern}/**/*'")
+        names = [path] if path.is_file() else glob.glob(str(path), recursive=True)
+        found = {p.as_posix(): p for p in map(Path, names) if p.is_file()}
+        if not found:
+            raise SpecError(f"files: nothing matches '{pattern}'")
+        # A file here may have the name of one of the library's: both are read.
+        paths |= {f"./{name}" if name in library else name: p for name, p in found.items()}
     contents = {}
     for name, path in sorted(paths.items()):
         try:
@@ -85,6 +85,13 @@ def read_files(files: list[str] | None) -> dict[str, bytes]:
     if not contents:
         raise SpecError("files: the corpus is empty")
     return contents
+
+
+def _standard_library() -> dict[str, Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "test", "tests", "__pycache__"}
+    paths = {str(p.relative_to(root)): p for p in root.rglob("*.py")}
+    return {name: path for name, path in paths.items() if not skip & set(Path(name).parts)}
 
 
 def read_dataset(name: str, subset: str | None, column: str, max_bytes: int) -> Documents:

@@ -37,7 +37,9 @@ class Text(Task):
 
     Args:
         files: paths or globs (`**` is recursive); null is the source of the running
-            interpreter's standard library: real text, always there.
+            interpreter's standard library: real text, always there. An entry `stdlib` stands for
+            the same, to be mixed with others (`[stdlib, ~/books/**/*.txt]`); a file of that name
+            is `./stdlib`.
         length: T, tokens a sample.
         held_out: share of the files for val, and again for test.
         documents: do not let a window's files see each other: emit `documents`, and do not
@@ -126,11 +128,20 @@ class Text(Task):
         starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)[:-1]
         return Corpus(tokens, starts, len(text))
 
-    def sample(self, split: str, index: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def tokens(self, split: str) -> NDArray[np.integer[Any]]:
+        """All tokens of a split, its documents in a row."""
         self.setup()
+        return self._corpus[split].tokens
+
+    def places(self, split: str, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the tokens of each sample's window stand in its split, `[B, length + 1]`."""
+        last = len(self.tokens(split)) - self.length
+        first = below(last, bits(self.seed, SPLITS.index(split), index))
+        return first[:, None] + np.arange(self.length + 1)
+
+    def sample(self, split: str, index: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        where = self.places(split, index)
         text, starts, _ = self._corpus[split]
-        first = below(len(text) - self.length, bits(self.seed, SPLITS.index(split), index))
-        where = first[:, None] + np.arange(self.length + 1)
         tokens = text[where].astype(np.int64)
         position = np.broadcast_to(np.arange(1, self.length + 1), tokens[:, 1:].shape).copy()
         out = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:].copy(), "position": position}

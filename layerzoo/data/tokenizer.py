@@ -93,6 +93,11 @@ class Tokenizer:
                 tokens[n].append(np.array(encoding.ids, dtype))
         return [np.concatenate([np.empty(0, dtype), *parts]) for parts in tokens]
 
+    def encode_short(self, text: str) -> NDArray[np.integer[Any]]:
+        """The tokens of a short text, in this thread: waking others takes longer."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
     def decoder(self) -> Callable[[Sequence[int]], str]:
         """Decodes tokens as they come: to a function called with the next ones, which returns
         the text that is complete with them."""

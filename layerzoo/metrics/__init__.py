@@ -11,7 +11,7 @@ from layerzoo.metrics.accuracy import Accuracy, AccuracyBy, Capacity, SuccessRat
 from layerzoo.metrics.binned import Binned
 from layerzoo.metrics.continual import ContinualMatrix
 from layerzoo.metrics.loss import LossByPosition, TokenLoss
-from layerzoo.metrics.needle import Answers
+from layerzoo.metrics.needle import Answers, MarkedAnswers
 from layerzoo.metrics.overwrite import Collateral, ErrorKinds
 from layerzoo.metrics.recall import Recall, RecallByLag
 
@@ -25,6 +25,7 @@ __all__ = [
     "ContinualMatrix",
     "ErrorKinds",
     "LossByPosition",
+    "MarkedAnswers",
     "Recall",
     "RecallByLag",
     "SuccessRate",

@@ -1,4 +1,4 @@
-"""Whole answers: of several tokens, all of which must be right."""
+"""Answers: whole ones, of several tokens, all of which must be right; and those amid text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 
@@ -36,3 +37,41 @@ class Answers(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         return {"recall/answers": self.counts[0] / self.counts[1]}
+
+
+class MarkedAnswers(Answers):
+    """Answers apart from other labels: `recall/accuracy` and `recall/loss` (nats) a token of
+    those that the annotation `answer` marks, and `recall/answers`, of whole ones. All are absent
+    if there are none.
+
+    The labels of an answer stand in a row, and between two answers there is another label.
+    """
+
+    tokens: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("tokens", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(
+        self, logits: Tensor, labels: Tensor, *, answer: Tensor, **annotations: Any
+    ) -> None:
+        answer = answer.bool()
+        begins = answer & ~torch.cat([answer[:0].new_zeros(1), answer])[: len(answer)]
+        number, logits, labels = begins.cumsum(0)[answer], logits[answer], labels[answer]
+        super().update(logits, labels, answer=number)
+        right = (logits.argmax(-1) == labels).sum()
+        self.tokens += torch.stack([right, torch.tensor(len(labels)).to(labels)])
+        self.total += F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def compute(self) -> dict[str, Tensor]:
+        right, count = self.tokens
+        if count == 0:
+            return {}
+        return {
+            "recall/accuracy": right / count,
+            "recall/loss": self.total / count,
+            **super().compute(),
+        }
