@@ -39,14 +39,14 @@ class Pretrained(Layer):
     o_i = sum_j softmax_j(scale <q_i, k_j>) v_j over j <= i with i - j < window or j < sinks,
 
     q and k with the rotary positions of the whole sequence, as they were learned. While nothing
-    is hidden it runs the very function that the model was loaded with, so that it computes what the
-    source does, to the bit; beyond it is `sliding_attention`. It has no name in the registry: it is
-    built around a module, `LlamaAttention` or one like it, not from a spec.
+    is hidden it runs the very function that the model was loaded with, so that it computes what
+    the source does, to the bit; beyond it is `sliding_attention`. It has no name in the registry:
+    it is built around a module, `LlamaAttention` or one like it, not from a spec.
 
     The attributes `window` (None hides nothing) and `sinks` may be set between sequences.
 
     Args:
-        attention: the module: q_proj, k_proj, v_proj, o_proj, and q_norm, k_norm where it has them.
+        attention: the module: q_proj, k_proj, v_proj, o_proj, and perhaps q_norm and k_norm.
         angles: the model's rotary positions.
     """
 
@@ -55,7 +55,7 @@ class Pretrained(Layer):
         sinks: int = 0
 
         def check(self) -> None:
-            check_window(self.window or 1, self.sinks)
+            check_window(1 if self.window is None else self.window, self.sinks)
 
     name = "pretrained"
     kind = "attention"
@@ -149,7 +149,7 @@ def interface(attention: Any, q: Tensor, end: int) -> tuple[Callable[..., Any], 
     T, how = q.shape[2], attention.config._attn_implementation
     eager = vars(sys.modules[type(attention).__module__])["eager_attention_forward"]
     function = ALL_ATTENTION_FUNCTIONS.get_interface(how, eager)
-    if T == 1 or (how != "eager" and T == end):
+    if T == 1 or (how != "eager" and end == T):
         return function, None
     seen = torch.ones(T, end, dtype=torch.bool, device=q.device).tril(end - T)[None, None]
     if how == "eager":

@@ -137,6 +137,14 @@ def describe_command(argv: Sequence[str]) -> int:
     return importlib.import_module("layerzoo.describe.command").main(argv)
 
 
+def convert_command(argv: Sequence[str]) -> int:
+    return importlib.import_module("layerzoo.hf.convert_command").main(argv)
+
+
+def evaluate_command(argv: Sequence[str]) -> int:
+    return importlib.import_module("layerzoo.hf.evaluate").main(argv)
+
+
 def bench_command(argv: Sequence[str]) -> int:
     return importlib.import_module("layerzoo.bench.command").main(argv)
 
@@ -149,6 +157,8 @@ COMMANDS = {
     "list": (list_command, "list the layers, or --tasks; `list NAME` shows all of one"),
     "describe": (describe_command, "count a model's parameters, FLOPs and state at any length"),
     "generate": (generate_command, "continue a prompt, or a state, with a checkpoint"),
+    "convert": (convert_command, "put a memory beside the attention of a pretrained model"),
+    "evaluate": (evaluate_command, "compare a converted model with its source and controls"),
     "ablate": (ablate_command, "run a grid of training runs and compare them"),
     "bench": (bench_command, "time ops or layers, in pairs with other libraries"),
 }

@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"layerzoo bench generate: {what}")
     runs: dict[str, list[Point]] = {}
     for name, arm in arms.items():
-        runs[name] = found = in_a_process(arm)
+        runs[name] = found = in_a_process(measure, arm)
         print(f"\n{table(name, found)}\n{growth(found)}", flush=True)
     if options.json:
         rows = {name: [p._asdict() for p in found] for name, found in runs.items()}

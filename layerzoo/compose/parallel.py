@@ -33,8 +33,9 @@ class Parallel(Composition, name="parallel"):
 
     children: specs of layers, or built layers. scale_init: start of every scale_n. share: the
     others use the first child's projections of q, k and v (qkv), and of the output, too (qkvo);
-    they must have the same shapes, but that grouped keys and values are repeated. write: all, or evicted. drop: in training, probability with
-    which a row goes without the first child, which makes a memory learn what a window knows.
+    they must have the same shapes, but that grouped keys and values are repeated. write: all, or
+    evicted. drop: in training, probability with which a row goes without the first child, which
+    makes a memory learn what a window knows.
 
     The attribute `off` of the layer names children to leave out, as a control at test time; the
     attribute `drop` is the config's until it is set.
@@ -82,7 +83,11 @@ class Parallel(Composition, name="parallel"):
         {
             "children": [
                 {"name": "sliding", "heads": 4, "kv_heads": 2, "window": 4},
-                {"name": "reset", "children": [{"name": "ttt_linear", "mini_batch": 4}], "every": 7},
+                {
+                    "name": "reset",
+                    "children": [{"name": "ttt_linear", "mini_batch": 4}],
+                    "every": 7,
+                },
             ],
             "share": "qkvo",
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,13 +149,19 @@ def deal(contents: dict[str, bytes], held_out: float, missing: list[str]) -> Doc
             for split, low, high in zip(parts, [0, *ends], ends, strict=False):
                 parts[split].append(text[low:high])
         return parts
-    order = sorted(contents, key=_hash)
+    names = deal_names(contents, held_out, missing)
+    return {split: [contents[name] for name in names[split]] for split in names}
+
+
+def deal_names(names: Iterable[str], held_out: float, missing: list[str]) -> dict[str, list[str]]:
+    """The names of at least three documents, dealt to the missing splits and to train."""
+    order = sorted(names, key=_hash)
     tail = max(1, round(held_out * len(order)))
-    names = {}
+    dealt = {}
     for split in missing[::-1]:
-        names[split], order = order[:tail], order[tail:]
-    names["train"] = order
-    return {split: [contents[name] for name in sorted(names[split])] for split in names}
+        dealt[split], order = order[:tail], order[tail:]
+    dealt["train"] = order
+    return {split: sorted(dealt[split]) for split in dealt}
 
 
 def _hash(name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The cache of a converted model: the states of its rows, which is all that it knows of the past."""
+"""The cache of a converted model: the states of its rows, all that it knows of the past."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class MemoryCache:
         beams = beams.cpu()
         if len(self.groups) != 1:
             raise SpecError("beam search of prompts of unequal length: give them one by one")
-        rows, state = self.groups[0]
+        ((_, state),) = self.groups
         self.groups = [(torch.arange(len(beams)), select_rows(state, beams.tolist()))]
 
     def crop(self, length: int) -> None:

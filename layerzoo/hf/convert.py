@@ -59,15 +59,15 @@ def convert(
     for n in layers or ():
         if not -count <= n < count:
             raise SpecError(f"layers: {n} is not among the {count} blocks of this model")
-    blocks = sorted({n % count for n in range(count)} if layers is None else {n % count for n in layers})
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    blocks = sorted({n % count for n in (range(count) if layers is None else layers)})
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     with at("memory"):
-        spec = fitted(memory, config.num_attention_heads, head_dim)
-        resolved(spec)
+        spec = resolved(fitted(memory, heads, head_dim))
     return LayerzooForCausalLM(
         LayerzooConfig(
             source=source_fields(config),
-            memory=resolved(spec),
+            memory=spec,
             window=window,
             sinks=sinks,
             blocks=blocks,
@@ -100,7 +100,7 @@ def check_source(config: Any) -> None:
 
 def fitted(memory: str | Mapping[str, Any], heads: int, head_dim: int) -> dict[str, Any]:
     """The memory's spec with the source's heads, which its projections need."""
-    spec = {"name": memory} if isinstance(memory, str) else dict(memory)
+    spec: dict[str, Any] = {"name": memory} if isinstance(memory, str) else dict(memory)
     if children := spec.get("children"):
         spec["children"] = [fitted(child, heads, head_dim) for child in children]
         return spec
@@ -137,7 +137,7 @@ def load_source(where: str, gguf: str | None = None, dtype: torch.dtype | None =
 
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise SpecError(f"source: {where}: {reason(error)}") from None
     if gguf is not None:  # its weights have been made plain: it is not quantised any more

@@ -38,6 +38,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--layers", metavar="N,..", type=indices, help="blocks to convert; default all")
     add("--write", default="all", choices=("all", "evicted"), help="when the memory gets a token")
     add("--scale_init", metavar="X", type=float, default=0.0, help="of the memory; default 0")
+    add("--seed", metavar="N", type=int, default=0, help="of the memory's start; default 0")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--out", metavar="DIR", type=Path, required=True, help="a folder, which is made")
     return parser.parse_args(argv)
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
         raise SpecError(f"--out {options.out}: is there already; give a new folder")
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     spec = spec_of(options.memory)
+    torch.manual_seed(options.seed)
     model = convert(
         load_source(options.source, options.gguf, dtype),
         spec,

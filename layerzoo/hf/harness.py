@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,25 @@ def harness(
     """
     with at("--tasks"):
         extra("lm_eval")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    manager = TaskManager(include_path=None if include is None else str(include))
+    evaluator, tasks_of, models = (
+        importlib.import_module(f"lm_eval.{name}")
+        for name in ("evaluator", "tasks", "models.huggingface")
+    )
+    manager = tasks_of.TaskManager(include_path=None if include is None else str(include))
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        raise SpecError(f"--tasks {unknown[0]}: the harness knows no such task; see `lm-eval ls tasks`")
-    arm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=1)
+        raise SpecError(f"--tasks {unknown[0]}: no such task; see `lm-eval ls tasks`")
+    arm = models.HFLM(
+        pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=1
+    )
     try:
-        found = simple_evaluate(arm, tasks=tasks, task_manager=manager, limit=limit)
+        found = evaluator.simple_evaluate(arm, tasks=tasks, task_manager=manager, limit=limit)
     except (OSError, ConnectionError) as error:
         raise SpecError(f"--tasks: its data cannot be reached: {reason(error)}") from None
     results: dict[str, Any] = (found or {})["results"]
-    return {
-        task: {name: float(value) for name, value in figures.items() if type(value) in (int, float)}
-        for task, figures in results.items()
-    }
+    return {task: numbers(figures) for task, figures in results.items()}
+
+
+def numbers(figures: dict[str, Any]) -> dict[str, float]:
+    return {name: float(x) for name, x in figures.items() if type(x) in (int, float)}

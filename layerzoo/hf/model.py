@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layerzoo.attention.pretrained import Angles, Pretrained
 from layerzoo.compose import Parallel
 from layerzoo.layer import Layer, State, StateBytes
 from layerzoo.model import Stack, check_tokens, linear_flops, unpack
@@ -24,6 +24,8 @@ from layerzoo.spec import SpecError
 
 from .cache import MemoryCache
 from .config import LayerzooConfig
+
+attention: Any = importlib.import_module("layerzoo.attention.pretrained")
 
 PIECE = 1024
 """Tokens that are read at a time where no gradient is needed."""
@@ -56,9 +58,13 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
     config_class = LayerzooConfig
     config: Any
     base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[Any] = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_sdpa = True
-    _no_split_modules: Any = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]
+    _no_split_modules: ClassVar[Any] = [
+        "LlamaDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+    ]
 
     alone = False
     checkpoint = False
@@ -70,18 +76,18 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
             source = AutoModelForCausalLM.from_config(config.source_config())
         self.model, self.lm_head = source.model, source.lm_head
         self.generation_config = source.generation_config
-        angles = Angles(self.model.rotary_emb)
+        angles = attention.Angles(self.model.rotary_emb)
         self.constants: dict[nn.Module, dict[str, Tensor]] = {}
         for n, layer in enumerate(self.decoder_layers()):
             layer.self_attn = self._mixer(layer.self_attn, angles, n in config.blocks)
         self.post_init()
 
-    def _mixer(self, attention: Any, angles: Angles, converted: bool) -> Layer:
+    def _mixer(self, theirs: Any, angles: Any, converted: bool) -> Layer:
         """A decoder layer's attention, or it and a memory side by side."""
-        c = self.config
+        c, Pretrained = self.config, attention.Pretrained
         if not converted:
-            return Pretrained(attention, angles, Pretrained.Config())
-        window = Pretrained(attention, angles, Pretrained.Config(window=c.window, sinks=c.sinks))
+            return Pretrained(theirs, angles, Pretrained.Config())
+        window = Pretrained(theirs, angles, Pretrained.Config(window=c.window, sinks=c.sinks))
         fields = {"children": (window, c.memory), "share": "qkvo", "write": c.write}
         # On the CPU, whatever device is the default: from_pretrained makes a model on none.
         with torch.device("cpu"):
@@ -124,9 +130,9 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
         """Those of the converted blocks."""
         return [block.layer for block in self.each_block() if isinstance(block.layer, Parallel)]
 
-    def windows(self) -> list[Pretrained]:
+    def windows(self) -> list[Any]:
         """The pretrained attention of the converted blocks."""
-        return [mixer.layers[0] for mixer in self.mixers() if isinstance(mixer.layers[0], Pretrained)]
+        return [mixer.layers[0] for mixer in self.mixers()]
 
     def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that the conversion added."""
@@ -235,14 +241,13 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
             raise SpecError("inputs_embeds: a converted model reads tokens; give input_ids")
         own = MemoryCache.of(cache)
         h = own.read(self._hidden, input_ids, attention_mask)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(h if kept == slice(0, None) else h[:, kept])
+        last = isinstance(logits_to_keep, int)  # 0 is all, as in h[:, -0:]
+        logits = self.head(h[:, -logits_to_keep:] if last else h[:, logits_to_keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, cache=None if use_cache is False else own
-        )
+        kept: Any = None if use_cache is False else own
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=kept)
 
     def _hidden(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """In pieces where no gradient is needed, which bounds the memory that it takes."""

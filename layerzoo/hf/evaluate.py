@@ -1,0 +1,217 @@
+"""`layerzoo evaluate`: a converted model beside the model that it was made of, its window alone,
+and controls: loss by position, retrieval, costs, lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from layerzoo.arguments import Parser
+from layerzoo.data.task import IGNORE
+from layerzoo.data.tokenizer import Tokenizer
+from layerzoo.spec import SpecError
+
+from . import costs, positions
+from .convert import load
+from .modes import MODES, mode, vary
+from .page import page
+
+
+class Arm(NamedTuple):
+    """One of the models that are compared: a folder, in a mode."""
+
+    name: str
+    model: Any
+    mode: str
+
+
+def pair(text: str) -> tuple[str, Path]:
+    name, sign, folder = text.partition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR, got '{text}'")
+    return name, Path(folder)
+
+
+def lengths(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected lengths, as 512,1024, got '{text}'") from None
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("layerzoo evaluate", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="a converted model")
+    add("--control", metavar="NAME=DIR", type=pair, action="append", default=[], help="another")
+    add("--window", metavar="W", type=int, help="instead of the models' own")
+    add("--text", metavar="FILES", action="append", help="a glob, or stdlib; again for another")
+    add("--held_out", metavar="X", type=float, default=0.05, help="as in training; default .05")
+    add("--files", metavar="N", type=int, default=8, help="held-out files of each text")
+    add("--length", metavar="T", type=int, default=2048, help="tokens of each; default 2048")
+    add("--kinds", metavar="KIND,..", default="", help="of passkey, needle, key_value")
+    add("--lengths", metavar="T,..", type=lengths, default=[512, 1024], help="of retrieval")
+    add("--depths", metavar="N", type=int, default=5, help="where the needle stands")
+    add("--samples", metavar="N", type=int, default=8, help="at each depth and length")
+    add("--costs", metavar="T,..", type=lengths, default=[], help="lengths to measure costs at")
+    add("--tasks", metavar="NAME,..", default="", help="of lm-evaluation-harness")
+    add("--include", metavar="DIR", type=Path, help="where YAML files of such tasks are")
+    add("--limit", metavar="N", type=int, help="samples of such a task")
+    add("--threads", metavar="N", type=int, default=torch.get_num_threads())
+    add("--out", metavar="DIR", type=Path, required=True, help="of evaluation.json, .md and .png")
+    options = parser.parse_args(argv)
+    for path in (options.folder, *(path for _, path in options.control)):
+        if not (path / "config.json").is_file():
+            raise SpecError(f"{path}: no config.json in it; give the folder of a converted model")
+    return options
+
+
+def arms_of(options: argparse.Namespace) -> list[Arm]:
+    model = load(options.folder)
+    arms = [Arm(name, model, name) for name in MODES]
+    return arms + [Arm(name, load(path), "memory") for name, path in options.control]
+
+
+@contextmanager
+def running(arm: Arm, window: int | None) -> Iterator[Any]:
+    with vary(arm.model, window=window), mode(arm.model, arm.mode):
+        yield arm.model
+
+
+def by_position(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
+    """Of each text the mean loss of each arm at each position, and its figures by range."""
+    tokenizer = positions.tokenizer_of(options.folder)
+    texts = positions.held_out(
+        options.text, options.held_out, options.length, options.files, tokenizer
+    )
+    window = options.window or arms[0].model.config.window
+    found: dict[str, Any] = {}
+    for text, rows in texts.items():
+        by_arm: dict[str, positions.Losses] = {}
+        for arm in arms:
+            with running(arm, options.window) as model:
+                nats = [positions.losses(model, torch.from_numpy(row)[None]) for row in rows]
+            by_arm[arm.name] = np.concatenate(nats)
+            print(f"{text}: {arm.name}: {by_arm[arm.name].mean():.4f} nats", flush=True)
+        found[text] = {"files": len(rows), **compared(by_arm, window, options.length)}
+    return found
+
+
+def compared(by_arm: dict[str, positions.Losses], window: int, length: int) -> dict[str, Any]:
+    """Means by range of positions; the share of the gap from window to full that is recovered;
+    and, inside the window, the drift from the source."""
+    parts: dict[str, Any] = {}
+    for name, where in positions.ranges(window, length).items():
+        mean = {arm: nats[:, where].mean(1) for arm, nats in by_arm.items()}
+        full, alone = mean["full"], mean["window"]
+        others = {arm: nats for arm, nats in mean.items() if arm not in ("full", "window")}
+        part: dict[str, Any] = {"nats": {arm: float(nats.mean()) for arm, nats in mean.items()}}
+        if name == "inside":
+            part["drift"] = {a: positions.difference(x, full)._asdict() for a, x in others.items()}
+        else:
+            part["gap"] = positions.difference(alone, full)._asdict()
+            part["recovered"] = {
+                arm: positions.recovered(full, alone, nats)._asdict()
+                for arm, nats in others.items()
+            }
+            part["gain"] = {
+                f"memory - {arm}": positions.difference(nats, others["memory"])._asdict()
+                for arm, nats in others.items()
+                if arm != "memory"
+            }
+        parts[name] = part
+    curve = {arm: nats.mean(0).round(4).tolist() for arm, nats in by_arm.items()}
+    return {"ranges": parts, "by_position": curve}
+
+
+def retrieval(arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each kind, length, depth and arm: loss, accuracy of tokens and of answers."""
+    from layerzoo.data.retrieval import grid
+
+    tokenizer: Tokenizer = positions.tokenizer_of(options.folder)
+    texts = positions.held_out(options.text, options.held_out, max(options.lengths), 64, tokenizer)
+    corpus = np.concatenate([row for rows in texts.values() for row in rows])
+    depths = np.linspace(0, 1, options.depths).tolist()
+    found = []
+    for kind in options.kinds.split(","):
+        for length in options.lengths:
+            batches = list(grid(corpus, tokenizer, kind, length, depths, options.samples))
+            for arm in arms:
+                with running(arm, options.window) as model:
+                    for depth, (tokens, labels) in zip(depths, batches, strict=True):
+                        row = {"kind": kind, "length": length, "depth": depth, "arm": arm.name}
+                        found.append({**row, **answered(model, tokens, labels)})
+                mine = [row for row in found if row["arm"] == arm.name and row["kind"] == kind]
+                last = mine[-len(depths) :]
+                right = np.mean([row["answers"] for row in last])
+                nats = np.mean([row["nats"] for row in last])
+                figures = f"{right:.2f} right, {nats:.3f} nats"
+                print(f"{kind} at {length}: {arm.name}: {figures}", flush=True)
+    return found
+
+
+@torch.no_grad()
+def answered(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    h, _ = model.hidden(tokens)
+    where = labels != IGNORE
+    logits, want = model.head(h[where]).float(), labels[where]
+    right = torch.zeros_like(where)
+    right[where] = logits.argmax(-1) == want
+    return {
+        "nats": float(torch.nn.functional.cross_entropy(logits, want)),
+        "tokens": float(right[where].float().mean()),
+        "answers": float((right == where).all(1).float().mean()),
+    }
+
+
+def all_costs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for length in options.costs:
+        for name in ("full", "window", "memory"):
+            one = costs.cost(str(options.folder), name, length, options.threads)
+            print(f"costs at {length}: {name}: {one.ms_per_token:.0f} ms a token", flush=True)
+            found.append(one._asdict())
+    return found
+
+
+def benchmarks(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
+    from .harness import harness
+
+    found = {}
+    for arm in arms:
+        with running(arm, options.window) as model:
+            tasks = options.tasks.split(",")
+            found[arm.name] = harness(model, options.folder, tasks, options.include, options.limit)
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    options = arguments(argv)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, tuple[Any, Callable[[], Any]]] = {
+        "positions": (options.text, lambda: by_position(arms, options)),
+        "retrieval": (options.kinds, lambda: retrieval(arms, options)),
+        "costs": (options.costs, lambda: all_costs(options)),
+        "harness": (options.tasks, lambda: benchmarks(arms, options)),
+    }
+    if not any(asked for asked, _ in parts.values()):
+        raise SpecError("evaluate: asks for nothing; give --text, --kinds, --costs or --tasks")
+    if options.kinds and not options.text:
+        raise SpecError("evaluate: --kinds needs --text, in which its needles are hidden")
+    arms = arms_of(options)
+    found: dict[str, Any] = {"folder": str(options.folder), "window": arms[0].model.config.window}
+    for name, (asked, run) in parts.items():
+        if asked:
+            found[name] = run()
+            # As it goes: what has been measured is not lost if the rest fails.
+            (options.out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(page(found, options.out))
+    return 0

@@ -1,0 +1,117 @@
+"""The tables and the picture of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from layerzoo.style import COLOURS, tidy
+
+from .costs import Cost
+from .costs import table as cost_table
+
+SMOOTH = 64
+"""Positions of a running mean."""
+
+
+def page(found: dict[str, Any], out: Path) -> str:
+    """All tables in Markdown, also written to evaluation.md; evaluation.png beside it."""
+    parts = []
+    if "positions" in found:
+        parts += [text_table(text, part) for text, part in found["positions"].items()]
+        draw(found["positions"], found["window"], out / "evaluation.png")
+    if "retrieval" in found:
+        parts.append(retrieval_table(found["retrieval"]))
+    if "costs" in found:
+        parts.append(cost_table([Cost(**row) for row in found["costs"]]))
+    if "harness" in found:
+        parts.append(harness_table(found["harness"]))
+    text = "\n\n".join(parts)
+    (out / "evaluation.md").write_text(text + "\n")
+    return text
+
+
+def lines_of(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def interval(one: dict[str, float], percent: bool = False) -> str:
+    if percent:
+        return f"{100 * one['value']:.0f}% ±{100 * one['half']:.0f}"
+    return f"{one['value']:.3f} ±{one['half']:.3f}"
+
+
+def text_table(text: str, part: dict[str, Any]) -> str:
+    arms = list(next(iter(part["ranges"].values()))["nats"])
+    others = [arm for arm in arms if arm not in ("full", "window")]
+    rows = []
+    for name, figures in part["ranges"].items():
+        nats = [f"{figures['nats'][arm]:.3f}" for arm in arms]
+        if "drift" in figures:
+            share = [f"drift {interval(figures['drift'][arm])}" for arm in others]
+        else:
+            share = [interval(figures["recovered"][arm], percent=True) for arm in others]
+        rows.append([name, *nats, *share])
+    head = ["positions", *arms, *(f"recovered: {arm}" for arm in others)]
+    return f"**{text}**, {part['files']} files, nats a token\n\n" + lines_of(head, rows)
+
+
+def retrieval_table(found: list[dict[str, Any]]) -> str:
+    arms = list(dict.fromkeys(row["arm"] for row in found))
+    rows = []
+    for kind, length in dict.fromkeys((row["kind"], row["length"]) for row in found):
+        cells = []
+        for arm in arms:
+            own = [r for r in found if (r["kind"], r["length"], r["arm"]) == (kind, length, arm)]
+            right, nats = (np.mean([row[key] for row in own]) for key in ("answers", "nats"))
+            cells.append(f"{100 * right:.0f}% ({nats:.2f})")
+        rows.append([f"{kind}, {length:,}", *cells])
+    return "whole answers right (nats a token of the answer), mean over depths\n\n" + lines_of(
+        ["retrieval", *arms], rows
+    )
+
+
+def harness_table(found: dict[str, Any]) -> str:
+    arms = list(found)
+    names = [
+        (task, name)
+        for task, figures in found[arms[0]].items()
+        for name in figures
+        if not name.endswith("stderr,none")
+    ]
+    rows = [
+        [f"{task} {name.split(',')[0]}", *(f"{found[arm][task][name]:.4f}" for arm in arms)]
+        for task, name in names
+    ]
+    return lines_of(["task", *arms], rows)
+
+
+def draw(texts: dict[str, Any], window: int, path: Path) -> None:
+    """The loss of every arm less that of full attention, by position, smoothed."""
+    figure, grid = plt.subplots(
+        1, len(texts), figsize=(5.5 * len(texts), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, (text, part) in zip(grid.flat, texts.items(), strict=True):
+        curves = {arm: np.array(nats) for arm, nats in part["by_position"].items()}
+        kernel = np.ones(SMOOTH) / SMOOTH
+        for n, arm in enumerate(arm for arm in curves if arm != "full"):
+            over = np.convolve(curves[arm] - curves["full"], kernel, "valid")
+            place = np.arange(len(over)) + SMOOTH // 2
+            axes.plot(place, over, color=COLOURS[n % len(COLOURS)], label=arm)
+        axes.axhline(0, color="0.5", linewidth=0.8)
+        axes.axvline(window, color="0.5", linewidth=0.8, linestyle="--")
+        axes.set_title(f"{text} ({part['files']} files)", fontsize=9)
+        axes.set_xlabel("position, tokens (dashed: window)")
+        axes.set_ylabel("nats above full attention")
+        axes.legend(fontsize=8, frameon=False)
+        tidy(axes)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
