@@ -19,7 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.checkpoints import AtomicIO, Resume, newest_checkpoint
-from layerzoo.config_files import MODULE, config_path, named_module, read_yaml, split_option
+from layerzoo.config_files import (
+    MODULE,
+    config_path,
+    module_class,
+    named_module,
+    read_yaml,
+    split_option,
+)
 from layerzoo.data import Task, list_tasks
 from layerzoo.held_out import Figures
 from layerzoo.layer import EXECUTION
@@ -142,6 +149,10 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        name = self.config.get("subcommand")
+        module = (self.config[name] if name else self.config)["module"]
+        if module_class(module) is not self.model_class:  # argparse takes --modul for it
+            raise SpecError(f"module: {module} was given in short; write it in full, --module")
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's network, of a module that has one, replaces the config's; everything else
