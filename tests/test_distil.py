@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import layerzoo.hf
 from layerzoo import SpecError, build
 from layerzoo.cli import main
 from layerzoo.data.task import IGNORE
+from layerzoo.hf import distil
 from layerzoo.hf.distil import Distil
 from layerzoo.hf.losses import kl_from_hidden
 from layerzoo.layer import StateBytes
@@ -149,10 +149,9 @@ def tiny(path: str, dtype: torch.dtype) -> Tiny:
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    modes = types.ModuleType("layerzoo.hf.modes")
-    modes.__dict__.update(mode=mode, vary=vary)
-    monkeypatch.setitem(__import__("sys").modules, modes.__name__, modes)
-    monkeypatch.setattr(layerzoo.hf, "load", tiny, raising=False)
+    monkeypatch.setattr(distil.modes, "mode", mode)
+    monkeypatch.setattr(distil.modes, "vary", vary)
+    monkeypatch.setattr(distil, "load", tiny)
     monkeypatch.chdir(tmp_path)
     Path("converted").mkdir()
 
@@ -296,15 +295,15 @@ def test_rows_go_without_their_window() -> None:
 
 
 def test_draws_are_of_the_seed_and_the_step() -> None:
-    options: dict[str, Any] = {"windows": [2, 3, 5], "mini_batches": [1, 2]}
+    options: dict[str, Any] = {"windows": [2, 3], "mini_batches": [1, 2]}
     lit, other = module(**options), module(**options, seed=1)
     drawn = []
     for n in range(20):
         lit.trainer.global_step = other.trainer.global_step = n
         drawn.append((lit.draw(), other.draw()))
-    assert {d["window"] for d, _ in drawn} == {2, 3, 5}
+    assert all(d["window"] in (2, 3) for d, _ in drawn)
     assert {(d["window"], d["mini_batch"]) for d, _ in drawn} == {
-        (w, m) for w in (2, 3, 5) for m in (1, 2)
+        (w, m) for w in (2, 3) for m in (1, 2)
     }
     assert all(d["sinks"] is None for d, _ in drawn)
     assert [a for a, _ in drawn] != [b for _, b in drawn]

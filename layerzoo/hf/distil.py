@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import shutil
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from layerzoo.model import unpack
 from layerzoo.module import TaskModule, within
 from layerzoo.spec import SpecError, at
 
+from . import modes
+from .convert import load
 from .losses import KnownGradients, distance, kl_from_hidden
 
 FAST = ("scales", "gate", "log_decay")
@@ -102,8 +103,7 @@ class Distil(TaskModule):
         self.window_dropout, self.gate_lr = window_dropout, gate_lr
         self.piece, self.seed, self.source = piece, seed, source
         with at("model.source"):
-            self.model = importlib.import_module("layerzoo.hf").load(source, torch.float32)
-        self.modes: Any = importlib.import_module("layerzoo.hf.modes")
+            self.model = load(source, torch.float32)
         self.model.checkpoint = checkpoint
         self.model.train().requires_grad_(False)
         for _, parameter in self.model.memory_parameters():
@@ -194,7 +194,7 @@ class Distil(TaskModule):
     ) -> tuple[Sequence[Tensor | None], Tensor, Sequence[State]]:
         """A piece's gradients, its share of the means of (KL, cross entropy, distance) over N
         positions and M labels, and the states of teacher and student after it."""
-        where, model, modes = batch["counted"], self.model, self.modes
+        where, model = batch["counted"], self.model
         with torch.no_grad(), modes.mode(model, "full"):
             goal, teacher, goals = self._hidden(batch, states[0])
         # The backward pass is in here, because a checkpointed layer runs forward in it.
@@ -221,7 +221,7 @@ class Distil(TaskModule):
         return h, state, trace
 
     def labelled(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        with self.modes.mode(self.model, "memory"):
+        with modes.mode(self.model, "memory"):
             return super().labelled(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
