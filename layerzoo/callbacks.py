@@ -13,11 +13,10 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import SaveConfigCallback
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerzoo.layer import Layer
-from layerzoo.lit import SHOWN
-from layerzoo.model import LanguageModel
+from layerzoo.module import SHOWN
 from layerzoo.provenance import versions
 from layerzoo.spec import SpecError
 
@@ -132,7 +131,7 @@ class Controls(Callback):
         if every is not None:
             self.changes["every"] = every
 
-    def _switch(self, model: LanguageModel) -> None:
+    def _switch(self, model: nn.Module) -> None:
         self.before: list[tuple[Layer, str, Any]] = []
         for _, layer in named_layers(model):
             for name, value in self.changes.items():
@@ -160,13 +159,11 @@ class Controls(Callback):
         self._restore()
 
 
-def named_layers(model: LanguageModel) -> Iterator[tuple[str, Layer]]:
+def named_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     """Every layer with its block and name; of a composition, the children too."""
-    for n, block in enumerate(model.each_block()):
-        for path, module in block.layer.named_modules():
-            if isinstance(module, Layer):
-                place = "".join(f".{part}" for part in path.split(".") if part.isdigit())
-                yield f"{n}{place}.{module.name}", module
+    for path, module in model.named_modules():
+        if isinstance(module, Layer):
+            yield ".".join([*filter(str.isdigit, path.split(".")), module.name]), module
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -185,8 +182,9 @@ class PredictionWriter(BasePredictionWriter):
         print(f"predictions: {path}")
 
 
-def record(model: LanguageModel, trainer: Any) -> dict[str, Any]:
-    """Sizes of a model at its task's length, which implementations ran, where, and versions."""
+def record(model: Any, trainer: Any) -> dict[str, Any]:
+    """Sizes of a `TaskModule`'s model at its task's length, which implementations ran, where, and
+    versions."""
     length = getattr(trainer.datamodule, "length", 1)
     device = trainer.strategy.root_device
     size = model.state_bytes(length)

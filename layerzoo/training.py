@@ -7,7 +7,6 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,18 +14,25 @@ import jsonargparse
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.checkpoints import AtomicIO, Resume, newest_checkpoint
+from layerzoo.config_files import (
+    MODULE,
+    config_path,
+    module_class,
+    named_module,
+    read_yaml,
+    split_option,
+)
 from layerzoo.data import Task, list_tasks
 from layerzoo.held_out import Figures
 from layerzoo.layer import EXECUTION
-from layerzoo.lit import LitModel, read_checkpoint
+from layerzoo.lit import read_checkpoint
 from layerzoo.model import ModelConfig
-from layerzoo.spec import SpecError, at, suggest
+from layerzoo.spec import SpecError, at, plain, suggest
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -55,49 +61,11 @@ def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def named_configs() -> dict[str, Path]:
-    """The configs that ship with the package, by name."""
-    folder = Path(str(resources.files("layerzoo"))) / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def config_path(name: str) -> str:
-    """The path of a config file, or of a shipped config by its name."""
-    configs = named_configs()
-    if Path(name).is_file():
-        return name
-    if name not in configs:
-        raise SpecError(
-            f"--config {name}: no such file or shipped config; {suggest(name, configs)}"
-        )
-    return str(configs[name])
-
-
 def spec_error(error: BaseException | None) -> SpecError | None:
     """The SpecError that an exception was raised from, if any."""
     while error is not None and not isinstance(error, SpecError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def read_yaml(path: str | Path) -> Any:
-    """A YAML file of fields, with OmegaConf's interpolations unresolved.
-
-    Raises:
-        SpecError: it cannot be read, or is not YAML, or holds no fields.
-    """
-    try:
-        tree = OmegaConf.load(path)
-    except OSError as error:
-        raise SpecError(f"{path}: {error.strerror}") from None
-    except (MarkedYAMLError, OmegaConfBaseException, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise SpecError(f"{path}{line}: {problem}") from None
-    if not isinstance(tree, DictConfig) or not tree:
-        raise SpecError(f"{path}: expected fields, key: value")
-    return tree
 
 
 class Parser(LightningArgumentParser):
@@ -138,7 +106,8 @@ def _options(parser: jsonargparse.ArgumentParser) -> set[str]:
 
 
 class TrainCLI(LightningCLI):
-    """LightningCLI over `LitModel` and any `Task`, with omegaconf interpolation in configs."""
+    """LightningCLI over the `TaskModule` that the arguments name, else `LitModel`, and any `Task`,
+    with omegaconf interpolation in configs."""
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         quiet()
@@ -148,7 +117,7 @@ class TrainCLI(LightningCLI):
         }
         callbacks = [Resume(), TokensPerSecond(), Summary(), Figures(), PredictionWriter()]
         super().__init__(
-            LitModel,
+            named_module(args),
             Task,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -160,6 +129,11 @@ class TrainCLI(LightningCLI):
             args=list(args),
             run=run,
         )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_default_arguments_to_parser(parser)
+        about = "Import path of what is trained, a TaskModule; its options are those of model."
+        parser.add_argument("--module", type=str, default=MODULE, help=about)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -175,10 +149,14 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        name = self.config.get("subcommand")
+        module = (self.config[name] if name else self.config)["module"]
+        if module_class(module) is not self.model_class:  # argparse takes --modul for it
+            raise SpecError(f"module: {module} was given in short; write it in full, --module")
 
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint's network replaces the config's; everything else is the config's. Training
-        goes on only with the hyperparameters that it began with."""
+        """A checkpoint's network, of a module that has one, replaces the config's; everything else
+        is the config's. Training goes on only with the hyperparameters that it began with."""
         options = self.config[self.config.subcommand] if "subcommand" in self.config else {}
         path = options.get("ckpt_path")
         if path is None and self.config.get("subcommand") in SUBCOMMANDS[1:]:
@@ -187,11 +165,20 @@ class TrainCLI(LightningCLI):
             return
         if Path(path).is_dir():
             options["ckpt_path"] = path = _newest(path)
-        trained = read_checkpoint(path)["hyper_parameters"]
+        trained, asked = read_checkpoint(path)["hyper_parameters"], options["model"].as_dict()
+        strange = sorted(trained.keys() - asked.keys())
+        if strange or ("network" in asked and "network" not in trained):
+            what = f"its {strange[0]} is no option" if strange else "is no checkpoint"
+            raise SpecError(
+                f"checkpoint {path}: {what} of {options['module']}; give the module that saved it"
+            )
+        network = asked.get("network")
         if self.config.subcommand == "fit":
-            asked = ModelConfig.from_fields(options["model"]["network"].as_dict()).to_fields()
-            _same_hyperparameters({**options["model"].as_dict(), "network": asked}, trained)
-        options["model"]["network"] = jsonargparse.Namespace(**trained["network"])
+            if network is not None:
+                asked["network"] = ModelConfig.from_fields(network).to_fields()
+            _same_hyperparameters(asked, trained)
+        if network is not None:
+            options["model"]["network"] = jsonargparse.Namespace(**trained["network"])
 
     def instantiate_trainer(self, **options: Any) -> Any:
         trainer: Any = super().instantiate_trainer(**options)
@@ -209,8 +196,9 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand] if self.subcommand else self.config
-        with at("model.network"):
-            ModelConfig.from_fields(options["model"]["network"].as_dict())
+        if "network" in options["model"]:
+            with at("model.network"):
+                ModelConfig.from_fields(options["model"]["network"].as_dict())
 
 
 def _newest(folder: str) -> str:
@@ -225,10 +213,11 @@ def _newest(folder: str) -> str:
 
 def _same_hyperparameters(asked: dict[str, Any], trained: dict[str, Any]) -> None:
     """Raise for the first hyperparameter that is not the checkpoint's, but for how layers run."""
-    pairs = {f"network.{n}": (asked["network"].get(n), v) for n, v in trained["network"].items()}
+    network = trained.get("network", {})
+    pairs = {f"network.{n}": (asked["network"].get(n), v) for n, v in network.items()}
     pairs |= {n: (asked[n], v) for n, v in trained.items() if n not in ("network", *EXECUTION)}
     for name, (now, before) in pairs.items():
-        if (list(now) if isinstance(now, tuple) else now) != before:
+        if plain(now) != before:
             raise SpecError(
                 f"model.{name}: {now}, but the checkpoint to resume was trained with {before}; "
                 f"take its config, or train anew"
@@ -237,7 +226,7 @@ def _same_hyperparameters(asked: dict[str, Any], trained: dict[str, Any]) -> Non
 
 def main(argv: Sequence[str]) -> int:
     """Run one of SUBCOMMANDS, with shipped configs by name."""
-    args = [part for arg in argv for part in _split_config(arg)]
+    args = [part for arg in argv for part in split_option(arg)]
     places = [n + 1 for n, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]
     for n in places:
         args[n] = config_path(args[n])
@@ -247,10 +236,6 @@ def main(argv: Sequence[str]) -> int:
     except OmegaConfBaseException as error:
         raise SpecError(_interpolation(error, [args[n] for n in places])) from None
     return 0
-
-
-def _split_config(arg: str) -> list[str]:
-    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
 
 
 def _interpolation(error: OmegaConfBaseException, configs: Sequence[str]) -> str:
