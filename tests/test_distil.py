@@ -212,12 +212,12 @@ class Trainer:
 
 def module(**options: Any) -> Distil:
     lit = Distil("converted", **options)
-    lit._trainer = Trainer()  # type: ignore[assignment]
+    lit._trainer = Trainer()
     lit.logged = {}
-    lit.log = lambda name, value, **how: lit.logged.update({name: value.item()})  # type: ignore[method-assign]
+    lit.log = lambda name, value, **how: lit.logged.update({name: value.item()})
     lit.log_dict = lambda values, **how: lit.logged.update(
         {n: float(x) for n, x in values.items()}
-    )  # type: ignore[method-assign]
+    )
     return lit
 
 
@@ -366,7 +366,7 @@ def test_only_the_memory_may_train(monkeypatch: pytest.MonkeyPatch) -> None:
         lit.on_fit_start()
     lit = module(tokens="past_window", windows=[2, 6])
     for length in (7, 6):
-        lit.trainer.datamodule = types.SimpleNamespace(length=length)  # type: ignore[assignment]
+        lit.trainer.datamodule = types.SimpleNamespace(length=length)
         if length == 7:
             lit.on_fit_start()
     with pytest.raises(SpecError, match="no token of 6 is past a window of 6"):

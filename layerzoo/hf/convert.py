@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -152,8 +153,16 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LayerzooForCausa
     Raises:
         SpecError: it cannot be read, or is something else.
     """
-    if not Path(path, "config.json").is_file():
-        raise SpecError(f"{path}: no config.json in it; give the folder of a converted model")
+    try:
+        kind = json.loads(Path(path, "config.json").read_text())["model_type"]
+    except OSError:
+        raise SpecError(
+            f"{path}: no config.json in it; give the folder of a converted model"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise SpecError(f"{path}: its config.json is no model's") from None
+    if kind != LayerzooConfig.model_type:
+        raise SpecError(f"{path}: a '{kind}' model; `layerzoo convert --source {path}` first")
     try:
         model, said = LayerzooForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", output_loading_info=True

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerzoo.bench.stream import held, in_a_process, resident
+from layerzoo.bench.stream import Arm, Point, held, in_a_process, points, resident
 
 from .convert import load
 from .modes import mode
@@ -61,6 +61,15 @@ def measured(model: Any, name: str, length: int) -> Cost:
         times.append(1e3 * (time.perf_counter() - clock))
     flops = model.flops_per_token(length) * length
     return Cost(name, length, flops, seconds, size, median(times), resident() - before)
+
+
+def generated(path: str, tokens: int, threads: int) -> list[Point]:
+    """A stream that samples so many tokens, looked at two hundred times."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    model: Any = load(path)
+    arm = Arm("", 0, 0, tokens, max(1, tokens // 200), threads)
+    return list(points(model, arm))
 
 
 def next_of(logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from layerzoo.arguments import Parser
+from layerzoo.bench.stream import growth, in_a_process, table
 from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.spec import SpecError
@@ -61,6 +62,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--depths", metavar="N", type=int, default=5, help="where the needle stands")
     add("--samples", metavar="N", type=int, default=8, help="at each depth and length")
     add("--costs", metavar="T,..", type=lengths, default=[], help="lengths to measure costs at")
+    add("--stream", metavar="N", type=int, default=0, help="tokens to generate on end")
     add("--tasks", metavar="NAME,..", default="", help="of lm-evaluation-harness")
     add("--include", metavar="DIR", type=Path, help="where YAML files of such tasks are")
     add("--limit", metavar="N", type=int, help="samples of such a task")
@@ -181,6 +183,13 @@ def all_costs(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def streamed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Memory and time of one long generation, in a process of its own."""
+    found = in_a_process(costs.generated, str(options.folder), options.stream, options.threads)
+    print(f"generated:\n{table('memory', found)}\n{growth(found)}", flush=True)
+    return [point._asdict() for point in found]
+
+
 def benchmarks(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
     from .harness import harness
 
@@ -200,10 +209,11 @@ def main(argv: Sequence[str]) -> int:
         "positions": (options.text, lambda: by_position(arms, options)),
         "retrieval": (options.kinds, lambda: retrieval(arms, options)),
         "costs": (options.costs, lambda: all_costs(options)),
+        "stream": (options.stream, lambda: streamed(options)),
         "harness": (options.tasks, lambda: benchmarks(arms, options)),
     }
     if not any(asked for asked, _ in parts.values()):
-        raise SpecError("evaluate: asks for nothing; give --text, --kinds, --costs or --tasks")
+        raise SpecError("evaluate: asks for nothing; give --text, --costs, --stream or --tasks")
     if options.kinds and not options.text:
         raise SpecError("evaluate: --kinds needs --text, in which its needles are hidden")
     arms = arms_of(options)
