@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("path", metavar="CHECKPOINT", nargs="?", help="a .ckpt file that `layerzoo fit` wrote")
+    add(
+        "path",
+        metavar="CHECKPOINT",
+        nargs="?",
+        help="a .ckpt file that `layerzoo fit` wrote, or the folder of a converted model",
+    )
     add("--checkpoint", metavar="CHECKPOINT", help="the same")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -67,6 +73,18 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not folder.is_dir():  # said before the time is spent
         raise SpecError(f"--save_state {options.save_state}: there is no folder {folder}")
     return options
+
+
+def model_of(options: argparse.Namespace) -> Any:
+    """Of a checkpoint, or a converted model with the tokenizer in its folder."""
+    if not Path(options.checkpoint, "config.json").is_file():
+        return load_model(options.checkpoint, impl=options.impl)
+    model = importlib.import_module("layerzoo.hf").load(options.checkpoint)
+    for block in model.each_block():
+        block.layer.impl = options.impl
+    if options.tokenizer is None and Path(options.checkpoint, "tokenizer.json").is_file():
+        options.tokenizer = options.checkpoint
+    return model
 
 
 def tokenizer_of(options: argparse.Namespace, model: LanguageModel) -> Tokenizer | None:
@@ -142,7 +160,7 @@ class Printer:
 
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
-    model = load_model(options.checkpoint, impl=options.impl)
+    model = model_of(options)
     tokenizer = tokenizer_of(options, model)
     prompt, unread, state = prompt_of(options, model, tokenizer), [], None
     if options.state is not None:

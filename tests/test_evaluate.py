@@ -72,6 +72,20 @@ def test_convert(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert torch.equal(parameter, again[name])
 
 
+def test_generate_continues_a_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert("made")
+    capsys.readouterr()
+    words = ["--prompt", "line 1", "--temperature", "0", "--max_new_tokens", "5", "--save_state"]
+    assert main(["generate", "made", *words, "state"]) == 0
+    first = capsys.readouterr().out
+    model = load("made")
+    x = torch.tensor([Tokenizer("made").encode([b"line 1"])[0].tolist()])
+    decode = Tokenizer("made").decoder()
+    made = model.generate(x, max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]
+    assert first == "".join(decode([token]) for token in made.tolist()) + "\n"
+    assert main(["generate", "made", "--state", "state", *words[2:], "again"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,4 +1,4 @@
-"""On the real SmolLM2-135M, which `make pretrained` fetches: `pytest -m slow tests/test_pretrained.py`."""
+"""On the real SmolLM2-135M: `make pretrained`, then `pytest -m slow tests/test_pretrained.py`."""
 
 from __future__ import annotations
 
