@@ -222,6 +222,7 @@ def test_evaluate(
     assert len(sizes) == 1 and "CPU ms/token" in said
     assert said.rstrip().endswith(Path("found/evaluation.md").read_text().rstrip())
     assert "| past window |" in said and "recovered: loud" in said and "| passkey, 400 |" in said
+    assert f"({arms['full', 0.0]:.2f}) |" in said  # of the needle that is out of the window
     assert Path("found/evaluation.png").stat().st_size > 1000
 
 

@@ -217,7 +217,8 @@ def main(argv: Sequence[str]) -> int:
     if options.kinds and not options.text:
         raise SpecError("evaluate: --kinds needs --text, in which its needles are hidden")
     arms = arms_of(options)
-    found: dict[str, Any] = {"folder": str(options.folder), "window": arms[0].model.config.window}
+    window = options.window or arms[0].model.config.window
+    found: dict[str, Any] = {"folder": str(options.folder), "window": window}
     for name, (asked, run) in parts.items():
         if asked:
             found[name] = run()

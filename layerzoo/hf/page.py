@@ -28,7 +28,7 @@ def page(found: dict[str, Any], out: Path) -> str:
         parts += [text_table(text, part) for text, part in found["positions"].items()]
         draw(found["positions"], found["window"], out / "evaluation.png")
     if "retrieval" in found:
-        parts.append(retrieval_table(found["retrieval"]))
+        parts.append(retrieval_table(found["retrieval"], found["window"]))
     if "costs" in found:
         parts.append(cost_table([Cost(**row) for row in found["costs"]]))
     if "harness" in found:
@@ -64,8 +64,10 @@ def text_table(text: str, part: dict[str, Any]) -> str:
     return f"**{text}**, {part['files']} files, nats a token\n\n" + lines_of(head, rows)
 
 
-def retrieval_table(found: list[dict[str, Any]]) -> str:
+def retrieval_table(found: list[dict[str, Any]], window: int) -> str:
+    """Of the needles that stand before the last `window` tokens."""
     arms = list(dict.fromkeys(row["arm"] for row in found))
+    found = [row for row in found if (1 - row["depth"]) * row["length"] > window]
     rows = []
     for kind, length in dict.fromkeys((row["kind"], row["length"]) for row in found):
         cells = []
@@ -74,9 +76,8 @@ def retrieval_table(found: list[dict[str, Any]]) -> str:
             right, nats = (np.mean([row[key] for row in own]) for key in ("answers", "nats"))
             cells.append(f"{100 * right:.0f}% ({nats:.2f})")
         rows.append([f"{kind}, {length:,}", *cells])
-    return "whole answers right (nats a token of the answer), mean over depths\n\n" + lines_of(
-        ["retrieval", *arms], rows
-    )
+    what = f"whole answers right (nats a token of them), needles more than {window} tokens back"
+    return what + "\n\n" + lines_of(["retrieval", *arms], rows)
 
 
 def harness_table(found: dict[str, Any]) -> str:
