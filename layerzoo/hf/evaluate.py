@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from layerzoo.arguments import Parser
+from layerzoo.bench.command import prepared
 from layerzoo.bench.stream import growth, in_a_process, table
 from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
@@ -203,7 +204,6 @@ def benchmarks(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, An
 
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
-    torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, tuple[Any, Callable[[], Any]]] = {
         "positions": (options.text, lambda: by_position(arms, options)),
@@ -219,10 +219,11 @@ def main(argv: Sequence[str]) -> int:
     arms = arms_of(options)
     window = options.window or arms[0].model.config.window
     found: dict[str, Any] = {"folder": str(options.folder), "window": window}
-    for name, (asked, run) in parts.items():
-        if asked:
-            found[name] = run()
-            # As it goes: what has been measured is not lost if the rest fails.
-            (options.out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+    with prepared(options.threads):
+        for name, (asked, run) in parts.items():
+            if asked:
+                found[name] = run()
+                # As it goes: what has been measured is not lost if the rest fails.
+                (options.out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
     print(page(found, options.out))
     return 0
