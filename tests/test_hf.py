@@ -76,7 +76,8 @@ def converted(family: str = "qwen3", memory: Any = "allmem", **fields: Any) -> A
     model = source(family)
     options = {"window": 8, "sinks": 2, "scale_init": 0.3, **fields}
     torch.manual_seed(0)
-    return convert(model, MEMORIES.get(memory, memory), **options)
+    spec = MEMORIES.get(memory, memory) if isinstance(memory, str) else memory
+    return convert(model, spec, **options)
 
 
 def hidden_mask(T: int, window: int, sinks: int) -> Tensor:
@@ -139,7 +140,7 @@ def test_pieces_equal_the_whole(memory: str, write: Any) -> None:
     model = converted(memory=memory, write=write).double()
     x = tokens()
     whole, last = model.hidden(x)
-    for cuts in ([9, 31], [1] * 40):
+    for cuts in ([9, 31], [3, 4, 33], [1] * 40):
         state, parts = None, []
         for piece in x.split(cuts, 1):
             h, state = model.hidden(piece, state)
@@ -204,6 +205,14 @@ def test_forward_as_transformers_calls_it() -> None:
 
 
 @torch.no_grad()
+def test_long_prompts_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted()
+    want = model(tokens()).logits
+    monkeypatch.setattr("layerzoo.hf.model.PIECE", 13)
+    assert torch.allclose(model(tokens()).logits, want, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_cache_does_not_grow() -> None:
     model = converted()
     cache, sizes = None, []
@@ -211,12 +220,7 @@ def test_the_cache_does_not_grow() -> None:
         cache = model(tokens(1, 60)[:, n : n + 1], cache=cache).cache
         sizes.append(cache.nbytes)
     assert len(set(sizes[12:])) == 1
-    _, state = model.hidden(tokens(1, 60))
-    assert (
-        sizes[-1]
-        == model.state_bytes(60).total
-        == sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(state))
-    )
+    assert sizes == [model.state_bytes(n).total for n in range(1, 61)]
     with mode(model, "full"):
         assert model.state_bytes(60).total > model.state_bytes(30).total
 
@@ -271,6 +275,14 @@ def test_the_recipe_adds_six_to_ten_percent(config: Any, memory: Any) -> None:
         model = AutoModelForCausalLM.from_config(config)
     added, theirs = convert(model, memory).added_parameters()
     assert 0.06 <= added / theirs <= 0.10
+
+
+def test_the_memory_starts_as_it_starts_alone() -> None:
+    """transformers initialises what it does not know: Linear layers, with zeros for biases."""
+    memory = converted(memory={"name": "titans", "mini_batch": 4}).mixers()[0].layers[1]
+    assert (memory.decay_gate.x.bias == -9).all()
+    assert (memory.decay_gate.x.weight.abs() < 48**-0.5).all()
+    assert memory.decay_gate.x.weight.std() > 0.4 * 48**-0.5  # uniform, as torch has it
 
 
 @torch.no_grad()
