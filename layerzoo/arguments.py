@@ -29,6 +29,14 @@ class Parser(argparse.ArgumentParser):
         raise SpecError(f"{self.prog.split()[1]}: {message}")
 
 
+def integers(text: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers, as in 1,2, got '{text}'") from None
+
+
 def spec_of(text: str) -> dict[str, Any]:
     """A layer's name, or its spec in YAML."""
     if not text.lstrip().startswith("{"):

@@ -91,7 +91,7 @@ def test_generate_continues_a_prompt(folder: Path, capsys: pytest.CaptureFixture
     [
         (["--out", "source"], "--out source: is there already"),
         (["--out", "new", "--source", "nowhere"], "source: nowhere: "),
-        (["--out", "new", "--layers", "one"], "expected indices, as in 0,2,-1, got 'one'"),
+        (["--out", "new", "--layers", "one"], "expected integers, as in 1,2, got 'one'"),
         (["--out", "new", "--memory", "{name: [}"], "not YAML"),
     ],
 )
@@ -284,7 +284,7 @@ def test_the_harness_runs_local_tasks(
         (["source", "--kinds", "passkey"], "--kinds needs --text"),
         (["nowhere", "--costs", "64"], "nowhere: no config.json in it"),
         (["source", "--control", "x"], "expected NAME=DIR, got 'x'"),
-        (["source", "--costs", "many"], "expected lengths, as 512,1024, got 'many'"),
+        (["source", "--costs", "many"], "expected integers, as in 1,2, got 'many'"),
         (["source", "--text", "a/*.txt", "--length", "20"], "source: a 'llama' model; `layerzoo"),
     ],
 )

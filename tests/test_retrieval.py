@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch.nn import functional as F
 
@@ -38,7 +39,6 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def make() -> Make:
     """Trains tokenizers of bytes: `numbers` are split into digits, or merged; `spaces`: whether
     it splits text at spaces."""
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is of the hf extra")
     kinds = tokenizers.pre_tokenizers
 
     def make(numbers: str = "split", spaces: bool = True, texts: Any = None) -> Tokenizer:

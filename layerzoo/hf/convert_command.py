@@ -8,18 +8,11 @@ from pathlib import Path
 
 import torch
 
-from layerzoo.arguments import Parser, spec_of
+from layerzoo.arguments import Parser, integers, spec_of
 from layerzoo.data.tokenizer import reason
 from layerzoo.spec import SpecError
 
 from .convert import convert, load_source
-
-
-def indices(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected indices, as in 0,2,-1, got '{text}'") from None
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -35,7 +28,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--memory", metavar="SPEC", default="allmem", help="a name, or {name: .., ..}")
     add("--window", metavar="W", type=int, default=512, help="tokens that stay visible")
     add("--sinks", metavar="N", type=int, default=4, help="first tokens, always visible")
-    add("--layers", metavar="N,..", type=indices, help="blocks to convert; default all")
+    add("--layers", metavar="N,..", type=integers, help="blocks to convert; default all")
     add("--write", default="all", choices=("all", "evicted"), help="when the memory gets a token")
     add("--scale_init", metavar="X", type=float, default=0.0, help="of the memory; default 0")
     add("--seed", metavar="N", type=int, default=0, help="of the memory's start; default 0")

@@ -12,10 +12,10 @@ from torch import Tensor
 from layerzoo.bench.stream import Arm, Point, held, in_a_process, points, resident
 
 from .convert import load
+from .model import PIECE
 from .modes import mode
 
 STEPS = 16
-PIECE = 1024
 
 
 class Cost(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from layerzoo.arguments import Parser
+from layerzoo.arguments import Parser, integers
 from layerzoo.bench.command import prepared
 from layerzoo.bench.stream import growth, in_a_process, table
 from layerzoo.data.task import IGNORE
@@ -41,13 +41,6 @@ def pair(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def lengths(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected lengths, as 512,1024, got '{text}'") from None
-
-
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("layerzoo evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
@@ -59,10 +52,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--files", metavar="N", type=int, default=8, help="held-out files of each text")
     add("--length", metavar="T", type=int, default=2048, help="tokens of each; default 2048")
     add("--kinds", metavar="KIND,..", default="", help="of passkey, needle, key_value")
-    add("--lengths", metavar="T,..", type=lengths, default=[512, 1024], help="of retrieval")
+    add("--lengths", metavar="T,..", type=integers, default=[512, 1024], help="of retrieval")
     add("--depths", metavar="N", type=int, default=5, help="where the needle stands")
     add("--samples", metavar="N", type=int, default=8, help="at each depth and length")
-    add("--costs", metavar="T,..", type=lengths, default=[], help="lengths to measure costs at")
+    add("--costs", metavar="T,..", type=integers, default=[], help="lengths to measure costs at")
     add("--stream", metavar="N", type=int, default=0, help="tokens to generate on end")
     add("--tasks", metavar="NAME,..", default="", help="of lm-evaluation-harness")
     add("--include", metavar="DIR", type=Path, help="where YAML files of such tasks are")
@@ -90,7 +83,7 @@ def running(arm: Arm, window: int | None) -> Iterator[Any]:
 
 def by_position(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
     """Of each text the mean loss of each arm at each position, and its figures by range."""
-    tokenizer = positions.tokenizer_of(options.folder)
+    tokenizer = Tokenizer(str(options.folder))
     texts = positions.held_out(
         options.text, options.held_out, options.length, options.files, tokenizer
     )
@@ -138,7 +131,7 @@ def retrieval(arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str
     """A row for each kind, length, depth and arm: loss, accuracy of tokens and of answers."""
     from layerzoo.data.retrieval import grid
 
-    tokenizer: Tokenizer = positions.tokenizer_of(options.folder)
+    tokenizer: Tokenizer = Tokenizer(str(options.folder))
     texts = positions.held_out(options.text, options.held_out, max(options.lengths), 64, tokenizer)
     corpus = np.concatenate([row for rows in texts.values() for row in rows])
     depths = np.linspace(0, 1, options.depths).tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,8 +106,3 @@ def difference(a: Losses, b: Losses) -> Share:
         return Share(float(d.mean()), float("nan"))
     error = d.std(ddof=1) / np.sqrt(len(d))
     return Share(float(d.mean()), float(stats.t.ppf(0.975, len(d) - 1) * error))
-
-
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """The one that `layerzoo convert` saved beside the model."""
-    return Tokenizer(str(folder))
