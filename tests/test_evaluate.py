@@ -22,6 +22,7 @@ from layerzoo.hf import costs, evaluate, load
 from layerzoo.hf.evaluate import answered
 from layerzoo.hf.modes import mode
 from layerzoo.hf.positions import difference, held_out, losses, ranges, recovered
+from layerzoo.hf.probe import explained, share
 
 WORDS = "\n".join(f"line {n} of the {n % 7} texts" for n in range(40))
 
@@ -164,6 +165,45 @@ def test_losses_are_those_of_transformers(folder: Path) -> None:
     assert not np.allclose(losses(model, tokens)[:, 20:], want[:, 20:], atol=1e-5)
 
 
+def test_what_scales_alone_can_explain() -> None:
+    torch.manual_seed(0)
+    missed = torch.randn(4, 50, 8)
+    factors = torch.linspace(-2, 2, 8)
+    assert share(missed * factors, missed) == pytest.approx(1)
+    assert share(torch.randn(4, 50, 8), missed) < 0.02
+    assert share(torch.zeros(4, 50, 8), missed) == 0
+    noisy = missed + torch.randn(4, 50, 8)  # the best scale is 1/2
+    assert share(noisy, missed) == pytest.approx(0.5, abs=0.03)
+
+
+@torch.no_grad()
+def test_probe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the first block by hand; whatever the scales are, and they stay what they are."""
+    convert("made", "--layers", "1")
+    convert("loud", "--scale_init", "1.0")
+    words = ["--text", "a/*.txt", "--held_out", "0.4", "--length", "64", "--files", "4"]
+    ask = [*words, "--control", "loud=loud", "--threads", "1", "--out", "found"]
+    assert main(["evaluate", "made", "--probe", *ask]) == 0
+    found = json.loads(Path("found/evaluation.json").read_text())["probe"]
+    assert len(found["memory"]) == 1 and len(found["loud"]) == 2  # the converted blocks
+    model = load("loud")
+    rows = held_out(["a/*.txt"], 0.4, 64, 4, Tokenizer("made"))["a/*.txt"]
+    tokens = torch.from_numpy(np.stack(rows))[:, :-1]
+    layer = model.model.layers[0]
+    h = layer.input_layernorm(model.embedding(tokens))
+    window = layer.self_attn.layers[0]
+    source = AutoModelForCausalLM.from_pretrained("source").model
+    places = source.rotary_emb(h, position_ids=torch.arange(64)[None])
+    full, _ = source.layers[0].self_attn(h, position_embeddings=places, attention_mask=None)
+    memory = layer.self_attn(h)[0] - window(h)[0]  # the scale is 1
+    want = share(memory[:, 16:], (full - window(h)[0])[:, 16:])
+    assert found["loud"][0] == pytest.approx(want, abs=1e-4)
+    assert explained(model, tokens) == pytest.approx(found["loud"], abs=1e-6)
+    assert (layer.self_attn.scales == 1).all() and window.window == 16
+    said = capsys.readouterr().out
+    assert f"| all | {100 * found['memory'][0]:.1f}% |" in said
+
+
 def test_answers_count_when_all_their_tokens_are_right(folder: Path) -> None:
     class Sure:
         """Says of each token that the same comes next, with confidence."""
@@ -282,6 +322,7 @@ def test_the_harness_runs_local_tasks(
     [
         (["source"], "asks for nothing; give --text, --costs, --stream or --tasks"),
         (["source", "--kinds", "passkey"], "--kinds needs --text"),
+        (["source", "--probe"], "--probe needs --text"),
         (["nowhere", "--costs", "64"], "nowhere: no config.json in it"),
         (["source", "--control", "x"], "expected NAME=DIR, got 'x'"),
         (["source", "--costs", "many"], "expected integers, as in 1,2, got 'many'"),

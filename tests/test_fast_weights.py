@@ -225,6 +225,20 @@ def test_layer_refuses() -> None:
         build("allmem", dim=16, key_dim=4, value_dim=5)
     with pytest.raises(SpecError, match="lr: must be positive"):
         build("titans", dim=16, lr=0.0)
+    with pytest.raises(SpecError, match="init_scale: must be positive, got -1"):
+        build("allmem", dim=16, init_scale=-1)
+
+
+@pytest.mark.parametrize("network", ["linear", "mlp", "glu"])
+def test_init_scale_is_of_the_last_matrix_alone(network: str) -> None:
+    layers = []
+    for fields in ({}, {"init_scale": 0.1}):
+        torch.manual_seed(0)
+        layers.append(build("fast_weights", dim=16, network=network, **fields))
+    plain, small = ([*layer.weights] for layer in layers)
+    last = layers[0].rule_.network.last
+    for m, (a, b) in enumerate(zip(plain, small, strict=True)):
+        torch.testing.assert_close(b, a * 0.1 if m == last else a, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

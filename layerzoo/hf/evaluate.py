@@ -1,5 +1,5 @@
 """`layerzoo evaluate`: a converted model beside the model that it was made of, its window alone,
-and controls: loss by position, retrieval, costs, lm-evaluation-harness."""
+and controls: loss by position, retrieval, costs, lm-evaluation-harness; what a memory knows."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from . import costs, positions
 from .convert import load
 from .modes import MODES, mode, vary
 from .page import page
+from .probe import explained
 
 
 class Arm(NamedTuple):
@@ -51,6 +52,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--held_out", metavar="X", type=float, default=0.05, help="as in training; default .05")
     add("--files", metavar="N", type=int, default=8, help="held-out files of each text")
     add("--length", metavar="T", type=int, default=2048, help="tokens of each; default 2048")
+    add("--probe", action="store_true", help="what memories know of what the window misses")
     add("--kinds", metavar="KIND,..", default="", help="of passkey, needle, key_value")
     add("--lengths", metavar="T,..", type=integers, default=[512, 1024], help="of retrieval")
     add("--depths", metavar="N", type=int, default=5, help="where the needle stands")
@@ -81,12 +83,14 @@ def running(arm: Arm, window: int | None) -> Iterator[Any]:
         yield arm.model
 
 
+def texts_of(options: argparse.Namespace) -> dict[str, list[Any]]:
+    how = (options.held_out, options.length, options.files, Tokenizer(str(options.folder)))
+    return positions.held_out(options.text, *how)
+
+
 def by_position(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
     """Of each text the mean loss of each arm at each position, and its figures by range."""
-    tokenizer = Tokenizer(str(options.folder))
-    texts = positions.held_out(
-        options.text, options.held_out, options.length, options.files, tokenizer
-    )
+    texts = texts_of(options)
     window = options.window or arms[0].model.config.window
     found: dict[str, Any] = {}
     for text, rows in texts.items():
@@ -125,6 +129,25 @@ def compared(by_arm: dict[str, positions.Losses], window: int, length: int) -> d
         parts[name] = part
     curve = {arm: nats.mean(0).round(4).tolist() for arm, nats in by_arm.items()}
     return {"ranges": parts, "by_position": curve}
+
+
+def probe(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Of each arm with a memory what it explains of what the window misses, block by block."""
+    rows = torch.from_numpy(np.concatenate([*map(np.stack, texts_of(options).values())]))[:, :-1]
+    window = options.window or arms[0].model.config.window
+    if len(rows) < 2 or options.length <= window:
+        raise SpecError(
+            f"--probe: fits on one file and measures on another, past the window of {window}; "
+            f"give two files of text, and a larger --length"
+        )
+    found = {}
+    for arm in arms:
+        if arm.mode == "memory":
+            with running(arm, options.window) as model:
+                found[arm.name] = explained(model, rows)
+            mean = np.mean(found[arm.name])
+            print(f"probe: {arm.name}: {100 * mean:.1f}% of what the window misses", flush=True)
+    return found
 
 
 def retrieval(arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -198,8 +221,11 @@ def benchmarks(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, An
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    # A probe alone is quick, and comes before all training.
+    by_text = options.text and not options.probe
     parts: dict[str, tuple[Any, Callable[[], Any]]] = {
-        "positions": (options.text, lambda: by_position(arms, options)),
+        "probe": (options.probe, lambda: probe(arms, options)),
+        "positions": (by_text, lambda: by_position(arms, options)),
         "retrieval": (options.kinds, lambda: retrieval(arms, options)),
         "costs": (options.costs, lambda: all_costs(options)),
         "stream": (options.stream, lambda: streamed(options)),
@@ -207,8 +233,9 @@ def main(argv: Sequence[str]) -> int:
     }
     if not any(asked for asked, _ in parts.values()):
         raise SpecError("evaluate: asks for nothing; give --text, --costs, --stream or --tasks")
-    if options.kinds and not options.text:
-        raise SpecError("evaluate: --kinds needs --text, in which its needles are hidden")
+    for name, what in (("kinds", "its needles are hidden"), ("probe", "it looks")):
+        if getattr(options, name) and not options.text:
+            raise SpecError(f"evaluate: --{name} needs --text, in which {what}")
     arms = arms_of(options)
     window = options.window or arms[0].model.config.window
     found: dict[str, Any] = {"folder": str(options.folder), "window": window}

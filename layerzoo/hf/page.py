@@ -16,6 +16,7 @@ from layerzoo.style import COLOURS, tidy
 
 from .costs import Cost
 from .costs import table as cost_table
+from .probe import by_depth
 
 SMOOTH = 64
 """Positions of a running mean."""
@@ -24,6 +25,8 @@ SMOOTH = 64
 def page(found: dict[str, Any], out: Path) -> str:
     """All tables in Markdown, also written to evaluation.md; evaluation.png beside it."""
     parts = []
+    if "probe" in found:
+        parts.append(probe_table(found["probe"]))
     if "positions" in found:
         parts += [text_table(text, part) for text, part in found["positions"].items()]
         draw(found["positions"], found["window"], out / "evaluation.png")
@@ -62,6 +65,12 @@ def text_table(text: str, part: dict[str, Any]) -> str:
         rows.append([name, *nats, *share])
     head = ["positions", *arms, *(f"recovered: {arm}" for arm in others)]
     return f"**{text}**, {part['files']} files, nats a token\n\n" + lines_of(head, rows)
+
+
+def probe_table(found: dict[str, list[float]]) -> str:
+    rows = [[name, *(f"{100 * mean:.1f}%" for mean in means)] for name, means in by_depth(found)]
+    what = "explained of what the window misses, by the best scale per channel (R², other files)"
+    return what + "\n\n" + lines_of(["blocks", *found], rows)
 
 
 def retrieval_table(found: list[dict[str, Any]], window: int) -> str:

@@ -64,23 +64,28 @@ class FastWeights(Memory, name="fast_weights"):
     them where all matrices share a rate. The C gradients of a mini-batch add up: by C where tokens
     agree, and not at all where they are orthogonal; sqrt(C) is between. (With `row`, which is a
     mean already, it is left out.) momentum_t = sigmoid(x_t w), decay_t = sigmoid(x_t w - 9).
-    Matrices start normal with variance 1 / s, the last one a quarter of that; biases at 0. q and k
-    enter the network alike: no qk_norm scales q here.
+    Matrices start normal with variance 1 / s, the last one a quarter of that, times init_scale^2;
+    biases at 0. q and k enter the network alike: no qk_norm scales q here.
     """
 
     class Config(Shell, Rule):
         """lr: highest rate. lr_per_matrix: a rate for every matrix. row: tokens read the writes of
-        their mini-batch times max(0, 1 / i + learned), i their place in it (`update: token`)."""
+        their mini-batch times max(0, 1 / i + learned), i their place in it (`update: token`).
+        init_scale: of the last matrix at the start. Where little is trained, as in a converted
+        model, a small one lets what is written outweigh the noise that an untrained network reads.
+        """
 
         lr: float = 1.0
+        init_scale: float = 1.0
         lr_per_matrix: bool = False
         row: bool = False
 
         def check(self) -> None:
             Shell.check(self)
             Rule.check(self)
-            if self.lr <= 0:
-                raise SpecError(f"lr: must be positive, got {self.lr}")
+            for name in ("lr", "init_scale"):
+                if getattr(self, name) <= 0:
+                    raise SpecError(f"{name}: must be positive, got {getattr(self, name)}")
             if self.row and self.update == "chunk":
                 raise SpecError(
                     "row: weighs the tokens inside a mini-batch, which update 'chunk' does not"
@@ -135,11 +140,14 @@ class FastWeights(Memory, name="fast_weights"):
         self.rule_ = dataclasses.replace(self.rule_, mini_batch=tokens)
 
     def start(self, m: int) -> Tensor:
-        """Initial weights of a matrix: outputs of variance 1, behind the last one a quarter."""
+        """Initial weights of a matrix: outputs of variance 1, behind the last one a quarter and
+        times init_scale^2."""
         network, (i, o) = self.rule_.network, self.shapes[m]
         std = self.squares[m] ** -0.5
         if m == network.last and m not in network.first:
             std = std / 2
+        if m == network.last:
+            std = std * self.config.init_scale
         weights = torch.randn(self.heads, i + network.bias, o) * std
         if network.bias:
             weights[:, -1] = 0

@@ -1,0 +1,72 @@
+"""What a memory knows of the tokens that the window hides, before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerzoo.compose import Parallel
+
+from .modes import changed
+
+
+@torch.no_grad()
+def explained(model: Any, rows: Tensor) -> list[float]:
+    """Of each converted block the share of what its window misses that its memory explains.
+
+    missed = full(x) - window(x),   R^2 = 1 - sum |missed - s m|^2 / sum |missed|^2,
+
+    m the memory's output and s `[D]` the best scale of each channel, over the positions past the
+    window; x is what the source itself gives to the block. s is fitted on the even rows of `[B,
+    T]` tokens and R^2 is of the odd ones, so that a memory without any knowledge has 0 or less.
+    It is what distillation can gain by `scales` alone, as these start at 0.
+    """
+    found, x = [], model.embedding(rows)
+    for layer in model.decoder_layers():
+        mixer, h = layer.self_attn, layer.input_layernorm(x)
+        if isinstance(mixer, Parallel):
+            first: Any = mixer.layers[0]
+            with changed([first], "window", None):
+                y, _ = first(h)
+            past = slice(first.window, None)
+            missed = (y - first(h)[0])[:, past]
+            found.append(share(unscaled(mixer, h)[:, past], missed))
+        else:
+            y, _ = mixer(h)
+        x = x + y
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return found
+
+
+def unscaled(mixer: Parallel, h: Tensor) -> Tensor:
+    """The output of the memories alone, as if all scales were 1."""
+    before = mixer.scales.clone()
+    try:
+        mixer.scales.fill_(1.0)
+        with changed([mixer], "off", (0,)):
+            return mixer(h)[0]
+    finally:
+        mixer.scales.copy_(before)
+
+
+def share(m: Tensor, missed: Tensor) -> float:
+    """R^2 `explained` of m and missed, `[B, T, D]`."""
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    s = (m[even] * missed[even]).sum((0, 1)) / m[even].square().sum((0, 1)).clamp(min=1e-12)
+    error = (missed[odd] - s * m[odd]).square().sum()
+    return float(1 - error / missed[odd].square().sum())
+
+
+def by_depth(found: dict[str, list[float]]) -> list[tuple[str, list[float]]]:
+    """(which blocks, the mean of each arm): each third of the arm's converted blocks, and all."""
+    names = ("first third", "middle third", "last third")
+    split = {arm: np.array_split(of, 3) for arm, of in found.items()}
+    rows = [
+        (name, [float(parts[n].mean()) for parts in split.values()])
+        for n, name in enumerate(names)
+        if all(len(parts[n]) for parts in split.values())
+    ]
+    return [*rows, ("all", [float(np.mean(of)) for of in found.values()])]
