@@ -168,10 +168,11 @@ def test_losses_are_those_of_transformers(folder: Path) -> None:
 def test_what_scales_alone_can_explain() -> None:
     torch.manual_seed(0)
     missed = torch.randn(4, 50, 8)
-    factors = torch.linspace(-2, 2, 8)
+    factors = torch.linspace(-2, 2, 8)  # none is 0
     assert share(missed * factors, missed) == pytest.approx(1)
     assert share(torch.randn(4, 50, 8), missed) < 0.02
-    assert share(torch.zeros(4, 50, 8), missed) == 0
+    assert share(torch.ones(4, 50, 8), missed + 3) == 0  # a constant is no memory
+    assert share(missed * factors + 7, missed + 3) == pytest.approx(1)
     noisy = missed + torch.randn(4, 50, 8)  # the best scale is 1/2
     assert share(noisy, missed) == pytest.approx(0.5, abs=0.03)
 
@@ -254,7 +255,12 @@ def test_evaluate(
         assert inside["nats"]["window"] == pytest.approx(inside["nats"]["full"])
         assert inside["drift"]["memory"]["value"] == pytest.approx(0, abs=1e-6)
         assert inside["drift"]["loud"]["value"] != pytest.approx(0, abs=1e-4)
-        assert part["ranges"]["past 32"]["recovered"]["memory"]["value"] == 0
+        share = part["ranges"]["past 32"]
+        assert share["recovered"]["memory"]["value"] == 0
+        loud = share["recovered"]["loud"]
+        assert loud["value"] != 0 and share["beyond"] == {
+            "loud": pytest.approx({"value": -loud["value"], "half": loud["half"]})
+        }
         assert len(part["by_position"]["loud"]) == 64
     arms = {(row["arm"], row["depth"]): row["nats"] for row in found["retrieval"]}
     assert len(arms) == 8 and arms["memory", 0.0] == arms["window", 0.0]
@@ -266,7 +272,7 @@ def test_evaluate(
     sizes = {point["state"] for point in found["stream"] if point["tokens"] > 20}
     assert len(sizes) == 1 and "CPU ms/token" in said
     assert said.rstrip().endswith(Path("found/evaluation.md").read_text().rstrip())
-    assert "| past window |" in said and "recovered: loud" in said and "| passkey, 400 |" in said
+    assert "| past window |" in said and "memory less loud" in said and "| passkey, 400 |" in said
     assert f"({arms['full', 0.0]:.2f}) |" in said  # of the needle that is out of the window
     assert Path("found/evaluation.png").stat().st_size > 1000
 

@@ -105,8 +105,8 @@ def by_position(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, A
 
 
 def compared(by_arm: dict[str, positions.Losses], window: int, length: int) -> dict[str, Any]:
-    """Means by range of positions; the share of the gap from window to full that is recovered;
-    and, inside the window, the drift from the source."""
+    """Means by range of positions; the share of the gap from window to full that is recovered, and
+    that of the memory less each control's; inside the window, the drift from the source."""
     parts: dict[str, Any] = {}
     for name, where in positions.ranges(window, length).items():
         mean = {arm: nats[:, where].mean(1) for arm, nats in by_arm.items()}
@@ -121,8 +121,8 @@ def compared(by_arm: dict[str, positions.Losses], window: int, length: int) -> d
                 arm: positions.recovered(full, alone, nats)._asdict()
                 for arm, nats in others.items()
             }
-            part["gain"] = {
-                f"memory - {arm}": positions.difference(nats, others["memory"])._asdict()
+            part["beyond"] = {  # what the memory recovers less what a control does
+                arm: positions.recovered(full, alone, alone - nats + others["memory"])._asdict()
                 for arm, nats in others.items()
                 if arm != "memory"
             }

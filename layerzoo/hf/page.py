@@ -55,21 +55,25 @@ def interval(one: dict[str, float], percent: bool = False) -> str:
 def text_table(text: str, part: dict[str, Any]) -> str:
     arms = list(next(iter(part["ranges"].values()))["nats"])
     others = [arm for arm in arms if arm not in ("full", "window")]
-    rows = []
+    controls = [arm for arm in others if arm != "memory"]
+    rows, shares = [], []
     for name, figures in part["ranges"].items():
-        nats = [f"{figures['nats'][arm]:.3f}" for arm in arms]
+        rows.append([name, *(f"{figures['nats'][arm]:.3f}" for arm in arms)])
         if "drift" in figures:
-            share = [f"drift {interval(figures['drift'][arm])}" for arm in others]
+            drift = [interval(figures["drift"][arm]) for arm in others]
+            shares.append(["drift inside, nats", *drift, *("" for _ in controls)])
         else:
-            share = [interval(figures["recovered"][arm], percent=True) for arm in others]
-        rows.append([name, *nats, *share])
-    head = ["positions", *arms, *(f"recovered: {arm}" for arm in others)]
-    return f"**{text}**, {part['files']} files, nats a token\n\n" + lines_of(head, rows)
+            of = [("recovered", arm) for arm in others] + [("beyond", arm) for arm in controls]
+            cells = [interval(figures[what][arm], percent=True) for what, arm in of]
+            shares.append([name, *cells])
+    title = f"**{text}**, {part['files']} files, nats a token"
+    head = ["recovered of the gap", *others, *(f"memory less {arm}" for arm in controls)]
+    return "\n\n".join((title, lines_of(["positions", *arms], rows), lines_of(head, shares)))
 
 
 def probe_table(found: dict[str, list[float]]) -> str:
     rows = [[name, *(f"{100 * mean:.1f}%" for mean in means)] for name, means in by_depth(found)]
-    what = "explained of what the window misses, by the best scale per channel (R², other files)"
+    what = "explained of what the window misses, beyond a constant (R² on other files)"
     return what + "\n\n" + lines_of(["blocks", *found], rows)
 
 

@@ -17,12 +17,14 @@ from .modes import changed
 def explained(model: Any, rows: Tensor) -> list[float]:
     """Of each converted block the share of what its window misses that its memory explains.
 
-    missed = full(x) - window(x),   R^2 = 1 - sum |missed - s m|^2 / sum |missed|^2,
+    missed = full(x) - window(x),   missed' = a + s m,   R^2 = 1 - sum |missed - missed'|^2 /
+    sum |missed - mean|^2,
 
-    m the memory's output and s `[D]` the best scale of each channel, over the positions past the
-    window; x is what the source itself gives to the block. s is fitted on the even rows of `[B,
-    T]` tokens and R^2 is of the odd ones, so that a memory without any knowledge has 0 or less.
-    It is what distillation can gain by `scales` alone, as these start at 0.
+    m the memory's output, a, s `[D]` the best offset and scale of each channel, mean that of
+    missed alone, over the positions past the window; x is what the source itself gives to the
+    block. a, s and mean are fitted on the even rows of `[B, T]` tokens and R^2 is of the odd ones:
+    a memory that knows nothing, or always says the same, has 0 or less. What is explained is what
+    distillation can gain by `scales` alone, as these start at 0, and it is not an adapter's.
     """
     found, x = [], model.embedding(rows)
     for layer in model.decoder_layers():
@@ -55,6 +57,8 @@ def unscaled(mixer: Parallel, h: Tensor) -> Tensor:
 def share(m: Tensor, missed: Tensor) -> float:
     """R^2 `explained` of m and missed, `[B, T, D]`."""
     even, odd = slice(0, None, 2), slice(1, None, 2)
+    m = m - m[even].mean((0, 1))
+    missed = missed - missed[even].mean((0, 1))
     s = (m[even] * missed[even]).sum((0, 1)) / m[even].square().sum((0, 1)).clamp(min=1e-12)
     error = (missed[odd] - s * m[odd]).square().sum()
     return float(1 - error / missed[odd].square().sum())
