@@ -52,7 +52,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--held_out", metavar="X", type=float, default=0.05, help="as in training; default .05")
     add("--files", metavar="N", type=int, default=8, help="held-out files of each text")
     add("--length", metavar="T", type=int, default=2048, help="tokens of each; default 2048")
-    add("--probe", action="store_true", help="what memories know of what the window misses")
+    add("--probe", action="store_true", help="what memories know, instead of losses")
     add("--kinds", metavar="KIND,..", default="", help="of passkey, needle, key_value")
     add("--lengths", metavar="T,..", type=integers, default=[512, 1024], help="of retrieval")
     add("--depths", metavar="N", type=int, default=5, help="where the needle stands")
@@ -221,8 +221,7 @@ def benchmarks(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, An
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    # A probe alone is quick, and comes before all training.
-    by_text = options.text and not options.probe
+    by_text = options.text and not options.probe  # which is quick, and comes before training
     parts: dict[str, tuple[Any, Callable[[], Any]]] = {
         "probe": (options.probe, lambda: probe(arms, options)),
         "positions": (by_text, lambda: by_position(arms, options)),
