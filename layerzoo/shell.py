@@ -29,6 +29,7 @@ class Shell(Config):
     heads: number of heads H.
     key_dim, value_dim: per head, K and V; null means dim / heads.
     qk_norm: of q and k, per head: l2 (unit length), rms, or none (then q is scaled by K^-1/2).
+    key_bias: k = x W + b, before its norm; keys that lean one way are told apart by it.
     out_norm: RMS norm of the read-out per head, or none.
     out_gate: the read-out is multiplied by this function of a projection of x, or none.
     """
@@ -37,6 +38,7 @@ class Shell(Config):
     key_dim: int | None = None
     value_dim: int | None = None
     qk_norm: Literal["l2", "rms", "none"] = "l2"
+    key_bias: bool = False
     out_norm: Literal["rms", "none"] = "rms"
     out_gate: Literal["none", "silu", "sigmoid"] = "none"
 
@@ -68,6 +70,8 @@ class Memory(Layer):
         self.k = nn.Linear(dim, H * K, bias=False)
         self.v = nn.Linear(dim, H * V, bias=False)
         self.out = nn.Linear(H * V, dim, bias=False)
+        if config.key_bias:
+            self.key_bias = nn.Parameter(torch.zeros(H, K))
         if config.qk_norm == "rms":
             self.q_norm, self.k_norm = RMSNorm(K, eps=1e-6), RMSNorm(K, eps=1e-6)
             self.scale = K**-1.0  # |q| = |k| = sqrt(K) at the start: as if both were unit
@@ -83,6 +87,8 @@ class Memory(Layer):
     def project(self, x: Tensor, qkv: QKV | None = None) -> tuple[Tensor, Write]:
         """x `[B, T, D]` -> q `[B, T, H, K]` and what each token writes. qkv: of another layer."""
         q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in qkv or self.qkv(x))
+        if self.config.key_bias:
+            k = k + self.key_bias.to(k.dtype)
         if self.config.qk_norm == "l2":
             q, k = l2_normalise(q), l2_normalise(k)
         elif self.config.qk_norm == "rms":

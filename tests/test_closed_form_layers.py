@@ -69,8 +69,12 @@ def test_linear_is_attention_without_its_softmax(feature_map: str, qk_norm: str)
     """o_t = sum_j phi(q_t) phi(k_j) v_j, and with the normaliser their mean; s = q k is scaled as
     the shell says where phi is a function of it."""
     fields = {"feature_map": feature_map, "qk_norm": qk_norm, "heads": H, "value_dim": V}
+    fields["key_bias"] = True
     layer, x = build("linear", dim=DIM, **fields).double(), randn(B, T, DIM)
+    with torch.no_grad():
+        layer.key_bias.copy_(randn(H, layer.key_dim))
     q, k, v = (heads(layer, name, x) for name in "qkv")
+    k = k + layer.key_bias[:, None]
     if qk_norm == "l2":
         q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
     elif qk_norm == "rms":

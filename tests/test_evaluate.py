@@ -18,12 +18,13 @@ from layerzoo.cli import main
 from layerzoo.data import Text
 from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
-from layerzoo.hf import costs, evaluate, load
+from layerzoo.hf import convert_command, costs, evaluate, load
 from layerzoo.hf.evaluate import answered
 from layerzoo.hf.modes import mode
 from layerzoo.hf.positions import difference, held_out, losses, ranges, recovered
 from layerzoo.hf.probe import explained, share
 
+BIASED = "{name: linear, key_bias: true}"
 WORDS = "\n".join(f"line {n} of the {n % 7} texts" for n in range(40))
 
 
@@ -87,9 +88,35 @@ def test_generate_continues_a_prompt(folder: Path, capsys: pytest.CaptureFixture
     assert main(["generate", "made", "--state", "state", *words[2:], "again"]) == 0
 
 
+@torch.no_grad()
+def test_centred_keys_have_no_mean(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of grouped heads, in a reset too, on text that is trained on; nothing else is another."""
+    monkeypatch.setattr(convert_command, "CENTRE_TOKENS", 64)
+    for memory in (BIASED, "{name: linear}"):
+        reset = f"{{name: reset, every: 5, children: [{memory}]}}"
+        centre = ["--centre", "a/*.txt", "--centre", "b/*.txt"] if "bias" in memory else []
+        convert(f"made{len(centre)}", "--memory", reset, *centre)
+    model, plain = load("made4"), load("made0")
+    text = Text(files=["a/*.txt", "b/*.txt"], length=64, tokenizer="source")
+    tokens = torch.from_numpy(text.sample("train", np.arange(8))["tokens"])
+    source = AutoModelForCausalLM.from_pretrained("source").model
+    seen = source(tokens, output_hidden_states=True).hidden_states
+    for x, block, theirs in zip(seen, model.each_block(), source.layers, strict=False):
+        h = theirs.input_layernorm(x)
+        mean = theirs.self_attn.k_proj(h).mean((0, 1))
+        memory = block.layer.layers[1].layers[0]
+        assert memory.key_bias.shape == (2, 8) and mean.norm() > 0.01
+        assert torch.allclose(memory.key_bias, -mean.expand(2, 8), atol=1e-6)
+    own = dict(plain.named_parameters())
+    others = {n: p for n, p in model.named_parameters() if "key_bias" not in n}
+    assert others.keys() == own.keys() and all(torch.equal(p, own[n]) for n, p in others.items())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--out", "new", "--centre", "a/*.txt"], "--centre: no memory has a key bias; set key_"),
+        (["--out", "new", "--centre", "c/*.txt", "--memory", BIASED], "--centre: data: Text"),
         (["--out", "source"], "--out source: is there already"),
         (["--out", "new", "--source", "nowhere"], "source: nowhere: "),
         (["--out", "new", "--layers", "one"], "expected integers, as in 1,2, got 'one'"),
@@ -244,6 +271,8 @@ def test_evaluate(
         "found",
         "--threads",
         "1",
+        "--batch_size",
+        "2",
     ]
     assert main(["evaluate", "made", *text, *ask, *also]) == 0
     said = capsys.readouterr().out

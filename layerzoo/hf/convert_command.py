@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from layerzoo.arguments import Parser, integers, spec_of
+from layerzoo.data import Text
 from layerzoo.data.tokenizer import reason
-from layerzoo.spec import SpecError
+from layerzoo.spec import SpecError, at
 
+from .centre import biased, centre
 from .convert import convert, load_source
+
+CENTRE_ROWS, CENTRE_TOKENS = 8, 1024
+"""Text that key biases are set by."""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -31,6 +38,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--layers", metavar="N,..", type=integers, help="blocks to convert; default all")
     add("--write", default="all", choices=("all", "evicted"), help="when the memory gets a token")
     add("--scale_init", metavar="X", type=float, default=0.0, help="of the memory; default 0")
+    add(
+        "--centre",
+        metavar="FILES",
+        action="append",
+        help="a glob, or stdlib, whose mean keys key biases take away",
+    )
     add("--seed", metavar="N", type=int, default=0, help="of the memory's start; default 0")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--out", metavar="DIR", type=Path, required=True, help="a folder, which is made")
@@ -45,6 +58,14 @@ def save_tokenizer(source: str, gguf: str | None, out: Path) -> None:
         AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(out)
     except (OSError, ValueError) as error:
         print(f"no tokenizer: {reason(error)}")
+
+
+def some_text(files: list[str], source: str, gguf: str | None) -> torch.Tensor:
+    """Tokens `[CENTRE_ROWS, CENTRE_TOKENS]` of files, as the source's tokenizer reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(source, gguf, Path(folder))
+        text = Text(files, length=CENTRE_TOKENS, tokenizer=folder)
+        return torch.from_numpy(text.sample("train", np.arange(CENTRE_ROWS))["tokens"])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +84,10 @@ def main(argv: Sequence[str]) -> int:
         write=options.write,
         scale_init=options.scale_init,
     )
+    if options.centre:
+        with at("--centre"):
+            biased(model)  # before the text is read, which takes longer
+            centre(model, some_text(options.centre, options.source, options.gguf))
     model.save_pretrained(options.out)
     save_tokenizer(options.source, options.gguf, options.out)
     added, theirs = model.added_parameters()

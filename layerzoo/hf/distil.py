@@ -23,7 +23,7 @@ from . import modes
 from .convert import load
 from .losses import KnownGradients, distance, kl_from_hidden
 
-FAST = ("scales", "gate", "log_decay")
+FAST = ("scales", "gate", "log_decay", "key_bias")
 """Parts of the names of the parameters that learn at `gate_lr` times the learning rate."""
 STREAM = 16
 """Of the random numbers that a step draws, apart from those of the data."""
@@ -46,7 +46,7 @@ class Distil(TaskModule):
             the first token (of the document) does not reach.
         windows, sinks, mini_batches: each optimiser step draws one of each; null is the model's.
         window_dropout: probability with which a row goes without the window in a step.
-        gate_lr: learning rate of scales, gates and decays, as a multiple of lr.
+        gate_lr: learning rate of scales, gates, decays and key biases, as a multiple of lr.
         piece: tokens that are read at a time, null is all; the state goes on without gradient, so
             that memory is bounded, and no gradient reaches back beyond a piece.
         checkpoint: keep less for the backward pass and compute it again.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from layerzoo.arguments import Parser, integers
-from layerzoo.bench.command import prepared
+from layerzoo.bench.command import device, prepared
 from layerzoo.bench.stream import growth, in_a_process, table
 from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
@@ -62,6 +62,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--tasks", metavar="NAME,..", default="", help="of lm-evaluation-harness")
     add("--include", metavar="DIR", type=Path, help="where YAML files of such tasks are")
     add("--limit", metavar="N", type=int, help="samples of such a task")
+    add("--device", type=device, default=torch.device("cpu"), help="of all but costs and stream")
+    add("--batch_size", metavar="N", type=int, default=1, help="texts at a time")
     add("--threads", metavar="N", type=int, default=torch.get_num_threads())
     add("--out", metavar="DIR", type=Path, required=True, help="of evaluation.json, .md and .png")
     options = parser.parse_args(argv)
@@ -72,9 +74,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def arms_of(options: argparse.Namespace) -> list[Arm]:
-    model = load(options.folder)
+    model = load(options.folder).to(options.device)
+    controls = [(name, load(path).to(options.device)) for name, path in options.control]
     arms = [Arm(name, model, name) for name in MODES]
-    return arms + [Arm(name, load(path), "memory") for name, path in options.control]
+    return arms + [Arm(name, control, "memory") for name, control in controls]
 
 
 @contextmanager
@@ -97,7 +100,8 @@ def by_position(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, A
         by_arm: dict[str, positions.Losses] = {}
         for arm in arms:
             with running(arm, options.window) as model:
-                nats = [positions.losses(model, torch.from_numpy(row)[None]) for row in rows]
+                batches = torch.from_numpy(np.stack(rows)).split(options.batch_size)
+                nats = [positions.losses(model, batch.to(options.device)) for batch in batches]
             by_arm[arm.name] = np.concatenate(nats)
             print(f"{text}: {arm.name}: {by_arm[arm.name].mean():.4f} nats", flush=True)
         found[text] = {"files": len(rows), **compared(by_arm, window, options.length)}
@@ -144,7 +148,7 @@ def probe(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, list[fl
     for arm in arms:
         if arm.mode == "memory":
             with running(arm, options.window) as model:
-                found[arm.name] = explained(model, rows)
+                found[arm.name] = explained(model, rows.to(options.device))
             mean = np.mean(found[arm.name])
             print(f"probe: {arm.name}: {100 * mean:.1f}% of what the window misses", flush=True)
     return found
@@ -163,10 +167,13 @@ def retrieval(arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str
         for length in options.lengths:
             batches = list(grid(corpus, tokenizer, kind, length, depths, options.samples))
             for arm in arms:
+                where = options.device
                 with running(arm, options.window) as model:
                     for depth, (tokens, labels) in zip(depths, batches, strict=True):
                         row = {"kind": kind, "length": length, "depth": depth, "arm": arm.name}
-                        found.append({**row, **answered(model, tokens, labels)})
+                        found.append(
+                            {**row, **answered(model, tokens.to(where), labels.to(where))}
+                        )
                 mine = [row for row in found if row["arm"] == arm.name and row["kind"] == kind]
                 last = mine[-len(depths) :]
                 right = np.mean([row["answers"] for row in last])
