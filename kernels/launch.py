@@ -73,14 +73,14 @@ def refusal(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def distrusted(*tensors: Tensor | None) -> str | None:
-    """Why no gradient is taken of a decay per channel here: on an H200 with Triton 3.6.0 one was
-    wrong that Triton's interpreter gets right. (flash-linear-attention refuses its own gated
-    backward there, too, for wrong products on Hopper before Triton 3.7.1.)"""
+def distrusted(what: str, *tensors: Tensor | None) -> str | None:
+    """Why no gradient is taken here of what an H200 with Triton 3.6.0 got wrong, and Triton's
+    interpreter gets right. (flash-linear-attention refuses its own gated backward there, too, for
+    wrong products on Hopper before Triton 3.7.1.)"""
     on = target(next(x for x in tensors if x is not None).device)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if wanted and on[:2] == ("cuda", 90) and TRITON < (3, 7, 1) and not PRETENDED:
-        return "gradients of a decay per channel need Triton 3.7.1 or later on a Hopper GPU"
+        return f"gradients {what} need Triton 3.7.1 or later on a Hopper GPU"
     return None
 
 

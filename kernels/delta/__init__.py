@@ -32,7 +32,7 @@ def supports(
     if q.shape[-1] > LARGEST:
         return f"it takes at most {LARGEST} key channels, not {q.shape[-1]}"
     if log_decay is not None and log_decay.dim() == 4:
-        return launch.distrusted(q, k, v, beta, log_decay, state)
+        return launch.distrusted("of a decay per channel", q, k, v, beta, log_decay, state)
     return None
 
 

@@ -13,6 +13,8 @@ from . import ops
 
 LIMIT = 256
 """Channels of q and k, and of v: a program holds a slice of the state of all key channels."""
+TRUSTED = 128
+"""Those with which a gradient has been right on every GPU that it was taken on."""
 
 
 def run(
@@ -49,5 +51,7 @@ def supports(
         if n > LIMIT:
             return f"{name} = {n} is more than the {LIMIT} channels that it takes"
     if log_decay is not None and log_decay.dim() == 4:
-        return launch.distrusted(q, k, v, log_decay, state)
+        return launch.distrusted("of a decay per channel", q, k, v, log_decay, state)
+    if max(k.shape[3], v.shape[3]) > TRUSTED:
+        return launch.distrusted(f"of more than {TRUSTED} channels", q, k, v, log_decay, state)
     return None

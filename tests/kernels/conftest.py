@@ -19,6 +19,7 @@ from . import bfloat16
 
 GPU = torch.cuda.is_available()
 
+DISTRUSTED = launch.distrusted
 DTYPES = [torch.float32, torch.bfloat16]
 Tensors = dict[str, Any]
 
@@ -35,10 +36,18 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def _kernels_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are not trusted they are tested nevertheless; bfloat16 is that of a GPU."""
-    monkeypatch.setattr(launch, "TRITON", (99,))
-    if not GPU:
+    """Of whichever version in the interpreter, whose bfloat16 is made that of a GPU. On a GPU that
+    is not trusted with a gradient it is not run: it would take the process down with it."""
+    if GPU:
+        monkeypatch.setattr(launch, "distrusted", lambda *args: skip(DISTRUSTED(*args)))
+    else:
+        monkeypatch.setattr(launch, "TRITON", (99,))
         bfloat16.mend(monkeypatch)
+
+
+def skip(reason: str | None) -> None:
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture

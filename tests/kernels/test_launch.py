@@ -12,6 +12,9 @@ from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
 from layerzoo.ops import ImplError
 
+from .conftest import DISTRUSTED
+
+OTHER = launch.TARGETS["gfx942"]._replace(multiprocessors=7)  # no machine's
 HOPPER = launch.TARGETS["sm_90"]
 
 
@@ -32,11 +35,11 @@ def test_what_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recorded_launches_do_not_run(device: torch.device, monkeypatch: Any) -> None:
     q, k, v, g = inputs(device, channels=False)
     monkeypatch.setattr(launch, "POISON", [float("nan")])
-    with launch.recorded(HOPPER) as found:
-        assert launch.target(device) == HOPPER
+    with launch.recorded(OTHER) as found:
+        assert launch.target(device) == OTHER
         o, _ = linear_attention(q, k, v, g, impl="triton")
     assert {one.kernel.__name__ for one in found} == {"scan"} and o.isnan().all()
-    assert launch.target(device) != HOPPER
+    assert launch.target(device) != OTHER
     assert not linear_attention(q, k, v, g, impl="triton")[0].isnan().any()
 
 
@@ -44,7 +47,7 @@ def test_recorded_launches_do_not_run(device: torch.device, monkeypatch: Any) ->
 def test_gradients_that_have_been_wrong_are_refused(
     rule: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Hopper, with the Triton with which they were, of decays per channel alone."""
+    """On Hopper, with the Triton with which they were: of a decay per channel, or wide heads."""
 
     def call(g: torch.Tensor) -> Any:
         if rule == "linear":
@@ -53,6 +56,7 @@ def test_gradients_that_have_been_wrong_are_refused(
 
     q, k, v, g = inputs(device)
     q.requires_grad_()
+    monkeypatch.setattr(launch, "distrusted", DISTRUSTED)
     monkeypatch.setattr(launch, "target", lambda _: HOPPER)
     monkeypatch.setattr(launch, "TRITON", (3, 6, 0))
     with pytest.raises(ImplError, match=r"need Triton 3\.7\.1 or later on a Hopper GPU"):
@@ -60,6 +64,10 @@ def test_gradients_that_have_been_wrong_are_refused(
     call(g[..., 0])
     with torch.no_grad():
         call(g)
+    if rule == "linear":
+        wide = torch.randn(3, 1, 4, 2, 129, device=device, requires_grad=True)
+        with pytest.raises(ImplError, match="gradients of more than 128 channels need Triton"):
+            linear_attention(*wide, impl="triton")
     monkeypatch.setattr(launch, "TRITON", (3, 7, 1))
     call(g)
 
