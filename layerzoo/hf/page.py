@@ -18,7 +18,7 @@ from .costs import Cost
 from .costs import table as cost_table
 from .probe import by_depth
 
-SMOOTH = 64
+SMOOTH = 128
 """Positions of a running mean."""
 
 
@@ -108,24 +108,39 @@ def harness_table(found: dict[str, Any]) -> str:
     return lines_of(["task", *arms], rows)
 
 
+def smoothed(nats: Any) -> tuple[Any, Any]:
+    """(positions, running mean) of a difference of losses by position."""
+    mean = np.convolve(nats, np.ones(SMOOTH) / SMOOTH, "valid")
+    return np.arange(len(mean)) + SMOOTH // 2, mean
+
+
 def draw(texts: dict[str, Any], window: int, path: Path) -> None:
-    """The loss of every arm less that of full attention, by position, smoothed."""
+    """By position, smoothed: the loss of every arm less that of full attention, and below, where
+    there are controls, that of the memory less each of theirs."""
+    arms = list(next(iter(texts.values()))["by_position"])
+    others = [arm for arm in arms if arm != "full"]
+    controls = [arm for arm in others if arm not in ("window", "memory")]
+    rows = [(others, "full", "nats above full attention")]
+    if controls:
+        rows.append((controls, "memory", "memory less control, nats"))
+    size = 5.5 * len(texts), 0.4 + 3.2 * len(rows)
     figure, grid = plt.subplots(
-        1, len(texts), figsize=(5.5 * len(texts), 3.6), layout="constrained", squeeze=False
+        len(rows), len(texts), figsize=size, layout="constrained", squeeze=False
     )
-    for axes, (text, part) in zip(grid.flat, texts.items(), strict=True):
+    for column, (text, part) in enumerate(texts.items()):
         curves = {arm: np.array(nats) for arm, nats in part["by_position"].items()}
-        kernel = np.ones(SMOOTH) / SMOOTH
-        for n, arm in enumerate(arm for arm in curves if arm != "full"):
-            over = np.convolve(curves[arm] - curves["full"], kernel, "valid")
-            place = np.arange(len(over)) + SMOOTH // 2
-            axes.plot(place, over, color=COLOURS[n % len(COLOURS)], label=arm)
-        axes.axhline(0, color="0.5", linewidth=0.8)
-        axes.axvline(window, color="0.5", linewidth=0.8, linestyle="--")
-        axes.set_title(f"{text} ({part['files']} files)", fontsize=9)
-        axes.set_xlabel("position, tokens (dashed: window)")
-        axes.set_ylabel("nats above full attention")
-        axes.legend(fontsize=8, frameon=False)
-        tidy(axes)
+        for axes, (drawn, base, label) in zip(grid[:, column], rows, strict=True):
+            sign = 1 if base == "full" else -1
+            for arm in drawn:
+                over = sign * (curves[arm] - curves[base])
+                colour = COLOURS[others.index(arm) % len(COLOURS)]
+                axes.plot(*smoothed(over), color=colour, label=arm)
+            axes.axhline(0, color="0.5", linewidth=0.8)
+            axes.axvline(window, color="0.5", linewidth=0.8, linestyle="--")
+            axes.set_ylabel(label)
+            axes.legend(fontsize=8, frameon=False)
+            tidy(axes)
+        grid[0, column].set_title(f"{text} ({part['files']} files)", fontsize=9)
+        grid[-1, column].set_xlabel("position, tokens (dashed: window)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
