@@ -355,6 +355,8 @@ def test_the_harness_runs_local_tasks(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["source", "--batch_size", "0"], "--batch_size: must be at least 1, got 0"),
+        (["source", "--device", "gpu"], "unknown device 'gpu'"),
         (["source"], "asks for nothing; give --text, --costs, --stream or --tasks"),
         (["source", "--kinds", "passkey"], "--kinds needs --text"),
         (["source", "--probe"], "--probe needs --text"),

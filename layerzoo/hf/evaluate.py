@@ -67,6 +67,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--threads", metavar="N", type=int, default=torch.get_num_threads())
     add("--out", metavar="DIR", type=Path, required=True, help="of evaluation.json, .md and .png")
     options = parser.parse_args(argv)
+    if options.batch_size < 1:
+        raise SpecError(f"--batch_size: must be at least 1, got {options.batch_size}")
     for path in (options.folder, *(path for _, path in options.control)):
         if not (path / "config.json").is_file():
             raise SpecError(f"{path}: no config.json in it; give the folder of a converted model")
@@ -165,15 +167,13 @@ def retrieval(arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str
     found = []
     for kind in options.kinds.split(","):
         for length in options.lengths:
-            batches = list(grid(corpus, tokenizer, kind, length, depths, options.samples))
+            questions = grid(corpus, tokenizer, kind, length, depths, options.samples)
+            batches = [[x.to(options.device) for x in pair] for pair in questions]
             for arm in arms:
-                where = options.device
                 with running(arm, options.window) as model:
                     for depth, (tokens, labels) in zip(depths, batches, strict=True):
                         row = {"kind": kind, "length": length, "depth": depth, "arm": arm.name}
-                        found.append(
-                            {**row, **answered(model, tokens.to(where), labels.to(where))}
-                        )
+                        found.append({**row, **answered(model, tokens, labels)})
                 mine = [row for row in found if row["arm"] == arm.name and row["kind"] == kind]
                 last = mine[-len(depths) :]
                 right = np.mean([row["answers"] for row in last])
