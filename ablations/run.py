@@ -146,8 +146,8 @@ def run(name: str, how: How, size: str | None = None, tables: bool = True) -> in
         (out / GRID).write_text(grid.source.copy)
         return _run(this, tables)
     except KeyboardInterrupt:
-        console.print("interrupted; saving checkpoints (^C again: at once, without)")
         with suppress(KeyboardInterrupt):
+            console.print("interrupted; saving checkpoints (^C again: at once, without)")
             this.close()
         console.print("the same command goes on where this one stopped")
         return 130

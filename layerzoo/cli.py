@@ -165,7 +165,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the exit status is 2 after bad input, which is one line on stderr."""
+    """Run a subcommand; the exit status is 2 after bad input, which is one line on stderr, and 130
+    after ^C."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print("usage: layerzoo COMMAND [options]\n")
@@ -180,3 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SpecError, ImplError) as error:
         print(f"layerzoo: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("layerzoo: interrupted", file=sys.stderr)
+        return 130

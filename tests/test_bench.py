@@ -344,7 +344,7 @@ def test_the_number_of_threads_is_put_back() -> None:
 
 
 def test_files_are_checked_before_and_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A refused or interrupted benchmark leaves no empty file, and an old one as it was."""
     new, old = tmp_path / "new.json", tmp_path / "old.png"
@@ -354,8 +354,8 @@ def test_files_are_checked_before_and_left_alone(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("layerzoo.bench.command.bench", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        bench("ops", "linear", *TINY, "--json", str(new), "--plot", str(old))
+    assert bench("ops", "linear", *TINY, "--json", str(new), "--plot", str(old)) == 130
+    assert capsys.readouterr().err == "layerzoo: interrupted\n"
     assert not new.exists() and old.read_text() == "old"
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from layerzoo import SpecError
+from layerzoo.ablations import run as command
 from layerzoo.ablations.cells.cell import Cell, Seed, identity
 from layerzoo.ablations.running import runner
 from layerzoo.ablations.running.executor import Outcome
@@ -253,3 +254,21 @@ def test_the_time_left_is_judged_by_arm(tmp_path: Path) -> None:
     assert pace.left([], [other], 1) == pytest.approx(0.4 * 40)
     each = [say(s) for s in (None, 40, 600, 7200, 172799, 172800)]
     assert each == ["?", "40 s", "10 min", "2.0 h", "48.0 h", "2 days"]
+
+
+def test_interrupted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time while it says so."""
+    said: list[str] = []
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def printed(_: Any, text: str) -> None:
+        said.append(text)
+        if text.startswith("interrupted"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_run", interrupted)
+    monkeypatch.setattr(command.Console, "print", printed)
+    assert command.run("quickstart", command.How(out=tmp_path)) == 130
+    assert said[-1] == "the same command goes on where this one stopped"
