@@ -130,7 +130,7 @@ def test_a_reference_is_trained_and_failed_cells_are_no_success(
     shipped: Shipped, capsys: Any
 ) -> None:
     steps = claim(value=2.0, metric="steps", tolerance=0)
-    broken = {"model.network.layers": ["linear"], "model.impl": "triton"}  # fails when it runs
+    broken = {"model.network.layers": ["mesa"], "model.impl": "triton"}  # has no kernel
     window = {"model.network.layers": [LAYERS["window"]]}
     shipped.add("fine", 1, steps, axes={"layer": {"window": window}}, seeds=[0])
     shipped.add("half", 99, steps, axes={"layer": {"window": window, "broken": broken}}, seeds=[0])
