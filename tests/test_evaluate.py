@@ -94,10 +94,11 @@ def test_centred_keys_have_no_mean(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(convert_command, "CENTRE_TOKENS", 64)
     for memory in (BIASED, "{name: linear}"):
         reset = f"{{name: reset, every: 5, children: [{memory}]}}"
-        centre = ["--centre", "a/*.txt", "--centre", "b/*.txt"] if "bias" in memory else []
+        text = ["--centre", "a/*.txt", "--centre", "b/*.txt", "--held_out", "0.4"]
+        centre = text if "bias" in memory else []
         convert(f"made{len(centre)}", "--memory", reset, *centre)
-    model, plain = load("made4"), load("made0")
-    text = Text(files=["a/*.txt", "b/*.txt"], length=64, tokenizer="source")
+    model, plain = load("made6"), load("made0")
+    text = Text(files=["a/*.txt", "b/*.txt"], held_out=0.4, length=64, tokenizer="source")
     tokens = torch.from_numpy(text.sample("train", np.arange(8))["tokens"])
     source = AutoModelForCausalLM.from_pretrained("source").model
     seen = source(tokens, output_hidden_states=True).hidden_states

@@ -44,6 +44,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         help="a glob, or stdlib, whose mean keys key biases take away",
     )
+    add("--held_out", metavar="X", type=float, default=0.05, help="of --centre, as in training")
     add("--seed", metavar="N", type=int, default=0, help="of the memory's start; default 0")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--out", metavar="DIR", type=Path, required=True, help="a folder, which is made")
@@ -60,11 +61,12 @@ def save_tokenizer(source: str, gguf: str | None, out: Path) -> None:
         print(f"no tokenizer: {reason(error)}")
 
 
-def some_text(files: list[str], source: str, gguf: str | None) -> torch.Tensor:
-    """Tokens `[CENTRE_ROWS, CENTRE_TOKENS]` of files, as the source's tokenizer reads them."""
+def some_text(options: argparse.Namespace) -> torch.Tensor:
+    """Tokens `[CENTRE_ROWS, CENTRE_TOKENS]` of training files, by the source's tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(source, gguf, Path(folder))
-        text = Text(files, length=CENTRE_TOKENS, tokenizer=folder)
+        save_tokenizer(options.source, options.gguf, Path(folder))
+        how = {"held_out": options.held_out, "length": CENTRE_TOKENS, "tokenizer": folder}
+        text = Text(options.centre, **how)
         return torch.from_numpy(text.sample("train", np.arange(CENTRE_ROWS))["tokens"])
 
 
@@ -87,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     if options.centre:
         with at("--centre"):
             biased(model)  # before the text is read, which takes longer
-            centre(model, some_text(options.centre, options.source, options.gguf))
+            centre(model, some_text(options))
     model.save_pretrained(options.out)
     save_tokenizer(options.source, options.gguf, options.out)
     added, theirs = model.added_parameters()
