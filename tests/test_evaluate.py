@@ -291,6 +291,7 @@ def test_evaluate(
         assert loud["value"] != 0 and share["beyond"] == {
             "loud": pytest.approx({"value": -loud["value"], "half": loud["half"]})
         }
+        assert f"{100 * loud['value']:.1f}% ±{100 * loud['half']:.1f} |" in said
         assert len(part["by_position"]["loud"]) == 64
     arms = {(row["arm"], row["depth"]): row["nats"] for row in found["retrieval"]}
     assert len(arms) == 8 and arms["memory", 0.0] == arms["window", 0.0]

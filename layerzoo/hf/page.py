@@ -48,7 +48,7 @@ def lines_of(head: list[str], rows: list[list[str]]) -> str:
 
 def interval(one: dict[str, float], percent: bool = False) -> str:
     if percent:
-        return f"{100 * one['value']:.0f}% ±{100 * one['half']:.0f}"
+        return f"{100 * one['value']:.1f}% ±{100 * one['half']:.1f}"
     return f"{one['value']:.3f} ±{one['half']:.3f}"
 
 
