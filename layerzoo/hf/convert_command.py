@@ -65,8 +65,12 @@ def some_text(options: argparse.Namespace) -> torch.Tensor:
     """Tokens `[CENTRE_ROWS, CENTRE_TOKENS]` of training files, by the source's tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(options.source, options.gguf, Path(folder))
-        how = {"held_out": options.held_out, "length": CENTRE_TOKENS, "tokenizer": folder}
-        text = Text(options.centre, **how)
+        text = Text(
+            options.centre,
+            held_out=options.held_out,
+            length=CENTRE_TOKENS,
+            tokenizer=folder,
+        )
         return torch.from_numpy(text.sample("train", np.arange(CENTRE_ROWS))["tokens"])
 
 

@@ -92,10 +92,10 @@ class Distil(TaskModule):
             within(name, value, 0, math.inf)
         within("window_dropout", window_dropout, 0, 1)
         within("piece", 1 if piece is None else piece, 1, math.inf)
-        least = {"windows": 1, "sinks": 0, "mini_batches": 1}
-        for (name, low), values in zip(least.items(), self.choices.values(), strict=True):
-            if values == [] or min(values or [low]) < low:
-                raise SpecError(f"model.{name}: expected numbers from {low} on, got {values}")
+        lists = (("windows", windows, 1), ("sinks", sinks, 0), ("mini_batches", mini_batches, 1))
+        for name, values, least in lists:
+            if values == [] or min(values or [least]) < least:
+                raise SpecError(f"model.{name}: expected numbers from {least} on, got {values}")
         if not any(weights.values()):
             raise SpecError("model: kl, ce and l2 are all 0, so there is nothing to learn")
         self.kl, self.ce, self.l2, self.tokens = kl, ce, l2, tokens
