@@ -20,6 +20,11 @@ class SpecError(Exception):
     """
 
 
+class Diverged(Exception):
+    """Training met a number that is not finite: the message says at which step, and in which
+    tensor first."""
+
+
 @contextmanager
 def at(place: str) -> Iterator[None]:
     """Prefix any `SpecError` raised inside with the place where the user wrote the fault."""
