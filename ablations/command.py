@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from layerzoo.arguments import Parser
 from layerzoo.spec import SpecError
 
 from .cells.grid import shipped_grids
@@ -80,7 +81,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("layerzoo ablate", description="Grids of training runs.")
+    parser = Parser("layerzoo ablate", description="Grids of training runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, text in (
         ("list", _list, "list the shipped grids"),

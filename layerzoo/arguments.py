@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -24,9 +27,18 @@ class Parser(argparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].split()
         if unknown and unknown[0].startswith("--"):
             word = unknown[0].partition("=")[0]
-            known = (o for action in self._actions for o in action.option_strings)
-            message = f"{word}: no such option; {suggest(word, known)}"
-        raise SpecError(f"{self.prog.split()[1]}: {message}")
+            message = f"{word}: no such option; {suggest(word, _options(self))}"
+        raise SpecError(f"{' '.join(self.prog.split()[1:])}: {message}")
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """A parser's options, and its subcommands'."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found |= {*action.option_strings}
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {option for sub in action.choices.values() for option in _options(sub)}
+    return found
 
 
 def integers(text: str) -> list[int]:
@@ -47,3 +59,44 @@ def spec_of(text: str) -> dict[str, Any]:
         raise SpecError(f"NAME {text}: not YAML; write '{{name: linear, heads: 2}}'") from None
     check_spec(spec)
     return spec
+
+
+PICTURES = (".png", ".svg", ".pdf")
+"""What matplotlib draws by the name's end."""
+
+
+def check_file(option: str, path: str | Path | None, suffixes: Sequence[str] = ()) -> None:
+    """Refuse, before the time is spent, a file that cannot be written after it.
+
+    Args:
+        suffixes: how its name may end, if not in any way.
+
+    Raises:
+        SpecError: it cannot be written; what stands there is left as it is.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if suffixes and path.suffix not in suffixes:
+        raise SpecError(f"{option} {path}: cannot draw this kind; use {', '.join(suffixes)}")
+    try:
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+        tempfile.TemporaryFile(dir=path.parent).close()  # it is written beside, then renamed
+    except OSError as error:
+        raise SpecError(f"{option} {path}: cannot be written: {error.strerror}") from None
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Make a folder, before the time is spent, and see that files can be written there.
+
+    Raises:
+        SpecError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SpecError(f"{option} {path}: cannot be written: {error.strerror}") from None

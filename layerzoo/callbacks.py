@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from lightning import Callback
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor, nn
 
+from layerzoo.arguments import make_folder
 from layerzoo.layer import Layer
 from layerzoo.module import SHOWN
 from layerzoo.provenance import versions
@@ -42,11 +43,29 @@ class TokensPerSecond(Callback):
 
 
 class ConfigWriter(SaveConfigCallback):
-    """Writes `config.yaml` beside the logs, if there are any."""
+    """Writes `config.yaml` beside the logs, if there are any; refuses, before anything is trained,
+    a folder that holds a run already, or that cannot be written."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.logger is not None:
-            super().setup(trainer, pl_module, stage)
+        if trainer.logger is None:
+            return
+        folder = trainer.log_dir  # asks every rank
+        if trainer.is_global_zero and folder is not None:
+            if Path(folder, self.config_filename).is_file():
+                raise SpecError(
+                    f"{folder}: holds a run already; give --trainer.logger.init_args.version "
+                    f"another name, or leave it out"
+                )
+            make_folder("--trainer.logger.init_args.save_dir", Path(folder))
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        for callback in trainer.callbacks:
+            place = getattr(callback, "folder", None) or getattr(callback, "dirpath", None)
+            if isinstance(callback, Checkpoint) and place and "://" not in str(place):
+                make_folder("checkpoints", Path(place))
 
 
 class Summary(Callback):

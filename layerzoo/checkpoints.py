@@ -225,6 +225,75 @@ def log_missing(checkpoint: Path, logger: TensorBoardLogger) -> None:
     logger.save()
 
 
+WORDS = ("last", "best", "hpc", "registry")
+"""What Lightning takes for a checkpoint's path; the last two mean nothing here."""
+
+
+def find_checkpoint(name: str, runs: str | Path) -> str:
+    """The file of the checkpoint that a user names.
+
+    Args:
+        name: a file; the folder of a run, whose newest readable checkpoint counts, or of several
+            runs, of which the newest counts; `last`, the newest run's; `best`, of the newest run
+            the one whose held-out figure was the best, if its ModelCheckpoint monitors one. A
+            file or folder of such a name counts first.
+        runs: the folder of runs in which `last` and `best` look.
+
+    Raises:
+        SpecError: there is none.
+    """
+    word = name.partition(":")[0]
+    if Path(name).is_dir():
+        if (found := _newest_in(Path(name))) is None:
+            raise SpecError(
+                f"checkpoint {name}: no checkpoint to read in it or its folder checkpoints; "
+                f"give a run's folder, or a .ckpt file"
+            )
+        return found
+    if Path(name).exists() or word not in WORDS:
+        return name
+    if word not in ("last", "best"):
+        raise SpecError(
+            f"checkpoint {name}: layerzoo has no such place; give a run's folder, a .ckpt file, "
+            f"last or best"
+        )
+    if (newest := _newest_in(Path(runs))) is None:
+        raise SpecError(
+            f"checkpoint {name}: there is no run in {runs} yet; give a run's folder, or a .ckpt "
+            f"file, or train anew without one"
+        )
+    return newest if word == "last" else _best(newest)
+
+
+def _newest_in(folder: Path) -> str | None:
+    """The newest readable checkpoint of a run's folder, else of the newest run in a folder of
+    runs, else of the newest in a folder of such folders."""
+    if (found := newest_checkpoint(folder)) is not None:
+        return str(found)
+    for inside in ("*/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpoints/*.ckpt"):
+        files = sorted(folder.glob(inside), key=lambda path: path.stat().st_mtime_ns)
+        for run in dict.fromkeys(path.parent for path in reversed(files)):
+            if (found := newest_checkpoint(run)) is not None:
+                return str(found)
+    return None
+
+
+def _best(newest: str) -> str:
+    """What the run that saved a checkpoint held for its best."""
+    states = read_checkpoint(newest).get("callbacks", {}).values()
+    found = [state for state in states if state.get("monitor") and state.get("best_model_path")]
+    if not found:
+        raise SpecError(
+            f"checkpoint best: the run of {newest} compared no checkpoints; train with "
+            f"--trainer.callbacks.monitor loss/held_out, or give last"
+        )
+    path = Path(found[0]["best_model_path"])
+    beside = Path(newest).with_name(path.name)  # the run's folder may have moved
+    if not (path := beside if beside.is_file() else path).is_file():
+        raise SpecError(f"checkpoint best: {path} is gone; give last, or another checkpoint")
+    return str(path)
+
+
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The readable checkpoint of most steps in a folder or its `checkpoints`, None without any;
     warns of each that it skips because it is damaged."""

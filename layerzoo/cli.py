@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from layerzoo import foreign
+from layerzoo.arguments import Parser
 from layerzoo.layer import Layer, build, get_layer, list_layers
-from layerzoo.ops import ImplError
-from layerzoo.spec import SpecError, plain, required, suggest
+from layerzoo.spec import Diverged, SpecError, plain, required, suggest
 
 DIM, LENGTH = 256, 4096
 """What `layerzoo list` computes state sizes for."""
@@ -61,7 +64,7 @@ def _size(count: int | None) -> str:
 
 
 def list_command(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("layerzoo list", description=list_command.__doc__)
+    parser = Parser("layerzoo list", description="The layers, or the tasks, of the zoo.")
     parser.add_argument("name", nargs="?", help="show this layer's or task's page")
     parser.add_argument("--tasks", action="store_true", help="list the tasks")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -164,23 +167,66 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the exit status is 2 after bad input, which is one line on stderr, and 130
-    after ^C."""
-    args = list(sys.argv[1:] if argv is None else argv)
+def _run(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print("usage: layerzoo COMMAND [options]\n")
         print("\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()))
         print("\nlayerzoo COMMAND --help shows a command's options.")
         return 0
+    if args[0] not in COMMANDS:
+        raise SpecError(f"unknown command '{args[0]}'; {suggest(args[0], COMMANDS)}")
+    command = COMMANDS[args[0]][0]
+    return command(args if command is train_command else args[1:])
+
+
+TRACEBACK = "LAYERZOO_TRACEBACK"
+"""The environment variable that shows where an error of use was raised."""
+PIPE = 141
+"""The exit status of a program whose reader has gone, as a shell has it (128 + SIGPIPE)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Returns:
+        the exit status: the command's own; 2 after an error of use, whoever raised it, which is
+        one line on stderr; 1 after training that diverged; 130 after ^C; 141 where nobody reads
+        the output any more, which is no error.
+    """
+    _open_streams()
     try:
-        if args[0] not in COMMANDS:
-            raise SpecError(f"unknown command '{args[0]}'; {suggest(args[0], COMMANDS)}")
-        command = COMMANDS[args[0]][0]
-        return command(args if command is train_command else args[1:])
-    except (SpecError, ImplError) as error:
-        print(f"layerzoo: error: {error}", file=sys.stderr)
-        return 2
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, for what reads it may be gone, or the disk full
+        return status
+    except BrokenPipeError:
+        _close_stdout()
+        return PIPE
     except KeyboardInterrupt:
-        print("layerzoo: interrupted", file=sys.stderr)
-        return 130
+        return _say("interrupted", 130)
+    except Diverged as error:
+        return _say(f"diverged: {error}", 1)
+    except Exception as error:
+        message = foreign.line(error)
+        if message is None or os.environ.get(TRACEBACK):
+            raise
+        return _say(f"error: {message}", 2)
+
+
+def _say(message: str, status: int) -> int:
+    print(f"layerzoo: {message}", file=sys.stderr)
+    return status
+
+
+def _open_streams() -> None:
+    """The shell may have closed them, and their encoding may lack a letter that is printed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _close_stdout() -> None:
+    """What is still in the buffer goes nowhere, so that the interpreter's exit is quiet."""
+    with suppress(OSError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from layerzoo.arguments import Parser
+from layerzoo.arguments import Parser, check_file
+from layerzoo.checkpoints import find_checkpoint
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.generate import PIECE, stream
 from layerzoo.lit import load_model
@@ -41,7 +42,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "path",
         metavar="CHECKPOINT",
         nargs="?",
-        help="a .ckpt file that `layerzoo fit` wrote, or the folder of a converted model",
+        help="a .ckpt file that `layerzoo fit` wrote, a run's folder, last, or a converted model",
     )
     add("--checkpoint", metavar="CHECKPOINT", help="the same")
     what = parser.add_mutually_exclusive_group()
@@ -69,16 +70,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         x is None for x in (options.prompt, options.prompt_file, options.tokens)
     ):
         raise SpecError("generate: needs --prompt, --prompt_file, --tokens or --state")
-    folder = Path(options.save_state or ".").absolute().parent
-    if not folder.is_dir():  # said before the time is spent
-        raise SpecError(f"--save_state {options.save_state}: there is no folder {folder}")
+    check_file("--save_state", options.save_state)
     return options
 
 
 def model_of(options: argparse.Namespace) -> Any:
     """Of a checkpoint, or a converted model with the tokenizer in its folder."""
     if not Path(options.checkpoint, "config.json").is_file():
-        return load_model(options.checkpoint, impl=options.impl)
+        return load_model(find_checkpoint(options.checkpoint, "runs"), impl=options.impl)
     model = importlib.import_module("layerzoo.hf").load(options.checkpoint)
     for block in model.each_block():
         block.layer.impl = options.impl

@@ -17,8 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from layerzoo import foreign
+from layerzoo.arguments import make_folder
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
-from layerzoo.checkpoints import AtomicIO, Resume, newest_checkpoint
+from layerzoo.checkpoints import AtomicIO, Resume, find_checkpoint
 from layerzoo.config_files import (
     MODULE,
     config_path,
@@ -35,6 +37,10 @@ from layerzoo.model import ModelConfig
 from layerzoo.spec import SpecError, at, plain, suggest
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+MAX_SEED = 2**32 - 1
+"""NumPy's."""
+LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "check_val_every_n_epoch": 1}
+"""Options of the trainer that Lightning does not check."""
 
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
@@ -61,13 +67,6 @@ def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def spec_error(error: BaseException | None) -> SpecError | None:
-    """The SpecError that an exception was raised from, if any."""
-    while error is not None and not isinstance(error, SpecError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
 class Parser(LightningArgumentParser):
     """Reports an error as a SpecError of one line, with a suggestion for a mistyped option."""
 
@@ -78,20 +77,21 @@ class Parser(LightningArgumentParser):
             r"unrecognized arguments: --(\S+)|not accept option '(\S+)'|Option '(\S+)' is not",
             message,
         )
-        task = re.search(r"Expected a dot import path string: (\S+)", message)
-        if cause := spec_error(ex):
+        path = re.search(r"Expected a dot import path string: (\S+)", message)
+        if cause := foreign.spec_error(ex):
             raise SpecError(f"{place}{cause}") from None
         if unknown:
             word = next(filter(None, unknown.groups())).split("=")[0]
             known = _options(self)
             raise SpecError(f"{place}{word}: no such option; {suggest(word, known)}") from None
-        if task:
+        if path and place in ("", "data: "):
             known = [cls.__name__ for cls in list_tasks()]
-            raise SpecError(f"{place}no task '{task[1]}'; {suggest(task[1], known)}") from None
-        if "Union subtypes" in message:  # a list of every type's own message
-            wanted = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
-            value = re.findall(r"Given value: (.*)", message)
-            message = f"Expected {' or '.join(wanted)}, got {' '.join(value)}"
+            raise SpecError(f"{place}no task '{path[1]}'; {suggest(path[1], known)}") from None
+        if path:
+            way = "give an import path such as package.module.Class"
+            raise SpecError(f"{place}no class '{path[1]}'; {way}") from None
+        if foreign.UNION in message:
+            message = foreign.plain_union(message)
         text = re.sub(r'^Parser key "[^"]+":', "", message.strip()).strip().splitlines()[0]
         raise SpecError(f"{place}{text}") from None
 
@@ -150,9 +150,17 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         name = self.config.get("subcommand")
-        module = (self.config[name] if name else self.config)["module"]
+        options = self.config[name] if name else self.config
+        module = options["module"]
         if module_class(module) is not self.model_class:  # argparse takes --modul for it
             raise SpecError(f"module: {module} was given in short; write it in full, --module")
+        seed = options["seed_everything"]
+        if seed is not True and not 0 <= seed <= MAX_SEED:
+            raise SpecError(f"seed_everything: must be in [0, {MAX_SEED}], got {seed}")
+        for option, least in LEAST.items():
+            value = options["trainer"].get(option)
+            if value is not None and value < least:
+                raise SpecError(f"trainer.{option}: must be at least {least}, got {value}")
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's network, of a module that has one, replaces the config's; everything else
@@ -161,10 +169,9 @@ class TrainCLI(LightningCLI):
         path = options.get("ckpt_path")
         if path is None and self.config.get("subcommand") in SUBCOMMANDS[1:]:
             raise SpecError(f"{self.config.subcommand}: needs --ckpt_path, a checkpoint of `fit`")
-        if path is None or path in ("last", "best", "hpc", "registry"):
+        if path is None:
             return
-        if Path(path).is_dir():
-            options["ckpt_path"] = path = _newest(path)
+        options["ckpt_path"] = path = find_checkpoint(str(path), log_folder(options["trainer"]))
         trained, asked = read_checkpoint(path)["hyper_parameters"], options["model"].as_dict()
         strange = sorted(trained.keys() - asked.keys())
         if strange or ("network" in asked and "network" not in trained):
@@ -181,7 +188,15 @@ class TrainCLI(LightningCLI):
             options["model"]["network"] = jsonargparse.Namespace(**trained["network"])
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        trainer: Any = super().instantiate_trainer(**options)
+        try:
+            trainer: Any = super().instantiate_trainer(**options)
+        except Exception as error:
+            if message := foreign.line(error):
+                raise SpecError(f"trainer: {message}") from error
+            raise
+        for folder in {logger.save_dir for logger in trainer.loggers if logger.save_dir}:
+            if "://" not in folder:
+                make_folder("trainer.logger.save_dir", Path(folder))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
             trainer.strategy.checkpoint_io = AtomicIO()
         # First, because others may draw random numbers.
@@ -192,7 +207,7 @@ class TrainCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise (spec_error(error) or error) from None
+            raise (foreign.spec_error(error) or error) from None
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand] if self.subcommand else self.config
@@ -201,14 +216,10 @@ class TrainCLI(LightningCLI):
                 ModelConfig.from_fields(options["model"]["network"].as_dict())
 
 
-def _newest(folder: str) -> str:
-    path = newest_checkpoint(folder)
-    if path is None:
-        raise SpecError(
-            f"--ckpt_path {folder}: no checkpoint to read in it or its folder checkpoints; "
-            f"give a run's folder, or a .ckpt file"
-        )
-    return str(path)
+def log_folder(trainer: Any) -> Path:
+    """Where the runs of a config are, by its trainer's options."""
+    options = getattr(trainer.get("logger"), "init_args", None) or {}
+    return Path(options.get("save_dir") or "runs", options.get("name") or "")
 
 
 def _same_hyperparameters(asked: dict[str, Any], trained: dict[str, Any]) -> None:

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.data import Task
+from layerzoo.foreign import spec_error
 from layerzoo.lit import LitModel
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError, at, suggest
-from layerzoo.training import Parser, spec_error
+from layerzoo.training import Parser
 
 Tree = dict[str, Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from layerzoo.spec import Config, SpecError, at
+from layerzoo.training import MAX_SEED
 
 from .axes import folder_name
 from .cell import Seed
@@ -70,6 +71,8 @@ def read_seeds(source: Source, *place: str) -> tuple[Seed, ...]:
             seed = Seed(**value) if isinstance(value, dict) else Seed(value, value)
             if any(type(part) is not int or part < 0 for part in seed):
                 raise SpecError(f"must be whole and not negative, got {value}")
+            if seed.init > MAX_SEED:
+                raise SpecError(f"must be at most {MAX_SEED} for the initialisation, got {value}")
             if seed in seeds:
                 raise SpecError(f"{value} is there already; a seed counts once")
         seeds.append(seed)

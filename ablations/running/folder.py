@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from portalocker import AlreadyLocked, LockFlags, lock
 
 from layerzoo.spec import SpecError
 
@@ -97,8 +97,8 @@ def locked(folder: Path) -> Iterator[bool]:
     """Hold the cell's lock; False if another process holds it. It goes with its process."""
     with open(folder / LOCK, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(file, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
+        except AlreadyLocked:
             yield False
             return
         yield True
@@ -117,13 +117,13 @@ def state(folder: Path) -> State:
     return "started" if any((folder / CHECKPOINTS).glob("*.ckpt")) else "pending"
 
 
-def _held(lock: Path) -> bool:
+def _held(path: Path) -> bool:
     """Whether a process holds the lock. Reading is enough to tell."""
     try:
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(path) as file:
+            lock(file, LockFlags.SHARED | LockFlags.NON_BLOCKING)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
+    except AlreadyLocked:
         return True
     return False

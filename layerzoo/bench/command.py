@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from layerzoo.arguments import Parser, spec_of
+from layerzoo.arguments import PICTURES, Parser, check_file, spec_of
 from layerzoo.layer import build, get_layer, list_layers
 from layerzoo.spec import SpecError, required, suggest
 
@@ -24,7 +24,6 @@ from .run import OURS, Row, Settings, bench
 
 MODES = ("ops", "layers")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def positive(text: str) -> int:
@@ -121,21 +120,6 @@ def label_of(spec: dict[str, Any]) -> str:
     return f"{spec['name']}({fields})" if fields else spec["name"]
 
 
-def check_writable(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Refuse, before the benchmark has taken its time, a file that cannot be written after it."""
-    if path is None:
-        return
-    if suffixes and path.suffix not in suffixes:
-        raise SpecError(f"{option} {path}: cannot draw this kind; use {', '.join(suffixes)}")
-    existed = path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise SpecError(f"{option} {path}: {error.strerror}") from None
-    if not existed:
-        path.unlink()
-
-
 @contextmanager
 def prepared(threads: int | None) -> Iterator[None]:
     """With so many threads, and with all that is loaded out of the garbage collector's sight: it
@@ -154,8 +138,8 @@ def main(argv: Sequence[str]) -> int:
     if argv and (other := {"generate": "stream", "gpu": "gpu", "compile": "compile"}.get(argv[0])):
         return importlib.import_module(f"layerzoo.bench.{other}").main(argv[1:])
     options = arguments(argv)
-    check_writable("--json", options.json)
-    check_writable("--plot", options.plot, PICTURES)
+    check_file("--json", options.json)
+    check_file("--plot", options.plot, PICTURES)
     specs = specs_of(options)
     names = [spec["name"] for spec in specs.values()]
     settings = Settings(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from layerzoo.arguments import Parser, spec_of
+from layerzoo.arguments import Parser, check_file, spec_of
 from layerzoo.layer import build, check_spec, get_layer, list_layers
 from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError, suggest
@@ -87,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
     specs = specs_of(options.names)
     for spec in specs.values():
         check_spec(spec)
+    check_file("--json", options.json)
     known = ("sm_80", "sm_90", "sm_100", "gfx942")
     for name in (targets := options.targets.split(",")):
         if name not in known:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from layerzoo.arguments import Parser
+from layerzoo.arguments import Parser, make_folder
 from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError, suggest
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
             "layerzoo bench gpu: there is no GPU here; `layerzoo bench ops` needs none"
         )
     device = torch.device("cuda")
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", options.out)
     if options.jobs:
         warm(chosen, options.jobs)
     slug = re.sub(r"[^a-z0-9]+", "-", hardware(device).lower()).strip("-")

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.arguments import Parser, spec_of
+from layerzoo.arguments import PICTURES, Parser, check_file, spec_of
 from layerzoo.generate import stream
 from layerzoo.layer import Spec
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
 
-from .command import PICTURES, check_writable, positive
+from .command import positive
 from .measure import hardware
 
 STATM = Path("/proc/self/statm")
@@ -163,8 +163,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error("give at least one SPEC, such as softmax")
     if not STATM.is_file():
         raise SpecError("bench generate: reads resident memory from /proc; it needs Linux")
-    check_writable("--json", options.json)
-    check_writable("--plot", options.plot, PICTURES)
+    check_file("--json", options.json)
+    check_file("--plot", options.plot, PICTURES)
     counts = options.tokens * (len(options.specs) if len(options.tokens) == 1 else 1)
     if len(counts) != len(options.specs):
         raise SpecError(f"--tokens: {len(counts)} numbers for {len(options.specs)} arms")

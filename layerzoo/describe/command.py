@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from layerzoo.arguments import Parser
+from layerzoo.arguments import PICTURES, Parser, check_file
 from layerzoo.model import ModelConfig
 from layerzoo.spec import SpecError, at, plain, suggest
 
@@ -122,11 +122,9 @@ def figures(config: ModelConfig, length: int, dtype: str = "float32") -> dict[st
 
 
 def main(argv: Sequence[str]) -> int:
-    from layerzoo.bench.command import PICTURES, check_writable
-
     options, fields = arguments(argv)
-    check_writable("--json", options.json)
-    check_writable("--plot", options.plot, PICTURES)
+    check_file("--json", options.json)
+    check_file("--plot", options.plot, PICTURES)
     config, length = read(options.config, fields)
     found = figures(config, options.length or length, options.dtype)
     name = options.config or "this model"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from layerzoo.arguments import Parser, integers
+from layerzoo.arguments import Parser, integers, make_folder
 from layerzoo.bench.command import device, prepared
 from layerzoo.bench.stream import growth, in_a_process, table
 from layerzoo.data.task import IGNORE
@@ -227,7 +227,6 @@ def benchmarks(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, An
 
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
     by_text = options.text and not options.probe  # which is quick, and comes before training
     parts: dict[str, tuple[Any, Callable[[], Any]]] = {
         "probe": (options.probe, lambda: probe(arms, options)),
@@ -242,6 +241,7 @@ def main(argv: Sequence[str]) -> int:
     for name, what in (("kinds", "its needles are hidden"), ("probe", "it looks")):
         if getattr(options, name) and not options.text:
             raise SpecError(f"evaluate: --{name} needs --text, in which {what}")
+    make_folder("--out", options.out)
     arms = arms_of(options)
     window = options.window or arms[0].model.config.window
     found: dict[str, Any] = {"folder": str(options.folder), "window": window}
