@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +66,13 @@ class LitModel(TaskModule):
         return loss
 
 
+DAMAGED = (
+    *(pickle.UnpicklingError, struct.error, RuntimeError, ValueError, TypeError, LookupError),
+    *(AttributeError, EOFError, ImportError, ArithmeticError, AssertionError, MemoryError),
+)
+"""What reading arbitrary bytes as a checkpoint raises: pickle promises no less."""
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint that `layerzoo fit` wrote.
 
@@ -77,7 +85,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             len(part)  # both are mappings, or this is another program's file
     except OSError as error:
         raise SpecError(f"checkpoint {path}: cannot be read: {error.strerror}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise SpecError(
             f"checkpoint {path}: is damaged, or not one that layerzoo wrote "
             f"({type(error).__name__}); use another, such as an earlier step's"

@@ -70,7 +70,7 @@ def test_end_to_end(
         (["{name: [}"], "NAME {name: [}: not YAML"),
         (["softmax", "--tokens", "0"], "--tokens: expected a positive integer, got '0'"),
         (["softmax", "--tokenz", "3"], "--tokenz: no such option; did you mean '--tokens'?"),
-        (["softmax", "--plot", "/no/x.png"], "--plot /no/x.png: No such file or directory"),
+        (["softmax", "--plot", "/no/x.png"], "--plot /no/x.png: cannot be written: No such file"),
         (["softmax", "--dim", "6"], "layers[0]: softmax: heads (or give head_dim): 4 does not"),
         (["softmax", "--tokens", "3,3"], "--tokens: 2 numbers for 1 arms"),
         ([], "bench: give at least one SPEC"),

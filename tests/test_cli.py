@@ -269,7 +269,10 @@ def test_generate_goes_on_from_a_saved_state(
         (["bytes", "--prompt", "a", "--impl", "fast"], "impl 'fast' is unknown"),
         (["bytes", "--prompt_file", "no"], "--prompt_file no: No such file"),
         (["tokens", "--prompt", "a"], "--prompt: the model has 16 tokens, not bytes; use --tok"),
-        (["bytes", "--prompt", "a", "--save_state", "no/s"], "--save_state no/s: cannot be written: No such"),
+        (
+            ["bytes", "--prompt", "a", "--save_state", "no/s"],
+            "--save_state no/s: cannot be written: No such",
+        ),
         (["bytes", "--state", "no"], "state no: cannot be read: No such file"),
         (["bytes", "--state", "bytes"], "state bytes: is damaged, or not one that layerzoo"),
         (["other", "--state", "saved"], "--state saved: state: is not of this model: 0.layer"),

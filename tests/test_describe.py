@@ -251,7 +251,7 @@ def test_a_network_alone_or_over_a_config(capsys: pytest.CaptureFixture[str]) ->
             "model.network: layers[0]: linear: heads (or give",
         ),
         (["--config", "mqar", "--plot", "x.txt"], "--plot x.txt: cannot draw this kind"),
-        (["--config", "mqar", "--json", "/no/x"], "--json /no/x: No such file or directory"),
+        (["--config", "mqar", "--json", "/no/x"], "--json /no/x: cannot be written: No such file"),
         (["--config", "mqar", "--model.network.dim", "${x}"], "model.network: "),
     ],
 )

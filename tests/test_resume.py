@@ -413,4 +413,4 @@ def test_a_folder_without_a_checkpoint_is_an_error_of_one_line(
 ) -> None:
     assert main(["fit", *RUN, str(tmp_path / "runs"), "--ckpt_path", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"--ckpt_path {tmp_path}: no checkpoint" in error
+    assert error.count("\n") == 1 and f"checkpoint {tmp_path}: no checkpoint" in error
