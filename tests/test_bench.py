@@ -325,7 +325,7 @@ def test_the_picture(crowded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ["ops", "--json", "/no/where.json"],
             "--json /no/where.json: cannot be written: No such file",
         ),
-        (["ops", "--json", "/"], "--json /: Is a directory"),
+        (["ops", "--json", "/"], "--json /: cannot be written: Is a directory"),
         (
             ["ops", "--plot", "/no/where.png"],
             "--plot /no/where.png: cannot be written: No such file",
