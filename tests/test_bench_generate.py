@@ -73,7 +73,7 @@ def test_end_to_end(
         (["softmax", "--plot", "/no/x.png"], "--plot /no/x.png: cannot be written: No such file"),
         (["softmax", "--dim", "6"], "layers[0]: softmax: heads (or give head_dim): 4 does not"),
         (["softmax", "--tokens", "3,3"], "--tokens: 2 numbers for 1 arms"),
-        ([], "bench: give at least one SPEC"),
+        ([], "bench generate: give at least one SPEC"),
     ],
 )
 def test_bad_input(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
