@@ -3,7 +3,7 @@ float64, by the errors that `ChannelDecays` makes in the same dtype: see tests/p
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
