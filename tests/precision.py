@@ -48,7 +48,8 @@ def errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, E
     found = {}
     for name, exact in want.items():
         assert got[name].shape == exact.shape, name
-        error, size = float((got[name].double() - exact).norm()), float(exact.norm())
+        error = float((got[name].double().to(exact.device) - exact).norm())
+        size = float(exact.norm())
         found[name] = Error(error, size if size > least else total, exact.numel())
     return found
 

@@ -46,12 +46,11 @@ SETTINGS = (
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_numeric_tests_pass_on(setting: str, threads: int) -> None:
-    """Each of these takes about as long as `make test` in one process."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     name, value = setting.split("=")
     environment = own | {name: value, "TEST_THREADS": str(threads)}
     # The kernels that are compiled do not depend on the CPU.
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short"]
     command += ["--deselect", "tests/kernels/test_compile.py", *(f"tests/{n}" for n in NUMERIC)]
     made = subprocess.run(
         command, cwd=TESTS.parent, env=environment, capture_output=True, text=True
