@@ -24,7 +24,8 @@ from layerzoo.ablations.cells.source import Source
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(1)  # tensors are tiny, and two threads crawl when a core is busy
+    # Tensors are tiny, and two threads crawl when a core is busy.
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ A new layer is tested without an edit here. Everything is float64 unless it says
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -14,12 +15,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Layer, Reduction, build, get_layer, list_layers
 from layerzoo.ops import ImplError
 from layerzoo.shell import Memory
+
+from .arithmetic import FAULTS, Arithmetic, to_bfloat16
+from .precision import DRAWS, Error, check, errors, ratios
 
 DIM = 24
 SHORT, LONG = 20, 150  # the long one is longer than any chunk of the ops
@@ -88,6 +93,7 @@ def _warn_always() -> Iterator[None]:
 
 
 ALL = list(cases())
+SPOILED = ("linear", "gated_delta", "sliding")
 WIDE = ("recurrent", "chunked", "auto")  # those that run in float64
 FAST = ("chunked", "triton")
 CAUSAL_T = 40
@@ -264,37 +270,55 @@ def test_recurrent_equals_chunked(case: Case, past: int) -> None:
     assert_close(outcome(case.build(), past=past), recurrent, 1e-9)
 
 
-def errors(got: Any, want: Any) -> list[float]:
-    """Relative error, root mean square, of each output, state and gradient. One that must be zero
-    (the gradient of a softmax over one key) is measured against them all. The errors of leaves of
-    a few numbers are a matter of luck one by one, and averaged."""
-    pairs = zip(tree_leaves(got), tree_leaves(want), strict=True)
-    pairs = [(a.double(), b) for a, b in pairs if b.is_floating_point() and b.numel()]
-    total = torch.stack([b.norm() for _, b in pairs]).norm()
-    found = [float((a - b).norm() / (b.norm() if b.norm() > 0 else total)) for a, b in pairs]
-    small = [e for e, (_, b) in zip(found, pairs, strict=True) if b.numel() < 32]
-    large = [e for e, (_, b) in zip(found, pairs, strict=True) if b.numel() >= 32]
-    return large + ([float(torch.tensor(small).square().mean().sqrt())] if small else [])
+@functools.lru_cache(DRAWS)
+def exact(case: Case, draw: int) -> list[Tensor]:
+    return tree_leaves(outcome(case._replace(impl="recurrent").build(draw=draw)))
 
 
-@table(*FAST)
+def wrong(case: Case, kind: str, draw: int) -> dict[str, Error]:
+    """By output, state and gradient, what a case is wrong by in that precision."""
+    layer, want = case.build(torch.float32, draw), exact(case._replace(impl=""), draw)
+    got = tree_leaves(outcome(layer, torch.float32, autocast=kind == "bfloat16"))
+    at = [n for n, x in enumerate(want) if x.is_floating_point()]
+    return errors({f"leaf {n}": got[n] for n in at}, {f"leaf {n}": want[n] for n in at})
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_low_precision(case: Case, kind: str) -> None:
-    """At most twice the error that the specification itself makes in that precision: the median
-    over draws of the weights, for a sum that happens to cancel makes any relative error."""
-    autocast = kind == "bfloat16"
-    made, allowed = [], []
-    for draw in range(1, 6):
-        runs = ((case, made), (case._replace(impl="recurrent"), allowed))
-        want = outcome(case._replace(impl="recurrent").build(draw=draw))
-        for run, found in runs:
-            found.append(
-                errors(outcome(run.build(torch.float32, draw), torch.float32, autocast), want)
-            )
-    ulp = torch.finfo(torch.float32).eps
-    pairs = zip(*(torch.tensor(e).median(0).values for e in (made, allowed)), strict=True)
-    for n, (error, bound) in enumerate(pairs):
-        assert error <= 2 * bound + ulp, f"leaf {n} of output, state, gradients"
+@table(*FAST)
+def test_low_precision(kind: str, case: Case) -> None:
+    """By the rule of tests/precision.py, against what the specification makes in that
+    precision."""
+    specification, draws = case._replace(impl="recurrent"), range(DRAWS)
+    check(*([wrong(run, kind, draw) for draw in draws] for run in (case, specification)))
+
+
+@table("chunked", only=lambda case: case.n == 0 and case.name in SPOILED)
+def test_low_precision_sees_faults_of_an_op(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted in `chunked` alone, and not in projections."""
+    (op,) = case.build().ops()
+    chunked = op.impls["chunked"]
+    reference = [wrong(case._replace(impl="recurrent"), "float32", n) for n in range(DRAWS)]
+
+    def share(plant: Callable[..., Any]) -> float:
+        monkeypatch.setitem(op.impls, "chunked", plant)
+        return max(ratios([wrong(case, "float32", 0)], reference).values())
+
+    def computed(arithmetic: Arithmetic) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with sdpa_kernel(SDPBackend.MATH), arithmetic:
+                return chunked(*args, **kwargs)
+
+        return run
+
+    def forgotten(*args: Any, state: Any = None, **kwargs: Any) -> Any:
+        low = tree_map(lambda x: to_bfloat16(x) if x.is_floating_point() else x, state)
+        return chunked(*args, state=low, **kwargs)
+
+    shares = {name: share(computed(fault)) for name, fault in FAULTS.items()}
+    if case.name != "sliding":  # whose cache is as the keys are
+        shares["upcast of the state"] = share(forgotten)
+    assert share(chunked) < 0.75
+    assert min(shares.values()) > 30, shares
 
 
 @table(*WIDE)

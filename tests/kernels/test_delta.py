@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layerzoo.memories import delta
-from layerzoo.memories.chunks import unit_lower_inverse
 from layerzoo.memories.delta import OP, delta_rule
 from layerzoo.ops import ImplError
 
+pytestmark = pytest.mark.usefixtures("solves_in_float32")
 GPU = torch.cuda.is_available()
 
 CASES: dict[str, tuple[int, int, int, int, int, str]] = {
@@ -67,19 +66,6 @@ def call(impl: str, *, q: Any, k: Any, v: Any, beta: Any, log_decay: Any = None,
 
 
 WIDE = ("beta", "log_decay", "state")
-
-
-@pytest.fixture(autouse=True)
-def _low_precision_has_no_triangular_solve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        delta,
-        "unit_lower_inverse",
-        lambda A: (
-            unit_lower_inverse(A.float()).to(A.dtype)
-            if A.element_size() == 2
-            else unit_lower_inverse(A)
-        ),
-    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,85 @@
+"""The rule for low precision, of kernels and of layers: an implementation is wrong by at most
+twice what the low-precision reference is; both are measured against float64.
+
+What one run of a reference is wrong by is luck: another CPU adds in another order, and a few
+numbers may round to what is exact. So the error of a reference is a root mean square over draws
+that differ in nothing but their roundings, or their weights; it holds on any machine. The luck
+of what is judged remains: the error of n numbers is an estimate, off by its own deviation, about
+1 / sqrt(2 n) of it. It is granted five of these, and one unit in the last place of float32. That
+is far from a product in TF32 or bfloat16, a sum in the wrong dtype or a forgotten upcast: see
+tests/kernels/test_precision.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DRAWS = 5
+ULP = torch.finfo(torch.float32).eps
+LUCK = 5 / math.sqrt(2)
+
+
+class Error(NamedTuple):
+    """The norms of an error and of what is exact, and of how many numbers they are."""
+
+    error: float
+    size: float
+    count: int
+
+    @property
+    def relative(self) -> float:
+        """Infinite where it is NaN."""
+        if not self.count:
+            return 0.0
+        return self.error / self.size if self.error == self.error else math.inf
+
+
+def errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Error]:
+    """Of each leaf. One that must be zero (the gradient of a softmax over one key), or that is
+    zero but for what a reset leaves of it, is measured against the norm of all."""
+    assert got.keys() == want.keys()
+    total = math.hypot(*(float(x.norm()) for x in want.values()))
+    least = torch.finfo(torch.float64).eps * total
+    found = {}
+    for name, exact in want.items():
+        assert got[name].shape == exact.shape, name
+        error = float((got[name].double().to(exact.device) - exact).norm())
+        size = float(exact.norm())
+        found[name] = Error(error, size if size > least else total, exact.numel())
+    return found
+
+
+def pooled(draws: Sequence[Mapping[str, Error]]) -> dict[str, float]:
+    """The relative error of each leaf, root mean square over draws."""
+    names = draws[0]
+    return {n: math.hypot(*(d[n].relative for d in draws)) / len(draws) ** 0.5 for n in names}
+
+
+def check(
+    made: Sequence[Mapping[str, Error]],
+    reference: Sequence[Mapping[str, Error]],
+    ulp: float = ULP,
+) -> None:
+    """Of draws of each."""
+    for name, ratio in ratios(made, reference, ulp).items():
+        assert ratio <= 1, f"{name}: {ratio:.2f} of the error that is allowed"
+
+
+def ratios(
+    made: Sequence[Mapping[str, Error]],
+    reference: Sequence[Mapping[str, Error]],
+    ulp: float = ULP,
+) -> dict[str, float]:
+    """Of the error of each leaf to the one that is allowed."""
+    found, bound = pooled(made), pooled(reference)
+    result = {}
+    for name, error in found.items():
+        count = sum(draw[name].count for draw in made)
+        luck = 1 + LUCK / math.sqrt(count) if count else 1
+        result[name] = error / (2 * bound[name] * luck + ulp)
+    return result

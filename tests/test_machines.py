@@ -1,0 +1,58 @@
+"""The numeric tests pass on other CPUs: with the instructions, and so the sums, of smaller ones,
+which libraries let one ask for, and with two threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+NUMERIC = (
+    "kernels",
+    "test_attention.py",
+    "test_closed_form_layers.py",
+    "test_closed_form_rules.py",
+    "test_closed_forms.py",
+    "test_compose.py",
+    "test_conformance.py",
+    "test_fast_weights.py",
+    "test_fast_weights_layers.py",
+    "test_fast_weights_rules.py",
+    "test_fast_weights_vectors.py",
+    "test_generate.py",
+    "test_hf.py",
+    "test_model.py",
+    "test_ops.py",
+    "test_resume.py",
+    "test_rotary.py",
+    "test_training.py",
+    "test_vectors.py",
+)
+SETTINGS = (
+    "ATEN_CPU_CAPABILITY=default",
+    "ATEN_CPU_CAPABILITY=avx2",
+    "MKL_ENABLE_INSTRUCTIONS=SSE4_2",
+    "MKL_ENABLE_INSTRUCTIONS=AVX2",
+    "ONEDNN_MAX_CPU_ISA=AVX2",
+    "OPENBLAS_CORETYPE=Haswell",  # NumPy's, in which Triton's interpreter multiplies
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_numeric_tests_pass_on(setting: str, threads: int) -> None:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    name, value = setting.split("=")
+    environment = own | {name: value, "TEST_THREADS": str(threads)}
+    # The kernels that are compiled do not depend on the CPU.
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--deselect", "tests/kernels/test_compile.py", *(f"tests/{n}" for n in NUMERIC)]
+    made = subprocess.run(
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True
+    )
+    assert made.returncode == 0, f"{made.stdout[-4000:]}{made.stderr[-2000:]}"
