@@ -79,6 +79,7 @@ def ratios(
     found, bound = pooled(made), pooled(reference)
     result = {}
     for name, error in found.items():
+        assert math.isfinite(bound[name]), f"{name}: the reference itself is not finite"
         count = sum(draw[name].count for draw in made)
         luck = 1 + LUCK / math.sqrt(count) if count else 1
         result[name] = error / (2 * bound[name] * luck + ulp)

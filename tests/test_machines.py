@@ -32,23 +32,22 @@ NUMERIC = (
     "test_training.py",
     "test_vectors.py",
 )
-SETTINGS = (
-    "ATEN_CPU_CAPABILITY=default",
-    "ATEN_CPU_CAPABILITY=avx2",
-    "MKL_ENABLE_INSTRUCTIONS=SSE4_2",
-    "MKL_ENABLE_INSTRUCTIONS=AVX2",
-    "ONEDNN_MAX_CPU_ISA=AVX2",
-    "OPENBLAS_CORETYPE=Haswell",  # NumPy's, in which Triton's interpreter multiplies
-)
+NEVER_MORE = {  # NumPy multiplies in OpenBLAS, and Triton's interpreter in NumPy
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+}
+MACHINES = {
+    "no vectors": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_numeric_tests_pass_on(setting: str, threads: int) -> None:
+@pytest.mark.parametrize("machine", MACHINES)
+def test_numeric_tests_pass_on(machine: str, threads: int) -> None:
     own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    name, value = setting.split("=")
-    environment = own | {name: value, "TEST_THREADS": str(threads)}
+    environment = own | NEVER_MORE | MACHINES[machine] | {"TEST_THREADS": str(threads)}
     # The kernels that are compiled do not depend on the CPU.
     command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short"]
     command += ["--deselect", "tests/kernels/test_compile.py", *(f"tests/{n}" for n in NUMERIC)]
