@@ -13,8 +13,12 @@ from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from layerzoo import build, list_layers
 from layerzoo.data import MQAR, Task
+from layerzoo.hf import convert
+from layerzoo.layer import get_layer
 from layerzoo.lit import LitModel
 from layerzoo.metrics import (
     Accuracy,
@@ -185,10 +189,8 @@ def found_by_testing(precision: Any) -> tuple[dict[str, float], Task]:
         {"vocab_size": 64, "dim": 8, "depth": 1, "layers": ["linear"]}
     )
     lit = Sure(network)
-    trainer = Trainer(
-        **{"accelerator": "cpu", "logger": False, "precision": precision},
-        **{"enable_progress_bar": False, "enable_model_summary": False},
-    )
+    quietly: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", logger=False, precision=precision, **quietly)
     (found,) = trainer.test(lit, task, verbose=False)
     return dict(found), task
 
@@ -207,3 +209,41 @@ def test_figures_agree_with_each_other_in_every_precision(precision: str) -> Non
     share = found["test/recall/accuracy"]
     want = math.log(63 + math.e) - share
     assert found["test/loss/held_out"] == pytest.approx(want, rel=1e-6)
+
+
+# What a layer holds and does not learn
+
+
+@pytest.mark.parametrize("name", list_layers())
+def test_a_cast_rounds_no_constant_of_a_layer(name: str) -> None:
+    for case in get_layer(name).cases:
+        layer = build(name, dim=24, **case)
+        before = [buffer.clone() for buffer in layer.buffers()]
+        for cast in (torch.bfloat16, torch.float16, torch.float32):
+            layer.to(cast)
+            torch.testing.assert_close([*layer.buffers()], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cast", [torch.float64, torch.bfloat16])
+def test_retention_decays_by_what_its_equation_says(cast: torch.dtype) -> None:
+    layer: Any = build("retention", dim=24, heads=4).to(torch.bfloat16).to(cast)
+    got = layer.constants()["log_decay"]
+    want = (1 - 2.0 ** -(5 + torch.arange(4, dtype=torch.float64))).log()
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=0, atol=0)
+    assert got.dtype == (torch.float64 if cast == torch.float64 else torch.float32)
+
+
+def test_places_in_a_mini_batch_are_counted_beyond_bfloat16() -> None:
+    layer: Any = build("ttt_linear", dim=16, heads=1, mini_batch=300).to(torch.bfloat16)
+    want = 1 / torch.arange(1, 301)
+    torch.testing.assert_close(layer.constants()["row"], want, rtol=0, atol=0)
+
+
+def test_a_cast_rounds_no_rotary_frequency_of_a_converted_model() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 16}
+    heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    source = LlamaForCausalLM(LlamaConfig(**sizes, **heads, num_hidden_layers=1))
+    want = source.model.rotary_emb.inv_freq.clone()
+    model: Any = convert(source, "retention", window=8).bfloat16()
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, want, rtol=0, atol=0)
