@@ -4,7 +4,6 @@ and controls: loss by position, retrieval, costs, lm-evaluation-harness; what a 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from layerzoo.bench.command import device, prepared
 from layerzoo.bench.stream import growth, in_a_process, table
 from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
+from layerzoo.json_files import write_json
 from layerzoo.spec import SpecError
 
 from . import costs, positions
@@ -250,6 +250,6 @@ def main(argv: Sequence[str]) -> int:
             if asked:
                 found[name] = run()
                 # As it goes: what has been measured is not lost if the rest fails.
-                (options.out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+                write_json(options.out / "evaluation.json", found, indent=1)
     print(page(found, options.out))
     return 0
