@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,13 @@ def harness_table(found: dict[str, Any]) -> str:
         (task, name)
         for task, figures in found[arms[0]].items()
         for name in figures
-        if not name.endswith("stderr,none")
+        if not name.partition(",")[0].endswith("_stderr")
     ]
     rows = [
-        [f"{task} {name.split(',')[0]}", *(f"{found[arm][task][name]:.4f}" for arm in arms)]
+        [
+            f"{task} {name.removesuffix(',none')}",
+            *(f"{found[arm][task].get(name, math.nan):.4f}" for arm in arms),
+        ]
         for task, name in names
     ]
     return lines_of(["task", *arms], rows)
