@@ -167,22 +167,24 @@ def test_figures_that_are_not_finite_are_shown_and_judged_as_such(
 ) -> None:
     columns = ["loss/perplexity", "text/difference"]
     claims = [
-        {"arm": "memory", "metric": "loss/perplexity", "value": 1, "tolerance": "sign"},
+        {"arm": "memory", "minus": "window", "metric": "loss/perplexity", "value": 1},
         {"arm": "memory", "metric": "loss/held_out", "value": 1.0, "tolerance": 9},
         {"arm": "window", "metric": "loss/perplexity", "value": 2.0, "tolerance": 0.1},
     ]
+    claims[0]["tolerance"] = "sign"
+    claims = [{**claim, "source": "by hand"} for claim in claims]
     asked = {"columns": columns, "contrasts": [["memory", "window"]]}
-    asked |= {"metric": "loss/held_out", "scaling": [{"y": "loss/perplexity", "x": "x"}]}
-    root = write_results(overflowed, axes=LAYERS, report=asked, claims=claims)
+    asked |= {"metric": "loss/held_out", "scaling": [{"y": "loss/perplexity", "x": ["x"]}]}
+    root = write_results(overflowed, axes=LAYERS, report=asked, expect=claims)
     text, screen = report(root)
     heads, window, memory = lines(text, "## Results")
     table = dict(zip(heads, memory, strict=True))
     assert [table[name] for name in ("loss/held_out", *columns)] == ["nan", "inf", "nan"]
     assert dict(zip(heads, window, strict=True))["loss/perplexity"] == "2 ±0"
-    for name, mean in (("loss/held_out", "nan"), ("loss/perplexity", "inf")):
+    for name, mean in (("loss/held_out", "+nan"), ("loss/perplexity", "+inf")):
         assert lines(text, f"Of {name}:")[1] == ["memory - window", mean, "-", "-", "3", "-"]
     verdicts = [line[-2:] for line in lines(text, "## Claims")[1:]]
-    assert verdicts == [["inf", "not finite"], ["nan", "not finite"], ["2.000", "holds"]]
+    assert verdicts == [["+inf", "not finite"], ["nan", "not finite"], ["2.000", "holds"]]
     assert "3 cells left out: loss/perplexity is inf" in text and "not finite" in screen
     assert not compare(root, Console(quiet=True))
 
