@@ -103,6 +103,7 @@ def write_not_finite(axes: Any, at: Sequence[float], values: Any, colour: str) -
     """nan and inf, which a line leaves out, in words at the foot of the panel."""
     for x, value in zip(at, values, strict=True):
         if not math.isfinite(value):
+            axes.update_datalim([(x, 0)], updatey=False)
             style = {"ha": "center", "color": colour, "fontsize": 8}
             axes.text(x, 0.02, f"{value}", transform=axes.get_xaxis_transform(), **style)
 
