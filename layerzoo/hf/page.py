@@ -114,7 +114,8 @@ def harness_table(found: dict[str, Any]) -> str:
 
 def smoothed(nats: Any) -> tuple[Any, Any]:
     """(positions, running mean) of a difference of losses by position."""
-    mean = np.convolve(nats, np.ones(SMOOTH) / SMOOTH, "valid")
+    with np.errstate(invalid="ignore"):
+        mean = np.convolve(nats, np.ones(SMOOTH) / SMOOTH, "valid")
     return np.arange(len(mean)) + SMOOTH // 2, mean
 
 
@@ -136,7 +137,8 @@ def draw(texts: dict[str, Any], window: int, path: Path) -> None:
         for axes, (drawn, base, label) in zip(grid[:, column], rows, strict=True):
             sign = 1 if base == "full" else -1
             for arm in drawn:
-                over = sign * (curves[arm] - curves[base])
+                with np.errstate(invalid="ignore"):  # inf less inf
+                    over = sign * (curves[arm] - curves[base])
                 colour = COLOURS[others.index(arm) % len(COLOURS)]
                 axes.plot(*smoothed(over), color=colour, label=arm)
             axes.axhline(0, color="0.5", linewidth=0.8)
