@@ -16,7 +16,7 @@ from layerzoo import SpecError
 from layerzoo.cli import main
 from layerzoo.data import MQAR, Task
 from layerzoo.figures import Family, draw, families
-from layerzoo.held_out import Figures, markdown, table
+from layerzoo.held_out import Figures, Rows, markdown, table
 from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
 from layerzoo.training import quiet
@@ -144,7 +144,7 @@ def test_the_mix_is_of_the_published_sets() -> None:
 
 def test_what_is_not_finite_stands_in_the_table_and_in_the_pictures() -> None:
     values = [math.nan, math.inf, -math.inf, 4096.0, 0.25, 1e308]
-    rows = {"a": [float(value) for value in values]}
+    rows: Rows = {"a": [*values]}
     (line,) = markdown(rows, ["x", *"abcdef"]).splitlines()[2:]
     assert line == "| a | nan | inf | -inf | 4,096 | 0.25 | 1e+308 |"
     lost = {"loss_at/1": math.nan, "loss_at/2": 2.0, "loss_at/4": math.inf}
