@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from layerzoo.json_files import floats
 from layerzoo.spec import SpecError
 
 from .cells.cell import Cell
@@ -205,5 +206,5 @@ def said(choices: Mapping[str, Choice], arms: Sequence[str]) -> list[str]:
 def figures_of(folder: Path) -> Mapping[str, Any] | None:
     """The figures of a finished cell, None of one that diverged, {} of one that has not ended."""
     if (folder / METRICS).is_file():
-        return read_json(folder / METRICS)
+        return floats(read_json(folder / METRICS))
     return None if (folder / DIVERGED).is_file() else {}

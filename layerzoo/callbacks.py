@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor, nn
 
 from layerzoo.arguments import make_folder
+from layerzoo.json_files import write_json
 from layerzoo.layer import Layer
 from layerzoo.module import SHOWN
 from layerzoo.provenance import versions
@@ -100,8 +100,7 @@ class Summary(Callback):
             print(f"{name}: {before:.3f} at step {first}, {after:.3f} at step {last}")
         if folder is not None:
             print(f"logs: {folder}")
-            text = json.dumps(record(pl_module.model, trainer), indent=2)
-            Path(folder, "record.json").write_text(text + "\n")
+            write_json(Path(folder, "record.json"), record(pl_module.model, trainer))
 
 
 class Diagnostics(Callback):

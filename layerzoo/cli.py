@@ -14,6 +14,7 @@ from typing import Any
 
 from layerzoo import foreign
 from layerzoo.arguments import Parser
+from layerzoo.json_files import dumps
 from layerzoo.layer import Layer, build, get_layer, list_layers
 from layerzoo.spec import Diverged, SpecError, plain, required, suggest
 
@@ -73,11 +74,11 @@ def list_command(argv: Sequence[str]) -> int:
         return _list_tasks(options.name, options.json)
     if options.name:
         info = describe_fully(get_layer(options.name))
-        print(json.dumps(info, indent=2) if options.json else _page(info))
+        print(dumps(info) if options.json else _page(info))
         return 0
     rows = [describe(name) for name in list_layers()]
     if options.json:
-        print(json.dumps(rows, indent=2))
+        print(dumps(rows))
         return 0
     head = ("name", "kind", f"state at dim {DIM}, T {LENGTH}", "source")
     _print([head, *((r["name"], r["kind"], _size(r["state_bytes"]), r["source"]) for r in rows)])
@@ -100,7 +101,7 @@ def _list_tasks(name: str | None, as_json: bool) -> int:
         raise SpecError(f"unknown layer or task '{name}'; {hint}")
     if as_json:
         found = [listing.describe(cls) for cls in tasks.values()]
-        print(json.dumps(found if name is None else listing.describe(tasks[name]), indent=2))
+        print(dumps(found if name is None else listing.describe(tasks[name])))
     elif name is None:
         _print(listing.table())
     else:

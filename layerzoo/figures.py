@@ -80,18 +80,32 @@ def _map(axes: Any, family: Family) -> None:
 
 
 def heat_map(axes: Any, values: NDArray[Any], down: Sequence[Any], along: Sequence[Any]) -> None:
-    """Values `[down, along]` in colour and in words; nan is left white."""
-    share = bool(np.nanmin(values) >= 0 and np.nanmax(values) <= 1)
+    """Values `[down, along]` in colour and in words; what is masked is left white, and what is
+    not finite has no colour, only its word."""
+    values = np.ma.masked_array(values)
+    coloured = np.ma.masked_invalid(values)
+    known = coloured.compressed()
+    share = bool(((known >= 0) & (known <= 1)).all())
     limits = {"vmin": 0, "vmax": 1} if share else {}
-    image = axes.imshow(values, aspect="auto", cmap="viridis", **limits)
-    middle = 0.5 if share else float(np.nanmean(values))
-    for (y, x), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            colour = "black" if value > middle else "white"
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    image = axes.imshow(coloured, aspect="auto", cmap="viridis", **limits)
+    middle = 0.5 if share else float(np.median(known))
+    for (y, x), value in np.ma.ndenumerate(values):
+        light = value > middle or not np.isfinite(value)
+        word = f"{value:.2f}" if abs(value) < 1e5 else f"{value:.3g}"
+        style = {"color": "black" if light else "white", "fontsize": 8}
+        axes.text(x, y, word, ha="center", va="center", **style)
     axes.set_xticks(range(len(along)), along)
     axes.set_yticks(range(len(down)), down)
     axes.figure.colorbar(image, ax=axes)
+
+
+def write_not_finite(axes: Any, at: Sequence[float], values: Any, colour: str) -> None:
+    """nan and inf, which a line leaves out, in words at the foot of the panel."""
+    for x, value in zip(at, values, strict=True):
+        if not math.isfinite(value):
+            axes.update_datalim([(x, 0)], updatey=False)
+            style = {"ha": "center", "color": colour, "fontsize": 8}
+            axes.text(x, 0.02, f"{value}", transform=axes.get_xaxis_transform(), **style)
 
 
 def _curves(axes: Any, family: Family) -> None:
@@ -100,12 +114,16 @@ def _curves(axes: Any, family: Family) -> None:
         lines.setdefault(at[-1] if len(at) == 2 else 0, []).append((at[0], value))
     for n, (label, line) in enumerate(sorted(lines.items())):
         colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
-        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, ms=4, label=label)
+        at, figures = zip(*line, strict=True)
+        values = np.array(figures, dtype=np.float64)
+        write_not_finite(axes, at, values, colour)
+        drawn = np.where(np.isfinite(values), values, np.nan)
+        axes.plot(at, drawn, color=colour, marker=marker, ms=4, label=label)
     numbers = sorted({at[0] for at in points})
     if numbers[0] > 0 and numbers[-1] >= 8 * numbers[0]:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    if min(points.values()) >= 0 and max(points.values()) <= 1:
+    if all(0 <= value <= 1 for value in points.values() if math.isfinite(value)):
         axes.set_ylim(-0.04, 1.04)
     axes.set_xlabel(family.sides[0])
     if len(lines) > 1:

@@ -101,7 +101,13 @@ def table(figures: Mapping[str, float], parts: Sequence[str]) -> Rows:
 
 
 def _cells(values: Sequence[float | None]) -> list[str]:
-    return ["" if v is None else f"{v:,.0f}" if v == round(v) else f"{v:.4g}" for v in values]
+    return ["" if v is None else _written(v) for v in values]
+
+
+def _written(value: float) -> str:
+    """4,096, 0.1235, nan, inf"""
+    whole = float(value).is_integer() and abs(value) < 1e15
+    return f"{value:,.0f}" if whole else f"{value:.4g}"
 
 
 def show(rows: Rows, heads: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.module import TaskModule
+from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError, at
 
 
@@ -61,7 +62,8 @@ class LitModel(TaskModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, labels, _ = self.labelled(batch)
         # The mean; of a batch without any label it is 0, not nan.
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(labels))
+        wide = logits.to(accumulator_dtype(logits))
+        loss = F.cross_entropy(wide, labels, reduction="sum") / max(1, len(labels))
         self.log("loss/train", loss, prog_bar=True, batch_size=len(labels))
         return loss
 

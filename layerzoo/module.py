@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from layerzoo.data.task import IGNORE, Task
 from layerzoo.metrics import TokenLoss
+from layerzoo.metrics.wide import WideDict, wide
 from layerzoo.spec import SpecError
 
 SHOWN = ("loss/held_out", "loss/bits_per_byte", "recall/accuracy", "accuracy/all")
@@ -64,7 +65,7 @@ class TaskModule(LightningModule):
         within("betas", max(betas), 0, 1 - 1e-9)
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup, self.schedule = warmup, schedule
-        self.metrics = nn.ModuleDict()
+        self.metrics = WideDict()
         self.readout: nn.Module | None = None  # of a task that has one
 
     def setup(self, stage: str) -> None:
@@ -135,7 +136,7 @@ class TaskModule(LightningModule):
     def _report(self, split: str, prefix: str) -> None:
         """Log what the task makes of each part's figures."""
         task = getattr(self.trainer, "datamodule", None)
-        results: dict[str, dict[str, Tensor]] = {}
+        results: dict[str, dict[str, Any]] = {}
         for n, part in enumerate(task.parts(split) if isinstance(task, Task) else [""]):
             results[part] = {}
             for metric in self._each_metric(split, n):
@@ -143,6 +144,7 @@ class TaskModule(LightningModule):
                 metric.reset()
         figures = task.summary(split, results) if isinstance(task, Task) else results[""]
         for name, value in figures.items():
+            value = wide(value, self.device)
             self.log(prefix + name, value, prog_bar=name in SHOWN, sync_dist=True)
 
     def rate(self, name: str) -> float:

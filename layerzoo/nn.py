@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,29 @@ class RMSNorm(nn.RMSNorm):
         n = x.shape[-1]
         unit = UnitLength.apply(x.to(self.weight.dtype), n * (self.eps or 0.0))
         return (unit * (self.weight * n**0.5)).to(x.dtype)
+
+
+class Constant(nn.Module):
+    """A tensor that nothing trains, saves or rounds, whatever dtype its module is cast to: it is
+    called for its value in float32, or in float64 in a module of float64.
+
+    exact: in float64.
+    """
+
+    value: Tensor
+
+    def __init__(self, exact: Tensor) -> None:
+        super().__init__()
+        self.exact = exact
+        self.register_buffer("value", exact.float(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.value = self.exact.to(self.value.device, accumulator_dtype(self.value))
+        return self
+
+    def forward(self) -> Tensor:
+        return self.value
 
 
 class SwiGLU(nn.Module):

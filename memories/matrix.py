@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerzoo.layer import Reduction, State, StateBytes
+from layerzoo.nn import Constant
 from layerzoo.ops import accumulator_dtype
 from layerzoo.shell import Memory, Shell, Write
 from layerzoo.spec import SpecError
@@ -97,7 +98,7 @@ class MatrixMemory(Memory):
         start: Any = {"rate": self.decay_rate, "step": self.decay_step}
         if config.decay == "constant":
             decay = 1 - 2.0 ** (-5 - torch.arange(self.heads, dtype=torch.float64))
-            self.register_buffer("log_decay", decay.log().float(), persistent=False)
+            self.log_decay = Constant(decay.log())
         elif config.decay == "scalar":
             self.log_decay = LogDecay(dim, self.heads, 1, **start)
         elif config.decay == "vector":
@@ -116,7 +117,7 @@ class MatrixMemory(Memory):
 
     def constants(self) -> dict[str, Any]:
         """The op's arguments that no token writes."""
-        decay = {"log_decay": self.log_decay} if self.config.decay == "constant" else {}
+        decay = {"log_decay": self.log_decay()} if self.config.decay == "constant" else {}
         return {**decay, "scale": self.scale, "impl": self.impl}
 
     def read(self, q: Tensor, state: State) -> Tensor:

@@ -167,7 +167,7 @@ class Mesa(MatrixMemory, name="mesa"):
         return 0.25 + F.softplus(self.ridge.to(accumulator_dtype(self.ridge)))
 
     def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        log_decay = self.log_decay if self.config.decay == "constant" else None
+        log_decay = self.log_decay() if self.config.decay == "constant" else None
         return mesa(
             self.scale * q,
             **{"log_decay": log_decay, **write},

@@ -308,6 +308,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 
 def test_statistics() -> None:
-    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.302653 / math.sqrt(3)), rel=1e-6)
+    want = (2, 4.302653 / math.sqrt(3), 3)
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx(want, rel=1e-6)
     assert math.isnan(mean_interval([1.0]).half) and math.isnan(mean_interval([]).mean)
     assert window_bound(0.5, 0.1, 99) == pytest.approx((0.55, math.sqrt(0.55 * 0.45 / 99)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.hf import convert_command, costs, evaluate, load
 from layerzoo.hf.evaluate import answered
+from layerzoo.hf.harness import numbers
 from layerzoo.hf.modes import mode
+from layerzoo.hf.page import harness_table, page
 from layerzoo.hf.positions import difference, held_out, losses, ranges, recovered
 from layerzoo.hf.probe import explained, share
 
@@ -306,6 +309,59 @@ def test_evaluate(
     assert "| past window |" in said and "memory less loud" in said and "| passkey, 400 |" in said
     assert f"({arms['full', 0.0]:.2f}) |" in said  # of the needle that is out of the window
     assert Path("found/evaluation.png").stat().st_size > 1000
+
+
+def test_every_number_of_the_harness_is_kept_and_nothing_is_dropped_in_silence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = {"acc,none": 0.5, "exact_match,none": np.float64(0.75), "f1,none": np.float32(0.25)}
+    figures |= {"mcc,none": torch.tensor(1.0), "n,none": np.int64(3), "alias": "mine"}
+    figures |= {"acc_stderr,none": "N/A", "perplexity,none": math.inf}
+    kept = numbers("mine", {**figures, "bleu,none": [1, 2], "new,none": True})
+    assert kept == {
+        **{"acc,none": 0.5, "exact_match,none": 0.75, "f1,none": 0.25, "mcc,none": 1.0},
+        **{"n,none": 3.0, "perplexity,none": math.inf},
+    }
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "mine: bleu,none: left out, as it is no number: [1, 2]",
+        "mine: new,none: left out, as it is no number: True",
+    ]
+
+
+def test_the_page_tells_filters_of_a_metric_apart_and_has_a_row_for_each() -> None:
+    arm = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1}
+    arm |= {"exact_match,flexible-extract": 0.75, "acc,none": math.nan}
+    rows = harness_table({"full": {"mine": arm}, "memory": {"mine": {"acc,none": 1.0}}})
+    assert rows.splitlines()[2:] == [
+        "| mine exact_match,strict-match | 0.5000 | nan |",
+        "| mine exact_match,flexible-extract | 0.7500 | nan |",
+        "| mine acc | nan | 1.0000 |",
+    ]
+
+
+def test_the_page_of_a_model_that_is_lost(tmp_path: Path) -> None:
+    lost = {"full": np.ones((2, 300)), "window": np.full((2, 300), np.inf)}
+    by_arm = {**lost, "memory": np.full((2, 300), np.nan)}
+    part = {"files": 2, **evaluate.compared(by_arm, 8, 300)}
+    text = page({"window": 8, "positions": {"*.py": part}}, tmp_path)
+    assert "| inside | 1.000 | inf | nan |" in text and "| past window | nan% ±nan |" in text
+    assert (tmp_path / "evaluation.png").stat().st_size > 1000
+
+
+def test_losses_in_float64_are_not_narrowed() -> None:
+    class Even(torch.nn.Module):
+        """Logits that differ by less than float32 can say."""
+
+        def hidden(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return torch.zeros(*tokens.shape, 2, dtype=torch.float64), None
+
+        def head(self, h: torch.Tensor) -> torch.Tensor:
+            return h + torch.tensor([0.0, 1e-12], dtype=torch.float64)
+
+    tokens, want = torch.zeros(1, 4, dtype=torch.int64), pytest.approx(np.log(2) + 5e-13, 1e-14)
+    assert losses(Even(), tokens) == want
+    assert answered(Even(), tokens, tokens)["nats"] == want
 
 
 class Few:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
 from layerzoo.cli import main
 from layerzoo.data import MQAR, Task
-from layerzoo.figures import draw, families
-from layerzoo.held_out import markdown, table
+from layerzoo.figures import Family, draw, families
+from layerzoo.held_out import Figures, Rows, markdown, table
+from layerzoo.lit import LitModel
+from layerzoo.model import ModelConfig
+from layerzoo.training import quiet
 
 FIGURES = {
     "recall/accuracy": 0.5,
@@ -133,3 +140,47 @@ def test_the_mix_is_of_the_published_sets() -> None:
     assert len(order) == 180 and order.count(0) == 100 and order[:100].count(0) < 80
     shapes = {batch["tokens"].shape[1] for batch in task.train_dataloader()}
     assert shapes == {64, 128, 256}
+
+
+def test_what_is_not_finite_stands_in_the_table_and_in_the_pictures() -> None:
+    values = [math.nan, math.inf, -math.inf, 4096.0, 0.25, 1e308]
+    rows: Rows = {"a": [*values]}
+    (line,) = markdown(rows, ["x", *"abcdef"]).splitlines()[2:]
+    assert line == "| a | nan | inf | -inf | 4,096 | 0.25 | 1e+308 |"
+    lost = {"loss_at/1": math.nan, "loss_at/2": 2.0, "loss_at/4": math.inf}
+    depth = {f"recall_depth/{d}/length={n}": 0.5 for d in (0, 50) for n in (64, 128)}
+    depth |= {"recall_depth/0/length=64": math.nan, "recall_depth/50/length=64": math.inf}
+    heat, curves = (draw(*families(found)) for found in (depth, lost))
+    assert sorted(text.get_text() for text in heat.axes[0].texts) == ["0.50", "0.50", "inf", "nan"]
+    assert [text.get_text() for text in curves.axes[0].texts] == ["nan", "inf"]
+    for figures in (dict.fromkeys(lost, math.nan), dict.fromkeys(lost, math.inf)):
+        FigureCanvasAgg(draw(*families(figures))).draw()
+    none = Family("recall_depth", ("depth", "length"), {(0, 1): math.nan, (0, 2): math.inf})
+    FigureCanvasAgg(draw(none)).draw()
+    FigureCanvasAgg(draw(*families({**depth, "recall_depth/0/length=128": 1e300}))).draw()
+    for figure in (heat, curves):
+        FigureCanvasAgg(figure).draw()
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss", "perplexity"), [(math.nan, "nan", "nan"), (1e5, None, "inf")]
+)
+def test_a_model_that_is_lost_is_measured_all_the_same(
+    tmp_path: Path, capsys, scale: float, loss: str | None, perplexity: str
+) -> None:
+    quiet()
+    task = MQAR(vocab_size=64, length=32, pairs=4, test_samples=8, batch_size=8)
+    lit = LitModel(ModelConfig.from_fields({"vocab_size": 64, "dim": 8, "layers": ["linear"]}))
+    lit.model.norm.weight.data *= scale
+    logger: Any = TensorBoardLogger(tmp_path, name="", version="")
+    less: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[Figures()], **less)
+    trainer.test(lit, task, verbose=False)
+    out = capsys.readouterr().out.splitlines()
+    found = dict(line.split() for line in out if line.strip().startswith("loss/"))
+    assert found["loss/perplexity"] == perplexity
+    assert found["loss/held_out"] == loss if loss else float(found["loss/held_out"]) > 710
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (logged,) = events.Scalars("test/loss/perplexity")
+    assert f"{logged.value}" == perplexity

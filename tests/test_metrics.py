@@ -168,3 +168,40 @@ def test_extrapolation_is_relative_to_the_training_length() -> None:
     assert extrapolation(results, 32) == {"extrapolation/2": 0.5, "extrapolation/8": 0.25}
     assert extrapolation(results, 16) == {}  # was not measured at the training length
     assert extrapolation({"length=16": {"accuracy/all": 0.0}}, 16) == {}
+
+
+def test_a_loss_too_large_for_its_perplexity_gives_inf_and_nan_stays_nan() -> None:
+    label, sure = [0, 0], torch.tensor([[-800.0, 0.0], [-800.0, 0.0]])
+    for logits, loss, perplexity in (
+        (sure, 800.0, math.inf),
+        (sure * math.nan,) + (math.nan,) * 2,
+    ):
+        whole = figures(TokenLoss(1), logits, label)
+        by = figures(LossByPosition(2, 1), logits, label, position=[1, 1])
+        for found in (
+            {**whole},
+            {name.replace("_at/1", "/held_out"): x for name, x in by.items()},
+        ):
+            assert str(found["loss/held_out"]) == str(loss)
+        assert str(whole["loss/perplexity"]) == str(by["perplexity_at/1"]) == str(perplexity)
+
+
+def test_logits_that_are_no_numbers_answer_nothing() -> None:
+    """The argmax of nan is its place, here 0, which is the label."""
+    lost, label = torch.full((3, 4), math.nan), [0, 0, 0]
+    assert figures(Accuracy(0.25), lost, label)["accuracy/all"] == 0
+    assert figures(AccuracyBy("lag", [1]), lost, label, lag=[1] * 3) == {"accuracy_lag/1": 0}
+    seen = figures(Recall(), lost, label, reachable=[True] * 3)
+    assert seen["recall/accuracy"] == 0
+    kinds = figures(ErrorKinds(), lost, label, old=[[0]] * 3, bound=[[0]] * 3)
+    assert kinds["errors/off_set"] == 1 and kinds["errors/stale_rate"] == 0
+
+
+def test_a_metric_of_nothing_is_no_number() -> None:
+    nothing = torch.zeros(0, 4)
+    for metric, notes in ((Accuracy(0.2), {}), (TokenLoss(1), {}), (Recall(), {"reachable": []})):
+        at = {name: torch.zeros(0, dtype=torch.bool) for name in notes}
+        metric.update(nothing, torch.zeros(0, dtype=torch.int64), **at)
+        first, *_ = metric.compute().values()
+        assert math.isnan(first)
+    assert math.isnan(figures(Accuracy(1.0), RIGHT, LABELS)["accuracy/scaled"])  # a guess is all

@@ -150,6 +150,60 @@ def test_a_part_of_a_grid_says_what_is_missing(write_results: WriteResults) -> N
     json.loads((root / "report" / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN
 
 
+def overflowed(arm: dict[str, str], seed: int) -> dict[str, float]:
+    """The memory's figures are not finite: its loss in one seed, its perplexity in all, and in
+    both directions; the window's are."""
+    figures = recall(arm, seed) | {"loss/perplexity": 2.0, "text/difference": 0.5, "x": 10.0**seed}
+    figures |= {"loss_at/1": 1.0, "loss_at/2": 2.0}
+    if arm["layer"] == "memory":
+        figures |= {"loss/held_out": (0.5, math.nan, 0.7)[seed], "loss/perplexity": math.inf}
+        figures |= {"text/difference": (math.inf, -math.inf, 0.0)[seed], "x": math.inf}
+        figures |= {"loss_at/1": math.inf, "loss_at/2": math.nan}
+    return figures
+
+
+def test_figures_that_are_not_finite_are_shown_and_judged_as_such(
+    write_results: WriteResults,
+) -> None:
+    columns = ["loss/perplexity", "text/difference"]
+    claims = [
+        {"arm": "memory", "minus": "window", "metric": "loss/perplexity", "value": 1},
+        {"arm": "memory", "metric": "loss/held_out", "value": 1.0, "tolerance": 9},
+        {"arm": "window", "metric": "loss/perplexity", "value": 2.0, "tolerance": 0.1},
+    ]
+    claims[0]["tolerance"] = "sign"
+    claims = [{**claim, "source": "by hand"} for claim in claims]
+    asked = {"columns": columns, "contrasts": [["memory", "window"]]}
+    asked |= {"metric": "loss/held_out", "scaling": [{"y": "loss/perplexity", "x": ["x"]}]}
+    root = write_results(overflowed, axes=LAYERS, report=asked, expect=claims)
+    text, screen = report(root)
+    heads, window, memory = lines(text, "## Results")
+    table = dict(zip(heads, memory, strict=True))
+    assert [table[name] for name in ("loss/held_out", *columns)] == ["nan", "inf", "nan"]
+    assert dict(zip(heads, window, strict=True))["loss/perplexity"] == "2 ±0"
+    for name, mean in (("loss/held_out", "+nan"), ("loss/perplexity", "+inf")):
+        assert lines(text, f"Of {name}:")[1] == ["memory - window", mean, "-", "-", "3", "-"]
+    verdicts = [line[-2:] for line in lines(text, "## Claims")[1:]]
+    assert verdicts == [["+inf", "not finite"], ["nan", "not finite"], ["2.000", "holds"]]
+    assert "3 cells left out: loss/perplexity is inf" in text and "not finite" in screen
+    assert not compare(root, Console(quiet=True))
+
+    found = json.loads((root / "report" / "summary.json").read_text(), parse_constant=pytest.fail)
+    arm = found["arms"][1]
+    assert arm["loss/perplexity"] == {"mean": "inf", "half": None}
+    assert [cell["loss/held_out"] for cell in arm["cells"]] == [0.5, "nan", 0.7]
+    assert [claim["holds"] for claim in found["claims"]] == [False, False, True]
+    with open(root / "report" / "results.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] == "memory"]
+    assert [row["loss/held_out"] for row in rows] == ["0.5", "nan", "0.7"]
+    assert {row["loss/perplexity"] for row in rows} == {"inf"}
+    figures = root / "report" / "figures"
+    assert "mean nan" in (figures / "overview.svg").read_text()
+    assert {"inf", "nan"} <= {
+        *re.findall(r">(\w+)</text>", (figures / "loss_at-position.svg").read_text())
+    }
+
+
 def test_nothing_has_finished(write_results: WriteResults) -> None:
     root = write_results(lambda arm, seed: None, axes=LAYERS)
     text, _ = report(root)
@@ -340,7 +394,9 @@ def test_a_folder_that_holds_no_results_is_named(tmp_path: Path, whole: Path) ->
         ("loss/held_out", Estimate(1.23456, 0.0123), "1.235 ±0.012"),
         ("capacity/d90", Estimate(16.0, 0.0), "16 ±0"),
         ("recall/half_life", Estimate(2.5, math.nan), "2.5"),
-        ("accuracy/all", Estimate(math.nan, math.nan), "-"),
+        ("accuracy/all", Estimate(math.nan, math.nan, 0), "-"),
+        ("accuracy/all", Estimate(math.nan, math.nan, 2), "nan"),
+        ("loss/perplexity", Estimate(math.inf, math.nan, 2), "inf"),
     ],
 )
 def test_figures_are_written_with_sensible_digits(

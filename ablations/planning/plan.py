@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from layerzoo.json_files import dumps
 from layerzoo.spec import at
 
 from ..cells.cell import Cell
@@ -190,7 +190,7 @@ def plan_command(
         compared=compared,
     )
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print(dumps(dataclasses.asdict(found)))
     else:
         show(found, Console(width=None if sys.stdout.isatty() else 160))
     return 0

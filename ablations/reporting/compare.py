@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from layerzoo.json_files import write_json
 from layerzoo.spec import SpecError
 
-from ..running.folder import write_json
 from .about import doubts, partial
 from .board.hparams import write_hparams
 from .board.summary import write_summary_run

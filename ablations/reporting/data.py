@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,23 @@ from .results import Result, Results
 
 
 def write_data(results: Results, folder: Path) -> list[Path]:
-    """Write the cells as CSV, and as Parquet if pyarrow is there. Floats are in full precision."""
-    frame = pd.DataFrame(_lines(results))
+    """Write the cells as CSV, and as Parquet if pyarrow is there. Floats are in full precision; in
+    CSV nan and inf are words, and what there is not is empty."""
+    lines = _lines(results)
+    frame = pd.DataFrame(lines)
     csv, parquet = folder / "results.csv", folder / "results.parquet"
-    frame.to_csv(csv, index=False, lineterminator="\n")
+    words = [{name: _word(value) for name, value in line.items()} for line in lines]
+    told = {name: pd.array([line[name] for line in words], dtype=object) for name in frame}
+    pd.DataFrame(told).to_csv(csv, index=False, lineterminator="\n")
     if importlib.util.find_spec("pyarrow") is None:
         return [csv]
     frame.to_parquet(parquet, index=False)
     return [csv, parquet]
+
+
+def _word(value: Any) -> Any:
+    """nan as a word: pandas would write nothing."""
+    return "nan" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _lines(results: Results) -> list[dict[str, Any]]:

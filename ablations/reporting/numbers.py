@@ -31,8 +31,9 @@ def head(name: str) -> str:
 
 
 def shown(name: str, estimate: Estimate, sign: str = "") -> str:
-    """A mean and its interval, if it has one; sign: "+" to show that of a difference."""
-    if math.isnan(estimate.mean):
+    """A mean and its interval, if it has one; sign: "+" to show that of a difference. A mean that
+    is not finite is nan or inf; only without any value there is nothing."""
+    if estimate.n == 0:
         return NOTHING
     share = is_share(name)
     mean = f"{100 * estimate.mean:{sign}.1f}" if share else f"{estimate.mean:{sign}.4g}"
@@ -42,7 +43,7 @@ def shown(name: str, estimate: Estimate, sign: str = "") -> str:
 
 
 def mean_alone(estimate: Estimate, form: str) -> str:
-    return NOTHING if math.isnan(estimate.mean) else form.format(estimate.mean)
+    return NOTHING if estimate.n == 0 else form.format(estimate.mean)
 
 
 def probability(p: float | None) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from layerzoo.json_files import floats
+
 from ..cells.arms import Arm, arm_name, read_arms
 from ..cells.axes import read_axes
 from ..cells.cell import Seed
@@ -114,7 +116,7 @@ def _result(root: Path, cell: Mapping[str, Any]) -> Result:
         seed=Seed(**cell["seed"]),
         path=cell["path"],
         state=cell["state"],
-        metrics=read_json(root / cell["path"] / METRICS),
+        metrics=floats(read_json(root / cell["path"] / METRICS)),
         tuned=cell["tuned"],
         matched=cell["matched"],
     )

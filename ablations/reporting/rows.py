@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 from ..cells.cell import Seed
 from .results import Result
-from .statistics import Estimate, mean_interval
+from .statistics import Estimate, mean_interval, mean_of
 
 ACCURACIES = ("recall/accuracy", "accuracy/all")
 """What a task's headline is, the first that it has."""
@@ -45,7 +44,7 @@ class Row:
         for cell in self.cells:
             if (value := figure(cell.metrics, name)) is not None:
                 found.setdefault(cell.seed, []).append(value)
-        return {seed: fmean(values) for seed, values in found.items()}
+        return {seed: mean_of(values) for seed, values in found.items()}
 
     def values(self, name: str | None) -> list[float]:
         return [*self.by_seed(name).values()]
@@ -119,5 +118,5 @@ def differences(
         both = [(at.get((a, seed)), at.get((b, seed))) for a, b in pairs]
         found = [a - b for a, b in both if a is not None and b is not None]
         if len(found) == len(pairs):
-            out.append(fmean(found))
+            out.append(mean_of(found))
     return out

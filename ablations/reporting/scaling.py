@@ -49,7 +49,8 @@ class Form:
     def _curve(self, theta: Array, x: ArrayLike) -> Array:
         log_y = self.law.value(theta, np.log(_columns(x)) - self.frame.centre)[0]
         log_y = log_y + self.frame.level
-        return np.exp(-log_y if self.rises else log_y)
+        with np.errstate(over="ignore"):  # a resample may lead anywhere
+            return np.exp(-log_y if self.rises else log_y)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,23 +15,31 @@ BOOTSTRAP_PAIRS = 10
 
 
 class Estimate(NamedTuple):
-    """A mean, and half the width of its confidence interval (nan for a single value)."""
+    """A mean, and half the width of its confidence interval (nan where there is none: for a
+    single value, or beside one that is not finite). n: how many values; of none, both are nan."""
 
     mean: float
     half: float
+    n: int = 1
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Of at least one value; of one that is not finite it is not finite either."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.mean(values))
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     """Mean and Student's t interval: mean ± t_{n-1} s / sqrt(n)."""
     n = len(values)
     if n == 0:
-        return Estimate(math.nan, math.nan)
+        return Estimate(math.nan, math.nan, 0)
     if n == 1:
         return Estimate(float(values[0]), math.nan)
-    spread = float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Estimate(
-        float(np.mean(values)), float(stats.t.ppf((1 + confidence) / 2, n - 1)) * spread
-    )
+    with np.errstate(invalid="ignore", over="ignore"):
+        spread = float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * spread
+    return Estimate(mean_of(values), half, n)
 
 
 class Difference(NamedTuple):
@@ -52,13 +60,16 @@ def paired(differences: Sequence[float], confidence: float = 0.95) -> Difference
     """What paired differences say: Student's t interval and test of their mean.
 
     The t test, since no rank test of 5 pairs can give p < .05 (signed ranks: 2 / 2^5 = .0625).
-    There is none of fewer than 2 pairs, nor of differences that are all equal: their spread
-    estimates the error as 0, so that any mean would have p = 0. If all are 0, p = 1.
+    There is none of fewer than 2 pairs, nor with a difference that is not finite, nor of
+    differences that are all equal: their spread estimates the error as 0, so that any mean would
+    have p = 0. If all are 0, p = 1.
     The bootstrap interval (BCa, bias-corrected and accelerated, Efron 1987; always the same draws)
     is there from 10 pairs on, if they differ.
     """
     n, values = len(differences), np.asarray(differences, dtype=np.float64)
-    mean, half = mean_interval(differences, confidence)
+    mean, half, _ = mean_interval(differences, confidence)
+    if not np.isfinite(values).all():
+        return Difference(mean, half, None, n, None)
     # Differences of floats that are equal but for rounding have no spread either.
     if n < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
         return Difference(mean, half, None if n < 2 or values.any() else 1.0, n, None)
@@ -90,4 +101,4 @@ def window_bound(ceiling: float, chance: float, queries: float) -> tuple[float, 
     """The expected accuracy of a model that answers what its window shows it and guesses the
     rest, `ceiling + (1 - ceiling) chance`, and the standard error of a measured one."""
     bound = ceiling + (1 - ceiling) * chance
-    return bound, math.sqrt(bound * (1 - bound) / queries)
+    return bound, math.sqrt(bound * (1 - bound) / queries) if queries else math.nan

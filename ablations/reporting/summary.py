@@ -11,6 +11,7 @@ from .contrasts import Compared
 from .findings import Findings, bound_of
 from .laws import Fitted
 from .numbers import is_accuracy
+from .statistics import Estimate
 from .tables import success_rate
 from .verdicts import plain_verdicts
 
@@ -25,7 +26,7 @@ NAMES = (
 
 def summary(findings: Findings) -> dict[str, Any]:
     """Every arm's estimates, every cell's metrics, contrasts, fits and claims; null where nothing
-    is."""
+    is. A figure that is not finite stays what it is."""
     results = findings.results
     wanted = (*NAMES, results.report.metric, *results.report.columns)
     names = [*dict.fromkeys(name for name in wanted if name)]
@@ -38,7 +39,7 @@ def summary(findings: Findings) -> dict[str, Any]:
             "diverged": row.diverged,
             "tuned": row.cells[0].tuned if row.cells else {},
             "matched": row.cells[0].matched if row.cells else {},
-            **{name: row.estimate(name)._asdict() for name in names if row.values(name)},
+            **{name: _estimate(row.estimate(name)) for name in names if row.values(name)},
             "success_rate": success_rate(row.scores)
             if row.scores and is_accuracy(row.headline)
             else None,
@@ -47,7 +48,7 @@ def summary(findings: Findings) -> dict[str, Any]:
         }
         for row in findings.rows
     ]
-    tree = {
+    return {
         "grid": results.fields.to_fields(),
         "command": command(results),
         "window_bound": {"mean": bound[0], "standard_error": bound[1]} if bound else None,
@@ -59,13 +60,24 @@ def summary(findings: Findings) -> dict[str, Any]:
         "scaling": [_fit(fit) for fit in findings.laws],
         "arms": arms,
     }
-    return _without_nan(tree)
+
+
+def _estimate(found: Estimate) -> dict[str, float | None]:
+    return {"mean": found.mean, "half": _known(found.half)}
+
+
+def _known(x: float) -> float | None:
+    """Of what is nan where there is none."""
+    return None if math.isnan(x) else x
 
 
 def _contrast(each: Compared) -> dict[str, Any]:
+    found = each.difference
     return {
         **asdict(each.contrast),
-        **each.difference._asdict(),
+        **found._asdict(),
+        "mean": found.mean if found.pairs else None,
+        "half": _known(found.half),
         "holm": each.holm,
         "words": each.words,
     }
@@ -79,19 +91,10 @@ def _fit(fit: Fitted) -> dict[str, Any]:
         "cells": len(fit.cells),
         "left_out": fit.left_out,
         "refused": scaling.refused if scaling else "no cell to fit",
-        "decades": scaling.decades if scaling else None,
+        "decades": [_known(x) for x in scaling.decades] if scaling else None,
         "best": scaling.best.name if scaling and scaling.forms else None,
         "forms": {
             name: {"formula": form.formula, "parameters": form.parameters, "miss": form.miss}
             for name, form in (scaling.forms if scaling else {}).items()
         },
     }
-
-
-def _without_nan(tree: Any) -> Any:
-    """JSON has no nan."""
-    if isinstance(tree, dict):
-        return {key: _without_nan(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_without_nan(value) for value in tree]
-    return None if isinstance(tree, float) and math.isnan(tree) else tree

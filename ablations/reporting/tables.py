@@ -98,7 +98,7 @@ def contrasts_table(name: str, family: Sequence[Compared]) -> Table:
         found = each.difference
         cells = [
             each.contrast.label,
-            shown(name, Estimate(found.mean, found.half), sign="+"),
+            shown(name, Estimate(found.mean, found.half, found.pairs), sign="+"),
             probability(found.p),
             probability(each.holm),
             str(found.pairs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,16 +24,24 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        if self.expected is None or self.measured is None:
+        if self.expected is None or self.measured is None or not self.finite:
             return False
         if self.claim.tolerance == "sign":
             return self.measured * self.expected > 0
         return abs(self.measured - self.expected) <= self.claim.tolerance
 
     @property
+    def finite(self) -> bool:
+        return all(math.isfinite(x) for x in (self.expected, self.measured) if x is not None)
+
+    @property
     def word(self) -> str:
-        """holds, fails or not measured."""
-        return "holds" if self.holds else "fails" if self.measured is not None else "not measured"
+        """holds, fails, not measured, or not finite: nothing is claimed of nan or inf."""
+        if self.holds:
+            return "holds"
+        if self.measured is None:
+            return "not measured"
+        return "fails" if self.finite else "not finite"
 
     @property
     def figures(self) -> tuple[str, str]:

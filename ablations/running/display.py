@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from layerzoo.json_files import floats
+
 from .executor import Outcome
 from .folder import PROGRESS, read_json
 from .pace import Pace, say
@@ -69,7 +71,7 @@ class Display:
         for folder in running:
             if folder not in self.running:
                 self.running[folder] = self.bars.add_task(self._name(folder), total=None, note="")
-            if now := read_json(folder / PROGRESS):
+            if now := floats(read_json(folder / PROGRESS)):
                 self.bars.update(
                     self.running[folder],
                     completed=now["step"],

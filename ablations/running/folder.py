@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from portalocker import AlreadyLocked, LockFlags, lock
 
+from layerzoo.json_files import write_json
 from layerzoo.spec import SpecError
 
 from ..cells.cell import Cell
@@ -38,22 +38,9 @@ State = Literal["finished", "diverged", "running", "failed", "started", "pending
 STATES: tuple[State, ...] = ("finished", "diverged", "running", "failed", "started", "pending")
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w") as file:
-            file.write(json.dumps(tree, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of `write_json` holds; {} if there is none."""
+    """What a file of `write_json` holds; {} if there is none. Of figures, `floats` makes numbers
+    again."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

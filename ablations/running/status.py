@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from layerzoo.json_files import dumps, floats
 from layerzoo.spec import SpecError
 
 from .folder import CELLS, DIVERGED, FAILED, PROGRESS, STATES, read_json, state
@@ -38,12 +39,12 @@ def status(root: Path, as_json: bool) -> int:
     ended = all(cell["state"] in ("finished", "diverged") for cell in cells)
     for cell in cells:
         if cell["state"] in ("running", "started"):
-            cell["progress"] = read_json(root / cell["path"] / PROGRESS)
+            cell["progress"] = floats(read_json(root / cell["path"] / PROGRESS))
         for name in (DIVERGED, FAILED):
             if reason := read_json(root / cell["path"] / name).get("reason"):
                 cell["reason"] = reason
     if as_json:
-        print(json.dumps(cells, indent=2))
+        print(dumps(cells))
         return 0 if ended else 1
     console = Console()
     console.print(_table(cells))

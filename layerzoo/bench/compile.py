@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from layerzoo.arguments import Parser, check_file, spec_of
+from layerzoo.json_files import write_json
 from layerzoo.layer import build, check_spec, get_layer, list_layers
 from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError, suggest
@@ -126,5 +126,5 @@ def main(argv: Sequence[str]) -> int:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         )
     if options.json:
-        options.json.write_text(json.dumps([*rows.values()], indent=1) + "\n")
+        write_json(options.json, [*rows.values()], indent=1)
     return 0

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from layerzoo.arguments import Parser, make_folder
+from layerzoo.json_files import write_json
 from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError, suggest
 
@@ -123,6 +124,6 @@ def main(argv: Sequence[str]) -> int:
         for name in fields["names"]:
             found.append(measure(title, {**fields, "names": [name]}))
             content = {"gpu": hardware(device), "benchmarks": found}
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            write_json(path, content, indent=1)
     print(f"\nwrote {path}")
     return 1 if any("failed" in one for one in found) else 0

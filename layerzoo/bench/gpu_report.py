@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from layerzoo.arguments import spec_of
+from layerzoo.json_files import read_figures
 from layerzoo.spec import SpecError
 from layerzoo.style import COLOURS, MARKERS, tidy
 
@@ -46,7 +46,7 @@ def write(folder: Path, page: Path, table: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def of_gpu(file: Path, root: Path, wanted: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    found = json.loads(file.read_text())
+    found = read_figures(file)
     benchmarks = [one for one in found["benchmarks"] if "failed" not in one]
     machine = benchmarks[0]["machine"]
     versions = benchmarks[0]["versions"]

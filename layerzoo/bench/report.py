@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 import layerzoo
+from layerzoo import json_files
 
 from .calls import MEASURES, PIECE, STEPS
 from .measure import WARMUP, Spread, gemm_size, hardware
@@ -172,7 +172,7 @@ def write_json(
         },
         "rows": [as_json(row, peaks) for row in rows],
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    json_files.write_json(path, content)
 
 
 def as_json(row: Row, peaks: Peaks) -> dict[str, Any]:

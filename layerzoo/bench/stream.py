@@ -7,7 +7,6 @@ own. What is measured is that process: its resident memory and its clock.
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import time
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerzoo.arguments import PICTURES, Parser, check_file, spec_of
 from layerzoo.generate import stream
+from layerzoo.json_files import write_json
 from layerzoo.layer import Spec
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
@@ -187,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\n{table(name, found)}\n{growth(found)}", flush=True)
     if options.json:
         rows = {name: [p._asdict() for p in found] for name, found in runs.items()}
-        options.json.write_text(json.dumps({"what": what, "runs": rows}, indent=2) + "\n")
+        write_json(options.json, {"what": what, "runs": rows})
     if options.plot:
         importlib.import_module("layerzoo.bench.stream_plot").plot(what, runs, options.plot)
     return 0

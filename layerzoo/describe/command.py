@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.arguments import PICTURES, Parser, check_file
+from layerzoo.json_files import write_json
 from layerzoo.model import ModelConfig
 from layerzoo.spec import SpecError, at, plain, suggest
 
@@ -131,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"{name}: depth {config.depth}, dim {config.dim}, vocabulary {config.vocab_size:,}\n")
     print(report.text(found))
     if options.json:
-        options.json.write_text(report.to_json(found))
+        write_json(options.json, report.to_json(found))
     if options.plot:
         from .plot import plot
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +91,7 @@ def table(rows: Sequence[Sequence[str]], left: int) -> str:
     )
 
 
-def to_json(found: dict[str, Any]) -> str:
+def to_json(found: dict[str, Any]) -> dict[str, Any]:
     def part(figures: Part) -> dict[str, Any]:
         return figures._asdict()
 
@@ -100,4 +99,4 @@ def to_json(found: dict[str, Any]) -> str:
     named = {name: part(figures) for name, figures in found["others"].items()}
     lengths = [{"this": a._asdict(), "full": b._asdict()} for a, b in found["lengths"]]
     whole = {"blocks": blocks, "others": named, "total": part(found["total"]), "lengths": lengths}
-    return json.dumps({**found, **whole}, indent=2) + "\n"
+    return {**found, **whole}

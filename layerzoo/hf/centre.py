@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerzoo.compose.parallel import spread
+from layerzoo.ops import accumulator_dtype
 from layerzoo.shell import Memory
 from layerzoo.spec import SpecError
 
@@ -55,6 +56,6 @@ def looks(memories: list[Any]) -> Any:
     def hook(window: Any, args: tuple[Any, ...]) -> None:
         for memory in memories:
             k = spread(window.qkv(args[0]), memory)[1].unflatten(-1, (memory.heads, -1))
-            memory.key_bias.copy_(-k.mean((0, 1), dtype=torch.float32))
+            memory.key_bias.copy_(-k.mean((0, 1), dtype=accumulator_dtype(k)))
 
     return hook

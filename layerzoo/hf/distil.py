@@ -166,7 +166,7 @@ class Distil(TaskModule):
         M = max(1, int((batch["counted"] & (batch["labels"] != IGNORE)).sum()))
         trained = [*self.trained().values()]
         grads: list[Tensor | None] = [None] * len(trained)
-        parts = torch.zeros(3, device=self.device)
+        parts = torch.zeros(3, dtype=torch.float32, device=self.device)  # in bf16-true, too
         states: Sequence[State] = (None, None)
         for start in range(0, T, piece):
             cut = {name: x[:, start : start + piece] for name, x in batch.items()}

@@ -4,7 +4,6 @@ and controls: loss by position, retrieval, costs, lm-evaluation-harness; what a 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,8 @@ from layerzoo.bench.command import device, prepared
 from layerzoo.bench.stream import growth, in_a_process, table
 from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
+from layerzoo.json_files import write_json
+from layerzoo.metrics.wide import nats, right, wide
 from layerzoo.spec import SpecError
 
 from . import costs, positions
@@ -103,37 +104,38 @@ def by_position(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, A
         for arm in arms:
             with running(arm, options.window) as model:
                 batches = torch.from_numpy(np.stack(rows)).split(options.batch_size)
-                nats = [positions.losses(model, batch.to(options.device)) for batch in batches]
-            by_arm[arm.name] = np.concatenate(nats)
+                parts = [positions.losses(model, batch.to(options.device)) for batch in batches]
+            by_arm[arm.name] = np.concatenate(parts)
             print(f"{text}: {arm.name}: {by_arm[arm.name].mean():.4f} nats", flush=True)
         found[text] = {"files": len(rows), **compared(by_arm, window, options.length)}
     return found
 
 
+@np.errstate(invalid="ignore", divide="ignore")  # a model may be lost: nan and inf are shown
 def compared(by_arm: dict[str, positions.Losses], window: int, length: int) -> dict[str, Any]:
     """Means by range of positions; the share of the gap from window to full that is recovered, and
     that of the memory less each control's; inside the window, the drift from the source."""
     parts: dict[str, Any] = {}
     for name, where in positions.ranges(window, length).items():
-        mean = {arm: nats[:, where].mean(1) for arm, nats in by_arm.items()}
-        full, alone = mean["full"], mean["window"]
-        others = {arm: nats for arm, nats in mean.items() if arm not in ("full", "window")}
-        part: dict[str, Any] = {"nats": {arm: float(nats.mean()) for arm, nats in mean.items()}}
+        means = {arm: loss[:, where].mean(1) for arm, loss in by_arm.items()}
+        full, alone = means["full"], means["window"]
+        others = {arm: loss for arm, loss in means.items() if arm not in ("full", "window")}
+        part: dict[str, Any] = {"nats": {arm: float(loss.mean()) for arm, loss in means.items()}}
         if name == "inside":
             part["drift"] = {a: positions.difference(x, full)._asdict() for a, x in others.items()}
         else:
             part["gap"] = positions.difference(alone, full)._asdict()
             part["recovered"] = {
-                arm: positions.recovered(full, alone, nats)._asdict()
-                for arm, nats in others.items()
+                arm: positions.recovered(full, alone, loss)._asdict()
+                for arm, loss in others.items()
             }
             part["beyond"] = {  # what the memory recovers less what a control does
-                arm: positions.recovered(full, alone, alone - nats + others["memory"])._asdict()
-                for arm, nats in others.items()
+                arm: positions.recovered(full, alone, alone - loss + others["memory"])._asdict()
+                for arm, loss in others.items()
                 if arm != "memory"
             }
         parts[name] = part
-    curve = {arm: nats.mean(0).round(4).tolist() for arm, nats in by_arm.items()}
+    curve = {arm: loss.mean(0).round(4).tolist() for arm, loss in by_arm.items()}
     return {"ranges": parts, "by_position": curve}
 
 
@@ -151,8 +153,8 @@ def probe(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, list[fl
         if arm.mode == "memory":
             with running(arm, options.window) as model:
                 found[arm.name] = explained(model, rows.to(options.device))
-            mean = np.mean(found[arm.name])
-            print(f"probe: {arm.name}: {100 * mean:.1f}% of what the window misses", flush=True)
+            share = np.mean(found[arm.name])
+            print(f"probe: {arm.name}: {100 * share:.1f}% of what the window misses", flush=True)
     return found
 
 
@@ -176,24 +178,27 @@ def retrieval(arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str
                         found.append({**row, **answered(model, tokens, labels)})
                 mine = [row for row in found if row["arm"] == arm.name and row["kind"] == kind]
                 last = mine[-len(depths) :]
-                right = np.mean([row["answers"] for row in last])
-                nats = np.mean([row["nats"] for row in last])
-                figures = f"{right:.2f} right, {nats:.3f} nats"
+                whole, lost = (np.mean([row[x] for row in last]) for x in ("answers", "nats"))
+                figures = f"{whole:.2f} right, {lost:.3f} nats"
                 print(f"{kind} at {length}: {arm.name}: {figures}", flush=True)
     return found
+
+
+def mean(values: torch.Tensor) -> float:
+    return float(wide(values, values.device).mean())
 
 
 @torch.no_grad()
 def answered(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     h, _ = model.hidden(tokens)
     where = labels != IGNORE
-    logits, want = model.head(h[where]).float(), labels[where]
-    right = torch.zeros_like(where)
-    right[where] = logits.argmax(-1) == want
+    logits, want = model.head(h[where]), labels[where]
+    found = torch.zeros_like(where)
+    found[where] = right(logits, want)
     return {
-        "nats": float(torch.nn.functional.cross_entropy(logits, want)),
-        "tokens": float(right[where].float().mean()),
-        "answers": float((right == where).all(1).float().mean()),
+        "nats": mean(nats(logits, want)),
+        "tokens": mean(found[where]),
+        "answers": mean((found == where).all(1)),
     }
 
 
@@ -250,6 +255,6 @@ def main(argv: Sequence[str]) -> int:
             if asked:
                 found[name] = run()
                 # As it goes: what has been measured is not lost if the rest fails.
-                (options.out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+                write_json(options.out / "evaluation.json", found, indent=1)
     print(page(found, options.out))
     return 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from layerzoo.data.tokenizer import extra, reason
+from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError, at
 
 
@@ -33,15 +35,19 @@ def harness(
     manager = manager_of(tasks_of.TaskManager, tasks, include)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise SpecError(f"--tasks {unknown[0]}: no such task; see `lm-eval ls tasks`")
-    arm = models.HFLM(
-        pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=1
+    tokenizer, dtype = (
+        AutoTokenizer.from_pretrained(folder),
+        accumulator_dtype(model.lm_head.weight),
     )
+    # By default it sums log-likelihoods in the model's dtype.
+    wide = {"softmax_dtype": dtype, "batch_size": 1}
+    arm = models.HFLM(pretrained=model, tokenizer=tokenizer, **wide)
     try:
         found = evaluator.simple_evaluate(arm, tasks=tasks, task_manager=manager, limit=limit)
     except (OSError, ConnectionError) as error:
         raise SpecError(f"--tasks: its data cannot be reached: {reason(error)}") from None
     results: dict[str, Any] = (found or {})["results"]
-    return {task: numbers(figures) for task, figures in results.items()}
+    return {task: numbers(task, figures) for task, figures in results.items()}
 
 
 def manager_of(TaskManager: Any, tasks: list[str], include: Path | None) -> Any:
@@ -53,6 +59,16 @@ def manager_of(TaskManager: Any, tasks: list[str], include: Path | None) -> Any:
     return TaskManager(include_path=None if include is None else str(include))
 
 
-def numbers(figures: dict[str, Any]) -> dict[str, float]:
-    """Those of the metrics, whose names have a comma: acc,none."""
-    return {name: float(x) for name, x in figures.items() if "," in name and type(x) is float}
+def numbers(task: str, figures: dict[str, Any]) -> dict[str, float]:
+    """Those of the metrics, whose names have a comma: acc,none. What else there is under such a
+    name is said to be left out, but for "N/A", which is the harness's word for nothing."""
+    found = {}
+    for name, x in figures.items():
+        if "," not in name or x == "N/A":
+            continue
+        x = x.item() if getattr(x, "ndim", None) == 0 else x  # of NumPy and of torch
+        if isinstance(x, Real) and not isinstance(x, bool):
+            found[name] = float(x)
+        else:
+            print(f"{task}: {name}: left out, as it is no number: {x!r}", flush=True)
+    return found

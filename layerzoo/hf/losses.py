@@ -101,7 +101,7 @@ class _FromHidden(torch.autograd.Function):
 
 def distance(outputs: Sequence[Tensor], goals: Sequence[Tensor], where: Tensor) -> Tensor:
     """sum_n mean_b |x_nb - x'_nb|^2 / |x'_nb|^2 over the positions where `where` [B, T] is."""
-    total = torch.zeros((), device=where.device)
+    total = torch.zeros((), dtype=torch.float32, device=where.device)
     for x, goal in zip(outputs, goals, strict=True):
         x, goal = (t[where].to(torch.promote_types(t.dtype, torch.float32)) for t in (x, goal))
         size = goal.square().sum(-1).clamp(min=torch.finfo(goal.dtype).tiny)

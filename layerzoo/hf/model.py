@@ -114,6 +114,18 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
                 module.get_buffer(name).copy_(value)
         return found
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A cast of the model does not round the frequencies of its rotary positions: in bfloat16
+        they would be turns off at the end of a book."""
+        rotary = self.model.rotary_emb
+        exact = dict(rotary.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            cast = rotary.get_buffer(name)
+            if cast.dtype != buffer.dtype:
+                setattr(rotary, name, buffer.to(cast.device))
+        return self
+
     # Like a LanguageModel
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,13 @@ def harness_table(found: dict[str, Any]) -> str:
         (task, name)
         for task, figures in found[arms[0]].items()
         for name in figures
-        if not name.endswith("stderr,none")
+        if not name.partition(",")[0].endswith("_stderr")
     ]
     rows = [
-        [f"{task} {name.split(',')[0]}", *(f"{found[arm][task][name]:.4f}" for arm in arms)]
+        [
+            f"{task} {name.removesuffix(',none')}",
+            *(f"{found[arm][task].get(name, math.nan):.4f}" for arm in arms),
+        ]
         for task, name in names
     ]
     return lines_of(["task", *arms], rows)
@@ -110,7 +114,8 @@ def harness_table(found: dict[str, Any]) -> str:
 
 def smoothed(nats: Any) -> tuple[Any, Any]:
     """(positions, running mean) of a difference of losses by position."""
-    mean = np.convolve(nats, np.ones(SMOOTH) / SMOOTH, "valid")
+    with np.errstate(invalid="ignore"):
+        mean = np.convolve(nats, np.ones(SMOOTH) / SMOOTH, "valid")
     return np.arange(len(mean)) + SMOOTH // 2, mean
 
 
@@ -132,7 +137,8 @@ def draw(texts: dict[str, Any], window: int, path: Path) -> None:
         for axes, (drawn, base, label) in zip(grid[:, column], rows, strict=True):
             sign = 1 if base == "full" else -1
             for arm in drawn:
-                over = sign * (curves[arm] - curves[base])
+                with np.errstate(invalid="ignore"):  # inf less inf
+                    over = sign * (curves[arm] - curves[base])
                 colour = COLOURS[others.index(arm) % len(COLOURS)]
                 axes.plot(*smoothed(over), color=colour, label=arm)
             axes.axhline(0, color="0.5", linewidth=0.8)

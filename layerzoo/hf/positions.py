@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
-from torch.nn import functional as F
 
 from layerzoo.data.corpus import deal_names, read_files
 from layerzoo.data.tokenizer import Tokenizer
+from layerzoo.metrics.wide import nats
 from layerzoo.spec import SpecError
 
 HEAD = 256
@@ -66,7 +66,7 @@ def losses(model: Any, tokens: Tensor) -> Losses:
     """Nats at each position of rows `[B, T + 1]` of tokens -> `[B, T]`."""
     h, _ = model.hidden(tokens[:, :-1])
     parts = [
-        F.cross_entropy(model.head(part).float().mT, want, reduction="none")
+        nats(model.head(part).flatten(0, 1), want.flatten()).view(want.shape)
         for part, want in zip(h.split(HEAD, 1), tokens[:, 1:].split(HEAD, 1), strict=True)
     ]
     return torch.cat(parts, 1).double().cpu().numpy()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerzoo.compose import Parallel
+from layerzoo.metrics.wide import wide
 
 from .modes import changed
 
@@ -57,6 +58,7 @@ def unscaled(mixer: Parallel, h: Tensor) -> Tensor:
 def share(m: Tensor, missed: Tensor) -> float:
     """R^2 `explained` of m and missed, `[B, T, D]`."""
     even, odd = slice(0, None, 2), slice(1, None, 2)
+    m, missed = (wide(x, x.device) for x in (m, missed))
     m = m - m[even].mean((0, 1))
     missed = missed - missed[even].mean((0, 1))
     s = (m[even] * missed[even]).sum((0, 1)) / m[even].square().sum((0, 1)).clamp(min=1e-12)

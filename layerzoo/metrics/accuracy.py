@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from layerzoo.metrics.binned import Binned
+from layerzoo.metrics.wide import WideMetric, ratio, right
 
 
-def scaled(accuracy: Any, chance: float) -> Any:
-    """(accuracy - chance) / (1 - chance): 0 is a guess, 1 is all."""
-    return (accuracy - chance) / (1 - chance)
+def scaled(accuracy: float, chance: float) -> float:
+    """(accuracy - chance) / (1 - chance): 0 is a guess, 1 is all; nan if a guess is all."""
+    return ratio(accuracy - chance, 1 - chance)
 
 
-class Accuracy(Metric):
+class Accuracy(WideMetric):
     """`accuracy/all`, the share of the labels that are predicted; `accuracy/scaled` =
     (accuracy - chance) / (1 - chance)."""
 
@@ -26,14 +25,14 @@ class Accuracy(Metric):
     def __init__(self, chance: float) -> None:
         super().__init__()
         self.chance = chance
-        self.add_state("counts", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_counts("counts", 2)
 
     def update(self, logits: Tensor, labels: Tensor, **annotations: Any) -> None:
-        correct = logits.argmax(-1) == labels
-        self.counts += torch.stack([correct.sum(), torch.tensor(len(labels)).to(labels)])
+        self.counts[0] += right(logits, labels).sum()
+        self.counts[1] += len(labels)
 
-    def compute(self) -> dict[str, Tensor]:
-        accuracy = self.counts[0] / self.counts[1]
+    def compute(self) -> dict[str, float]:
+        accuracy = ratio(*self.counts.tolist())
         return {"accuracy/all": accuracy, "accuracy/scaled": scaled(accuracy, self.chance)}
 
 
@@ -44,7 +43,7 @@ class AccuracyBy(Binned):
         super().__init__(prefix or f"accuracy_{annotation}", annotation, edges)
 
     def value(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.argmax(-1) == labels
+        return right(logits, labels)
 
 
 class Capacity(AccuracyBy):
@@ -75,7 +74,7 @@ class Capacity(AccuracyBy):
         return out
 
 
-class SuccessRate(Metric):
+class SuccessRate(WideMetric):
     """The share of runs whose figure reaches a threshold; updated with figures of runs."""
 
     counts: Tensor
@@ -83,16 +82,14 @@ class SuccessRate(Metric):
     def __init__(self, threshold: float = 0.9) -> None:
         super().__init__()
         self.threshold = threshold
-        self.add_state("counts", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_counts("counts", 2)
 
     def update(self, figures: Tensor) -> None:
-        reached = figures >= self.threshold
-        self.counts += torch.stack(
-            [reached.sum(), torch.tensor(reached.numel()).to(reached.device)]
-        )
+        self.counts[0] += (figures >= self.threshold).sum()
+        self.counts[1] += figures.numel()
 
-    def compute(self) -> Tensor:
-        return self.counts[0] / self.counts[1]
+    def compute(self) -> float:
+        return ratio(*self.counts.tolist())
 
 
 def extrapolation(results: dict[str, dict[str, Any]], trained: int) -> dict[str, Any]:

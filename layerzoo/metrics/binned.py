@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from layerzoo.metrics.wide import WideMetric
 
 
-class Binned(Metric):
+class Binned(WideMetric):
     """The mean of one value, in bins of an annotation, as `prefix/edge`: the bin [edge, next).
 
     Args:
@@ -28,10 +29,9 @@ class Binned(Metric):
         super().__init__()
         self.prefix, self.annotation = prefix, annotation
         self.register_buffer("edges", torch.tensor(edges), persistent=False)
-        zeros = torch.zeros(len(edges))
-        self.add_state("total", zeros.clone(), dist_reduce_fx="sum")  # of the values
-        self.add_state("count", zeros.long(), dist_reduce_fx="sum")
-        self.add_state("at", zeros.clone(), dist_reduce_fx="sum")  # of the annotation
+        self.add_sums("total", len(edges))  # of the values
+        self.add_counts("count", len(edges))
+        self.add_sums("at", len(edges))  # of the annotation
 
     def value(self, logits: Tensor, labels: Tensor) -> Tensor:
         raise NotImplementedError

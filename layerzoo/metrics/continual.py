@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from layerzoo.metrics.wide import WideMetric
 
 UNKNOWN = -math.inf
 
 
-class ContinualMatrix(Metric):
+class ContinualMatrix(WideMetric):
     """Of K tasks, trained one after another: R[i, j] = the accuracy on task j after phase i, for
     i = 0..K (0 is before training) and j = 1..K; `continual_matrix/phase=i/task=j`.
 
@@ -39,12 +40,12 @@ class ContinualMatrix(Metric):
         if phases < 2:
             raise ValueError(f"phases: must be at least 2, got {phases}")
         self.phases = phases
-        unknown = torch.full((phases + 1, phases), UNKNOWN)
+        unknown = torch.full((phases + 1, phases), UNKNOWN, dtype=torch.float64)
         self.add_state("accuracies", unknown, dist_reduce_fx="max")
 
     def update(self, phase: int, accuracies: Tensor | Sequence[float]) -> None:
         """Set the row of a phase, `[K]`; nan is not measured and leaves what is known."""
-        row = torch.as_tensor(accuracies).to(self.accuracies)
+        row = self.accuracies.new_tensor([float(accuracy) for accuracy in accuracies])
         self.accuracies[phase] = torch.where(row.isnan(), self.accuracies[phase], row)
 
     def compute(self) -> dict[str, float]:

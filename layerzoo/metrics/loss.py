@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics import Metric
 
 from layerzoo.metrics.binned import Binned, octaves
+from layerzoo.metrics.wide import WideMetric, exp, nats, ratio
 
 
-class TokenLoss(Metric):
+class TokenLoss(WideMetric):
     """Mean cross entropy: `loss/held_out` in nats a token, `loss/perplexity` = exp of it, and for
     text `loss/bits_per_byte` = nats / ln 2 / bytes a token.
 
@@ -27,19 +25,19 @@ class TokenLoss(Metric):
     def __init__(self, bytes_per_token: float = 0) -> None:
         super().__init__()
         self.bytes_per_token = bytes_per_token
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_sums("total")
+        self.add_counts("count")
 
     def update(self, logits: Tensor, labels: Tensor, **annotations: Any) -> None:
-        self.total += F.cross_entropy(logits.float(), labels, reduction="sum")
-        self.count += labels.numel()
+        self.total += nats(logits, labels).sum(dtype=self.total.dtype)
+        self.count += len(labels)
 
-    def compute(self) -> dict[str, Tensor]:
-        loss = self.total / self.count
-        out = {"loss/held_out": loss, "loss/perplexity": loss.exp()}
+    def compute(self) -> dict[str, float]:
+        loss = ratio(self.total.item(), self.count.item())
+        out = {"loss/held_out": loss, "loss/perplexity": exp(loss)}
         if self.bytes_per_token:
             out["loss/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
-        return {name: value.float() for name, value in out.items()}
+        return out
 
 
 class LossByPosition(Binned):
@@ -55,12 +53,12 @@ class LossByPosition(Binned):
         self.bytes_per_token = bytes_per_token
 
     def value(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return nats(logits, labels)
 
     def compute(self) -> dict[str, float]:
         means = {edge: mean for edge, (_, mean) in self.means().items()}
         out = {f"loss_at/{edge}": loss for edge, loss in means.items()}
-        out |= {f"perplexity_at/{edge}": math.exp(loss) for edge, loss in means.items()}
+        out |= {f"perplexity_at/{edge}": exp(loss) for edge, loss in means.items()}
         if self.bytes_per_token:
             bits = math.log(2) * self.bytes_per_token
             out |= {f"bits_per_byte_at/{edge}": loss / bits for edge, loss in means.items()}

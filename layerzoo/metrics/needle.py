@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics import Metric
+
+from layerzoo.metrics.wide import WideMetric, nats, ratio, right
 
 
-class Answers(Metric):
+class Answers(WideMetric):
     """`recall/answers`, the share of answers whose tokens are all predicted, each given the true
     ones before it: what greedy decoding gets right, for it goes on from its own tokens only while
     they are the true ones.
@@ -24,19 +24,20 @@ class Answers(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("counts", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_counts("counts", 2)
 
     def update(
         self, logits: Tensor, labels: Tensor, *, answer: Tensor, **annotations: Any
     ) -> None:
         numbers, which = answer.unique(return_inverse=True)
         wrong = torch.zeros_like(numbers).index_add_(
-            0, which, (logits.argmax(-1) != labels).to(numbers.dtype)
+            0, which, (~right(logits, labels)).to(numbers.dtype)
         )
-        self.counts += torch.stack([(wrong == 0).sum(), torch.tensor(len(numbers)).to(labels)])
+        self.counts[0] += (wrong == 0).sum()
+        self.counts[1] += len(numbers)
 
-    def compute(self) -> dict[str, Tensor]:
-        return {"recall/answers": self.counts[0] / self.counts[1]}
+    def compute(self) -> dict[str, float]:
+        return {"recall/answers": ratio(*self.counts.tolist())}
 
 
 class MarkedAnswers(Answers):
@@ -52,8 +53,8 @@ class MarkedAnswers(Answers):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("tokens", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_counts("tokens", 2)
+        self.add_sums("total")
 
     def update(
         self, logits: Tensor, labels: Tensor, *, answer: Tensor, **annotations: Any
@@ -62,16 +63,16 @@ class MarkedAnswers(Answers):
         begins = answer & ~torch.cat([answer[:0].new_zeros(1), answer])[: len(answer)]
         number, logits, labels = begins.cumsum(0)[answer], logits[answer], labels[answer]
         super().update(logits, labels, answer=number)
-        right = (logits.argmax(-1) == labels).sum()
-        self.tokens += torch.stack([right, torch.tensor(len(labels)).to(labels)])
-        self.total += F.cross_entropy(logits.float(), labels, reduction="sum")
+        self.tokens[0] += right(logits, labels).sum()
+        self.tokens[1] += len(labels)
+        self.total += nats(logits, labels).sum(dtype=self.total.dtype)
 
-    def compute(self) -> dict[str, Tensor]:
-        right, count = self.tokens
+    def compute(self) -> dict[str, float]:
+        found, count = self.tokens.tolist()
         if count == 0:
             return {}
         return {
-            "recall/accuracy": right / count,
-            "recall/loss": self.total / count,
+            "recall/accuracy": found / count,
+            "recall/loss": self.total.item() / count,
             **super().compute(),
         }

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from layerzoo.metrics.wide import WideMetric, right
 
 
-class ErrorKinds(Metric):
+class ErrorKinds(WideMetric):
     """Where wrong answers come from, as shares of all wrong answers, `errors/..`; absent if there
     are none.
 
@@ -24,30 +25,30 @@ class ErrorKinds(Metric):
     def __init__(self) -> None:
         super().__init__()
         # stale, another key's, off the set, queries that could be answered stale
-        self.add_state("counts", torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_counts("counts", 4)
 
     def update(
         self, logits: Tensor, labels: Tensor, *, old: Tensor, bound: Tensor, **annotations: Any
     ) -> None:
-        answer = logits.argmax(-1)
-        wrong = answer != labels
-        stale = (old == answer[:, None]).any(1)
-        other = (bound == answer[:, None]).any(1) & ~stale
+        wrong, answer = ~right(logits, labels), logits.argmax(-1)[:, None]
+        said = ~logits.isnan().any(1, keepdim=True)
+        stale = (said & (old == answer)).any(1)
+        other = (said & (bound == answer)).any(1) & ~stale
         kinds = [wrong & stale, wrong & other, wrong & ~stale & ~other, (old >= 0).any(1)]
         self.counts += torch.stack([kind.sum() for kind in kinds])
 
-    def compute(self) -> dict[str, Tensor]:
-        wrong, could = self.counts[:3].sum(), self.counts[3]
+    def compute(self) -> dict[str, float]:
+        *kinds, could = self.counts.tolist()
         out = {}
-        if wrong > 0:
+        if wrong := sum(kinds):
             names = ("errors/stale", "errors/other_key", "errors/off_set")
-            out |= dict(zip(names, self.counts[:3] / wrong, strict=True))
-        if could > 0:
-            out["errors/stale_rate"] = self.counts[0] / could
+            out |= {name: kind / wrong for name, kind in zip(names, kinds, strict=True)}
+        if could:
+            out["errors/stale_rate"] = kinds[0] / could
         return out
 
 
-class Collateral(Metric):
+class Collateral(WideMetric):
     """Recall of keys written once, `recall/untouched`, and more often, `recall/updated`, and
     their difference, `recall/untouched_minus_updated`; what is absent was not asked. Annotation
     `writes`."""
@@ -56,19 +57,19 @@ class Collateral(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        zero = torch.zeros(2, 2, dtype=torch.int64)  # [updated, correct]
-        self.add_state("counts", zero, dist_reduce_fx="sum")
+        self.add_counts("counts", 2, 2)  # [updated, correct]
 
     def update(
         self, logits: Tensor, labels: Tensor, *, writes: Tensor, **annotations: Any
     ) -> None:
-        index = 2 * (writes > 1).long() + (logits.argmax(-1) == labels).long()
+        index = 2 * (writes > 1).long() + right(logits, labels).long()
         self.counts += torch.bincount(index, minlength=4).view(2, 2)
 
-    def compute(self) -> dict[str, Tensor]:
+    def compute(self) -> dict[str, float]:
         names = ("recall/untouched", "recall/updated")
-        recall = self.counts[:, 1] / self.counts.sum(1)
-        out = {name: recall[n] for n, name in enumerate(names) if self.counts[n].sum() > 0}
+        counts = zip(names, self.counts.tolist(), strict=True)
+        out = {name: found / (wrong + found) for name, (wrong, found) in counts if wrong + found}
         if len(out) == 2:
-            out["recall/untouched_minus_updated"] = recall[0] - recall[1]
+            untouched, updated = out.values()
+            out["recall/untouched_minus_updated"] = untouched - updated
         return out

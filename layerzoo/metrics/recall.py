@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from layerzoo.metrics.accuracy import AccuracyBy, scaled
 from layerzoo.metrics.binned import octaves
+from layerzoo.metrics.wide import WideMetric, ratio, right
 
 
-class Recall(Metric):
+class Recall(WideMetric):
     """`recall/accuracy`; `recall/ceiling`, the share of queries that a model of limited reach
     can answer (the annotation `reachable`); `recall/beyond_window`, the accuracy on the others,
     absent if there are none; `recall/queries`, their number."""
@@ -23,26 +23,25 @@ class Recall(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        zero = torch.zeros(2, 2, dtype=torch.int64)  # [reachable, correct]
-        self.add_state("counts", zero, dist_reduce_fx="sum")
+        self.add_counts("counts", 2, 2)  # [reachable, correct]
 
     def update(
         self, logits: Tensor, labels: Tensor, *, reachable: Tensor, **annotations: Any
     ) -> None:
-        correct = logits.argmax(-1) == labels
-        index = 2 * reachable.long() + correct.long()
+        index = 2 * reachable.long() + right(logits, labels).long()
         self.counts += torch.bincount(index, minlength=4).view(2, 2)
 
-    def compute(self) -> dict[str, Tensor]:
-        total, beyond = self.counts.sum(), self.counts[0].sum()
+    def compute(self) -> dict[str, float]:
+        beyond, reachable = self.counts.tolist()
+        total = sum(beyond) + sum(reachable)
         out = {
-            "recall/accuracy": self.counts[:, 1].sum() / total,
-            "recall/ceiling": self.counts[1].sum() / total,
-            "recall/queries": total,
+            "recall/accuracy": ratio(beyond[1] + reachable[1], total),
+            "recall/ceiling": ratio(sum(reachable), total),
+            "recall/queries": float(total),
         }
-        if beyond > 0:
-            out["recall/beyond_window"] = self.counts[0, 1] / beyond
-        return {name: value.float() for name, value in out.items()}
+        if sum(beyond):
+            out["recall/beyond_window"] = beyond[1] / sum(beyond)
+        return out
 
 
 class RecallByLag(AccuracyBy):

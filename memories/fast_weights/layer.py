@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import State, StateBytes
+from layerzoo.nn import Constant
 from layerzoo.ops import accumulator_dtype
 from layerzoo.shell import Memory, Shell, Write
 from layerzoo.spec import SpecError
@@ -117,7 +118,7 @@ class FastWeights(Memory, name="fast_weights"):
         scale = self.squares if config.lr_per_matrix else [max(self.squares)]
         together = 1.0 if config.row else rule.mini_batch**0.5
         rates = config.lr / together / torch.tensor(scale, dtype=torch.float64)
-        self.register_buffer("rates", rates.float(), persistent=False)
+        self.rates = Constant(rates)
         if rule.has_momentum:
             self.momentum_gate = Gate(dim, H, START["momentum"])
         if rule.has_decay:
@@ -154,7 +155,7 @@ class FastWeights(Memory, name="fast_weights"):
         return weights
 
     def gates(self, x: Tensor) -> Write:
-        lr = self.lr_gate(x).unflatten(-1, (self.heads, -1)) * self.rates
+        lr = self.lr_gate(x).unflatten(-1, (self.heads, -1)) * self.rates()
         found = {"lr": lr}
         if self.rule_.has_momentum:
             found["momentum"] = self.momentum_gate(x)
@@ -166,8 +167,9 @@ class FastWeights(Memory, name="fast_weights"):
         """The op's arguments that no token writes."""
         found: dict[str, Any] = {"weights": tuple(self.weights), "spec": self.rule_}
         if self.config.row:
-            place = torch.arange(1, len(self.row_offset) + 1).to(self.row_offset)
-            found["row"] = (1 / place + self.row_offset).clamp(min=0)
+            offset = self.row_offset.to(accumulator_dtype(self.row_offset))
+            place = torch.arange(1, len(offset) + 1).to(offset)
+            found["row"] = (1 / place + offset).clamp(min=0)
         if self.rule_.network.layer_norm:
             found["layer_norm"] = (self.norm_weight, self.norm_bias)
         return found

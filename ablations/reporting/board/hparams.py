@@ -67,13 +67,17 @@ def write_hparams(grids: Sequence[Results], root: Path) -> None:
 
 def _sessions(grid: Results) -> list[tuple[Result, Columns]]:
     """The cells that have begun, and what each was given: its options, tuned ones too, its seeds,
-    and the sizes of one that has finished. An axis has numbers if all its options are some."""
+    and the sizes of one that has finished. An axis has numbers if all its options are some, and a
+    size if all cells have finite ones."""
     begun = [cell for cell in grid.cells if cell.state in STATUS]
     axes = [{name: _read(text) for name, text in _options(cell).items()} for cell in begun]
     words = {name for row in axes for name, value in row.items() if isinstance(value, str)}
+    known = {name: [c.metrics[name] for c in begun if name in c.metrics] for name in sizes(grid)}
+    words |= {name for name, values in known.items() if not all(map(math.isfinite, values))}
     found = []
     for cell, row in zip(begun, axes, strict=True):
-        columns: Columns = {n: cell.metrics[n] for n in sizes(grid) if n in cell.metrics}
+        given = {n: cell.metrics[n] for n in sizes(grid) if n in cell.metrics}
+        columns: Columns = {n: str(x) if n in words else x for n, x in given.items()}
         columns |= {"seed": str(cell.seed)}
         columns |= row | {n: text for n, text in _options(cell).items() if n in words}
         found.append((cell, columns))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ...cells.cell import Seed
 from ..results import Result
-from ..statistics import mean_interval
+from ..statistics import mean_interval, mean_of
 
 Curve = dict[int, float]
 """A figure by the step of its measurement."""
@@ -27,14 +26,13 @@ class Margin(NamedTuple):
 
 
 def read_curves(folder: Path, names: Sequence[str]) -> dict[str, Curve]:
-    """The figures of the validation split that a cell has logged so far; nan and inf are left
-    out."""
+    """The figures of the validation split that a cell has logged so far."""
     if not any(folder.glob("events.*")):  # it has not begun
         return {}
     keep_all = {"scalars": 0, "images": 1, "tensors": 1}
     events = EventAccumulator(str(folder), size_guidance=keep_all).Reload()
     return {
-        name: {e.step: e.value for e in events.Scalars(name) if math.isfinite(e.value)}
+        name: {e.step: e.value for e in events.Scalars(name)}
         for name in names
         if name in events.Tags()["scalars"]
     }
@@ -43,7 +41,8 @@ def read_curves(folder: Path, names: Sequence[str]) -> dict[str, Curve]:
 def margins(
     cells: Sequence[Result], curves: Mapping[str, Mapping[str, Curve]], name: str
 ) -> dict[int, Margin]:
-    """A figure's interval over seeds at every step, from the seeds that have it.
+    """A figure's interval over seeds at every step, from the seeds that have it. There is none
+    at a step where one of them is not finite: it would be of the others alone.
 
     cells: of one arm, or of several: then a seed's value is their mean, and it counts only
     where all of them have one. curves: those of each cell, by its path.
@@ -55,9 +54,9 @@ def margins(
             found.setdefault(step, {}).setdefault(cell.seed, []).append(value)
     out = {}
     for step, seeds in sorted(found.items()):
-        values = [fmean(of_seed) for of_seed in seeds.values() if len(of_seed) == arms]
-        if values:
-            mean, half = mean_interval(values)
+        values = [mean_of(of_seed) for of_seed in seeds.values() if len(of_seed) == arms]
+        if values and all(map(math.isfinite, values)):
+            mean, half, _ = mean_interval(values)
             half = 0.0 if math.isnan(half) else half
             out[step] = Margin(mean, mean - half, mean + half)
     return out

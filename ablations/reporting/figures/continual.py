@@ -47,7 +47,7 @@ def _matrix(row: Row) -> tuple[Any, list[int], list[int]] | None:
     if not found:
         return None
     phases, tasks = (sorted({at[side] for at in found}) for side in (0, 1))
-    values = np.full((len(phases), len(tasks)), np.nan)
+    values = np.ma.masked_all((len(phases), len(tasks)))
     for (phase, task), name in found.items():
         values[phases.index(phase), tasks.index(task)] = row.estimate(name).mean
     return values, phases, tasks

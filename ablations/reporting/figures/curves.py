@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from layerzoo.figures import families
+from layerzoo.figures import families, write_not_finite
 from layerzoo.style import COLOURS, tidy
 
 from ..findings import Findings
@@ -97,18 +97,21 @@ def _parts(rows: Sequence[Row]) -> list[list[Row]]:
 def _panel(
     axes: Any, findings: Findings, family: Curves, rows: Sequence[Row], second: tuple[int, ...]
 ) -> list[float]:
-    """Draw some arms; all means."""
+    """Draw some arms; all means that are finite."""
     style, means = looks(findings.rows), list[float]()
     firsts = sorted({at[0] for at in family.tags if at[1:] == second})
     for row in rows:
         found = [(n, row.estimate(family.tags[n, *second])) for n in firsts]
-        found = [(n, estimate) for n, estimate in found if not np.isnan(estimate.mean)]
+        found = [(n, estimate) for n, estimate in found if estimate.n]
         if not found:
             continue
         colour, marker = style[row.arm]
         at = [n for n, _ in found]
-        mean, half = np.array([estimate for _, estimate in found]).T
-        means += mean.tolist()
+        mean, half, _ = np.array([estimate for _, estimate in found]).T
+        known = np.isfinite(mean)
+        means += mean[known].tolist()
+        write_not_finite(axes, at, mean, colour)
+        mean, half = np.where(known, mean, np.nan), np.where(known, half, np.nan)
         axes.plot(at, mean, color=colour, marker=marker, ms=4, label=wrapped(row.arm))
         axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.1, lw=0)
     if firsts and firsts[0] > 0 and firsts[-1] >= 8 * firsts[0]:

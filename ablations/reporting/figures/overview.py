@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +34,12 @@ def overview(findings: Findings) -> Figure | None:
     style, places = looks(findings.rows), range(len(rows) - 1, -1, -1)
     for y, row in zip(places, rows, strict=True):
         colour, _ = style[row.arm]
-        mean, half = row.estimate(row.metric)
+        mean, half, _ = row.estimate(row.metric)
         axes.plot(row.scores, [y] * len(row.scores), "o", color=colour, alpha=0.45, ms=5, mew=0)
-        if not np.isnan(half):
+        if not np.isfinite(mean):
+            place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
+            axes.text(0.01, y, f"mean {mean}", color=colour, **place)
+        if np.isfinite(half):
             axes.errorbar(mean, y, xerr=half, color=colour, capsize=3, lw=1.5)
         axes.plot([mean], [y], "|", color=colour, ms=14, mew=2.5)
     axes.set_yticks(places, names)
@@ -43,7 +47,7 @@ def overview(findings: Findings) -> Figure | None:
     axes.set_xlabel(f"{findings.headline} (dots: seeds; bar: mean, with 95% t interval)")
     if is_accuracy(findings.headline):
         _limits(axes, rows, places)
-        low = min(0.0, *(score for row in rows for score in row.scores))
+        low = min(0.0, *(score for row in rows for score in row.scores if math.isfinite(score)))
         axes.set_xlim(low - 0.03, 1.03)
     if is_share(findings.headline):
         in_percent(axes.xaxis)
@@ -75,8 +79,8 @@ def by_both(findings: Findings) -> Figure | None:
     down, along = ([*dict.fromkeys(row.options[axis] for row in findings.rows)] for axis in axes)
     if min(len(down), len(along)) < 2 or not any(row.scores for row in findings.rows):
         return None
-    values = np.full((len(down), len(along)), np.nan)
-    for row in findings.rows:
+    values = np.ma.masked_all((len(down), len(along)))
+    for row in (row for row in findings.rows if row.scores):
         place = down.index(row.options[axes[0]]), along.index(row.options[axes[1]])
         values[place] = row.estimate(row.metric).mean
     width = max(0.7, inches(along) + 0.15)
@@ -100,8 +104,8 @@ def against_state(findings: Findings) -> Figure | None:
     axes = figure.add_subplot()
     for row in rows:
         colour, marker = style[row.arm]
-        mean, half = row.estimate(row.metric)
-        error = half if len(rows) <= INTERVALS and not np.isnan(half) else None
+        mean, half, _ = row.estimate(row.metric)
+        error = half if len(rows) <= INTERVALS and np.isfinite(half) else None
         x = row.estimate("state_bytes").mean
         axes.errorbar(x, mean, error, color=colour, marker=marker, ls="none", capsize=2, lw=1)
     for name, (colour, marker) in told.items():
@@ -112,7 +116,8 @@ def against_state(findings: Findings) -> Figure | None:
     axes.set_xlabel("bytes of state, batch 1, float32")
     axes.set_ylabel(findings.headline)
     if is_accuracy(findings.headline):
-        axes.set_ylim(min(0.0, *(score for row in rows for score in row.scores)) - 0.04, 1.04)
+        low = min(0.0, *(score for row in rows for score in row.scores if math.isfinite(score)))
+        axes.set_ylim(low - 0.04, 1.04)
     if is_share(findings.headline):
         in_percent(axes.yaxis)
     legend(axes)

@@ -33,6 +33,7 @@ def scaling(fits: Sequence[Fitted]) -> Figure | None:
         if two and best is None:
             continue
         x = best.predict(fit.x) if two and best else fit.x[:, 0]
+        x = np.where(np.isfinite(x), x, np.nan)
         apart = (fit.x == fit.x.max(0)).any(1)
         for some, face, label in ((~apart, colour, wrapped(name)), (apart, "white", None)):
             axes.plot(x[some], fit.y[some], marker, ms=5, mec=colour, mfc=face, label=label)
