@@ -12,7 +12,7 @@ from typing import Any
 
 from layerzoo.layer import Layer, build, get_layer, list_layers
 from layerzoo.ops import ImplError
-from layerzoo.spec import SpecError, plain, required, suggest
+from layerzoo.spec import Diverged, SpecError, plain, required, suggest
 
 DIM, LENGTH = 256, 4096
 """What `layerzoo list` computes state sizes for."""
@@ -165,8 +165,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the exit status is 2 after bad input, which is one line on stderr, and 130
-    after ^C."""
+    """Run a subcommand; the exit status is 2 after bad input and 1 if training diverged, which is
+    one line on stderr, and 130 after ^C."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print("usage: layerzoo COMMAND [options]\n")
@@ -181,6 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SpecError, ImplError) as error:
         print(f"layerzoo: error: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(f"layerzoo: diverged: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("layerzoo: interrupted", file=sys.stderr)
         return 130
