@@ -107,9 +107,10 @@ def _refuse_weights(trainer: Any, module: nn.Module, *_: Any) -> None:
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
-    # The greatest magnitude: a sum of squares overflows where no element does.
     tensors = [tensor for tensor in tensors if tensor.numel()]
-    return not tensors or bool(get_total_norm(tensors, math.inf).isfinite())
+    # A sum of squares takes a quarter of the time, but may overflow where no element does.
+    orders = (2.0, math.inf)
+    return not tensors or any(bool(get_total_norm(tensors, n).isfinite()) for n in orders)
 
 
 def _first(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
