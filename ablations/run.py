@@ -175,7 +175,7 @@ def _run(this: Run, tables: bool) -> int:
         choices = grid.choose(figures_of(tuning, out))
         arms = [*dict.fromkeys(cell.arm for cell in tuning)]
         for line in said(choices, arms, read_json(out / TUNING)):
-            this.console.print(line, markup=False, highlight=False)
+            this.console.print(line, markup=False, highlight=False, soft_wrap=True)
         write_json(out / TUNING, {arm: asdict(choice) for arm, choice in choices.items()})
     holds = True
     cells = [] if this.full else grid.cells(choices)

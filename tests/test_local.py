@@ -148,6 +148,24 @@ def test_a_process_that_does_not_start_is_told(tmp_path: Path, monkeypatch: Any)
     executor.start(folder)
     assert wait(executor) == [(folder, Outcome("failed", "no module named torch"))]
     executor.close(1)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+    executor = LocalExecutor(slots=1, threads=1, every=30)
+    executor.start(folder)
+    reason = "its process does not start: No such file or directory"
+    assert wait(executor) == [(folder, Outcome("failed", reason))]
+    executor.close(1)
+
+
+def test_a_process_that_dies_idle_fails_no_cell(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "cat").write_text('#!/bin/sh\nread folder; echo \'["finished", ""]\'\n')
+    (tmp_path / "cat").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "cat"))
+    executor = LocalExecutor(slots=1, threads=1, every=30)
+    for folder in cells(2, tmp_path):
+        executor.start(folder)
+        assert wait(executor) == [(folder, Outcome("finished"))]
+        executor.idle[0].wait(10)  # it has gone
+    executor.close(1)
 
 
 def test_a_run_that_is_stopped_saves_a_checkpoint(tmp_path: Path) -> None:
@@ -174,5 +192,9 @@ def test_a_loss_that_is_not_finite_ends_a_cell_for_good(
         shared.start(folder)
         ((_, outcome),) = wait(shared)
         assert outcome.end == "diverged" and state(folder) == "diverged"
-    assert outcome.reason == "" and not (folder / METRICS).exists()
-    assert "loss nan at step" in read_json(folder / "diverged.json")["reason"]
+    assert outcome.reason == read_json(folder / "diverged.json")["reason"]
+    assert "at step" in outcome.reason and "first in " in outcome.reason
+    assert not (folder / METRICS).exists()
+    for path in (folder / "checkpoints").glob("*.ckpt"):
+        weights = torch.load(path, weights_only=True)["state_dict"].values()
+        assert all(bool(weight.isfinite().all()) for weight in weights)

@@ -57,7 +57,8 @@ def status(root: Path, as_json: bool) -> int:
             host = f" on {now['host']}" if cell["state"] == "running" else ""
             console.print(f"{cell['state']}{host}: {cell['path']}: {where}", markup=False)
         elif "reason" in cell:
-            console.print(f"{cell['state']}: {cell['path']}: {cell['reason']}", markup=False)
+            why = f"{cell['state']}: {cell['path']}: {cell['reason']}"
+            console.print(why, markup=False, soft_wrap=True)
     if running:
         pace = Pace()
         for cell in cells:
