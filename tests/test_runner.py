@@ -204,7 +204,8 @@ def test_a_folder_holds_a_config_that_says_who_it_is(tmp_path: Path) -> None:
 def test_damaged_files_of_a_cell_are_found_out_again(tmp_path: Path, damage: str | None) -> None:
     folder = prepare(cell(), tmp_path)
     whole = {name: (folder / name).read_text() for name in (CELL, CONFIG_FILE)}
-    (folder / LOG).touch()
+    for name in (LOG, "hparams.yaml", "events.out.tfevents.1.vm.2.measured", "recall_lag-lag.png"):
+        (folder / name).touch()
     for name in (CELL, METRICS, DIVERGED, PROGRESS):
         if damage is None:
             (folder / name).unlink(missing_ok=True)

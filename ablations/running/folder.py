@@ -93,7 +93,8 @@ def prepare(cell: Cell, out: Path) -> Path:
 def _ours(name: str) -> bool:
     """Whether a file is one that cells have."""
     known = (CONFIG, CELL, METRICS, RECORD, DIVERGED, FAILED, PROGRESS, CHECKPOINTS, LOG, LOCK)
-    return name in known or name.startswith("events.") or name.endswith(".part")
+    logged = name == "hparams.yaml" or name.startswith("events.") or name.endswith(".png")
+    return name in known or logged or name.endswith(".part")
 
 
 def about_cell(cell: Cell) -> dict[str, Any]:
