@@ -18,7 +18,7 @@ from layerzoo.spec import SpecError
 
 from .cells.cell import Cell
 from .cells.grid import Grid, load_grid
-from .cells.tune import Choice
+from .cells.tune import Choice, Figures
 from .reporting.compare import compare
 from .reporting.results import GRID
 from .running import runner
@@ -26,12 +26,13 @@ from .running.display import Display
 from .running.executor import Executor, Outcome
 from .running.folder import (
     CELLS,
-    DIVERGED,
+    ENDED,
     LOG,
     METRICS,
     about_cell,
     prepare,
     read_json,
+    reason,
     state,
     write_json,
 )
@@ -70,15 +71,17 @@ class Run:
         self.grid, self.how, self.console = grid, how, console
         self.out = how.out / grid.name
         self.budget = how.limit
+        self.folders: list[Path] = []
         self.ends: dict[Path, Outcome] = {}
         self._executor: Executor | None = None
 
     def stage(self, title: str, cells: Sequence[Cell]) -> None:
         """Run the cells that have not ended."""
         folders = [prepare(cell, self.out) for cell in self._shard(cells)]
+        self.folders += folders
         states = {folder: state(folder) for folder in folders}
-        done = [f for f, now in states.items() if now in ("finished", "diverged")]
-        todo = [f for f, now in states.items() if now not in ("finished", "diverged")]
+        done = [f for f, now in states.items() if now in ENDED]
+        todo = [f for f, now in states.items() if now not in ENDED]
         todo = todo[: self.budget]
         if self.budget is not None:
             self.budget -= len(todo)
@@ -120,12 +123,15 @@ class Run:
 
     @property
     def failed(self) -> dict[str, str]:
-        """The reasons by path."""
-        return {
-            folder.relative_to(self.out).as_posix(): outcome.reason
-            for folder, outcome in self.ends.items()
-            if outcome.end == "failed"
-        }
+        """The reasons by path, also of cells that failed before and were not tried again. (Of a
+        full disk there is none in the folder.)"""
+        now = {folder: reason(folder) for folder in self.folders if state(folder) == "failed"}
+        now |= {folder: o.reason for folder, o in self.ends.items() if o.end == "failed"}
+        return {folder.relative_to(self.out).as_posix(): why for folder, why in now.items()}
+
+    @property
+    def full(self) -> bool:
+        return any(map(runner.disk_full, self.ends.values()))
 
 
 def run(name: str, how: How, size: str | None = None, tables: bool = True) -> int:
@@ -164,22 +170,24 @@ def _run(this: Run, tables: bool) -> int:
     tuning = grid.tune_cells()
     choices: dict[str, Choice] = {}
     if tuning:
-        _list(tuning, out)
+        _list([*tuning, *grid.cells(grid.choose(figures_of(tuning, out)))], out)
         this.stage(f"{grid.name}, tuning", tuning)
-        figures = {cell.path: figures_of(out / cell.path) for cell in tuning}
-        choices = grid.choose({path: found for path, found in figures.items() if found != {}})
+    if tuning and not this.full:
+        choices = grid.choose(figures_of(tuning, out))
+        arms = [*dict.fromkeys(cell.arm for cell in tuning)]
+        for line in said(choices, arms, read_json(out / TUNING)):
+            this.console.print(line, markup=False, highlight=False, soft_wrap=True)
         write_json(out / TUNING, {arm: asdict(choice) for arm, choice in choices.items()})
-        for line in said(choices, [*dict.fromkeys(cell.arm for cell in tuning)]):
-            this.console.print(line, markup=False, highlight=False)
-    cells = grid.cells(choices)
-    _list([*tuning, *cells], out)
     holds = True
+    cells = [] if this.full else grid.cells(choices)
+    if not this.full:
+        _list([*tuning, *cells], out)
     if cells:  # some arms are tuned
         this.stage(grid.name, cells)
         holds = compare(out, this.console if tables else Console(quiet=True))
-    for path, reason in this.failed.items():
-        print(f"failed: {path}: {reason} (see {out / path / LOG})", file=sys.stderr)
-    if any(map(runner.disk_full, this.ends.values())):
+    for path, why in this.failed.items():
+        print(f"failed: {path}: {why} (see {out / path / LOG})", file=sys.stderr)
+    if this.full:
         print("the disk is full: free some space; the same command goes on", file=sys.stderr)
     return 0 if holds and not this.failed else 1
 
@@ -188,23 +196,42 @@ def _list(cells: Sequence[Cell], out: Path) -> None:
     write_json(out / CELLS, [{"path": cell.path, **about_cell(cell)} for cell in cells])
 
 
-def said(choices: Mapping[str, Choice], arms: Sequence[str]) -> list[str]:
-    """What was chosen for each arm, and where there is reason to doubt it."""
+def said(
+    choices: Mapping[str, Choice], arms: Sequence[str], before: Mapping[str, Any]
+) -> list[str]:
+    """What was chosen for each arm, without which runs, and where there is reason to doubt it.
+
+    Args:
+        before: what an earlier call wrote of its choices.
+    """
     lines = []
     for arm in arms:
         choice = choices.get(arm)
         if choice is None:
             lines.append(f"{arm}: is not tuned yet, its cells wait")
-        elif choice.best is None:
-            lines.append(f"{arm}: every tuning run diverged, it has no cells")
-        else:
-            edges = "".join(f"; {axis} is at its edge, try more" for axis in choice.edges)
-            lines.append(f"{arm}: tuned to {', '.join(choice.best.options.values())}{edges}")
+            continue
+        for trial in choice.trials:
+            options = ", ".join(trial.options.values())
+            lines += [f"{arm}: {options}, seed {n}: {why}" for n, why in trial.lost.items()]
+        if choice.best is None:
+            lines.append(f"{arm}: every tuning run diverged or failed, it has no cells")
+            continue
+        edges = "".join(f"; {axis} is at its edge, try more" for axis in choice.edges)
+        was = (before.get(arm, {}).get("best") or {}).get("options", choice.best.options)
+        other = was != choice.best.options
+        changed = f"; was {', '.join(was.values())}, its cells are others now" if other else ""
+        lines.append(f"{arm}: tuned to {', '.join(choice.best.options.values())}{edges}{changed}")
     return lines
 
 
-def figures_of(folder: Path) -> Mapping[str, Any] | None:
-    """The figures of a finished cell, None of one that diverged, {} of one that has not ended."""
-    if (folder / METRICS).is_file():
-        return floats(read_json(folder / METRICS))
-    return None if (folder / DIVERGED).is_file() else {}
+def figures_of(cells: Sequence[Cell], out: Path) -> Figures:
+    """The figures of the cells that ended, or why there are none: they diverged or failed."""
+    found = dict[str, Mapping[str, Any] | str]()
+    for cell in cells:
+        folder = out / cell.path
+        now = state(folder)
+        if now == "finished":
+            found[cell.path] = floats(read_json(folder / METRICS))
+        elif now in ("diverged", "failed"):
+            found[cell.path] = f"{now}: {reason(folder)}"
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,10 +13,11 @@ from layerzoo.spec import SpecError
 
 from .cells.grid import Grid, load_grid, read_grid, shipped_grids
 from .cells.source import Source
-from .reporting.results import read_results
+from .reporting.results import Results, read_results
 from .reporting.rows import rows_of
 from .reporting.verdicts import Verdict, judge
 from .run import How, run
+from .running.folder import reason
 from .running.pace import say
 
 LONGEST = 10.0
@@ -58,20 +58,27 @@ def validate(names: Sequence[str], how: How, everything: bool = False) -> int:
         statuses.append(run(name, how, tables=False))
         if statuses[-1] == INTERRUPTED:
             return INTERRUPTED
-    judged = {grid.name: verdicts(how.out / grid.name) for grid in grids.values()}
+    found = {grid.name: read_results(how.out / grid.name) for grid in grids.values()}
+    judged = {name: judge(each.claims, rows_of(each.cells)) for name, each in found.items()}
     console = Console(width=None if sys.stdout.isatty() else 160)
     if judged:
         console.print(_table(judged))
+    for line in (line for each in found.values() for line in without_figures(each)):
+        console.print(line, markup=False, highlight=False)
     if skipped:
         console.print(_skipped(skipped))
     holds = all(verdict.holds for each in judged.values() for verdict in each)
     return 0 if holds and not any(statuses) else 1
 
 
-def verdicts(root: Path) -> list[Verdict]:
-    """What a grid's folder of results says of its claims."""
-    results = read_results(root)
-    return judge(results.claims, rows_of(results.cells))
+def without_figures(results: Results) -> list[str]:
+    """The cells that no claim is about, and why, in one line each."""
+    lost = (cell for cell in results.cells if cell.state != "finished")
+    lines = []
+    for cell in lost:
+        why = reason(results.root / cell.path)
+        lines.append(f"{results.name}: without {cell.path}: {cell.state}{why and f': {why}'}")
+    return lines
 
 
 def _brief(grid: Grid) -> bool:

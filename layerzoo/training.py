@@ -30,6 +30,7 @@ from layerzoo.config_files import (
     split_option,
 )
 from layerzoo.data import Task, list_tasks
+from layerzoo.finite import Finite
 from layerzoo.held_out import Figures
 from layerzoo.layer import EXECUTION
 from layerzoo.lit import read_checkpoint
@@ -115,7 +116,14 @@ class TrainCLI(LightningCLI):
             "class_path": f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__qualname__}",
             "init_args": {"save_dir": "runs", "name": "layerzoo", "default_hp_metric": False},
         }
-        callbacks = [Resume(), TokensPerSecond(), Summary(), Figures(), PredictionWriter()]
+        callbacks = [
+            Resume(),
+            TokensPerSecond(),
+            Summary(),
+            Figures(),
+            PredictionWriter(),
+            Finite(),
+        ]
         super().__init__(
             named_module(args),
             Task,

@@ -23,6 +23,7 @@ import layerzoo.metrics
 from layerzoo.data import MQAR, Continual
 from layerzoo.data.loading import IGNORE, Batches, Deal
 from layerzoo.data.task import Task
+from layerzoo.finite import Finite
 from layerzoo.lit import LitModel
 from layerzoo.metrics import (
     Accuracy,
@@ -41,6 +42,7 @@ from layerzoo.metrics import (
     TokenLoss,
 )
 from layerzoo.model import ModelConfig
+from layerzoo.spec import Diverged
 from layerzoo.training import quiet
 
 WORLD = 2
@@ -179,6 +181,25 @@ def same_everywhere() -> dict[str, float]:
     return matrix.compute()
 
 
+class Uneven(Recorder):
+    """Its loss is nan in one process alone."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + float("nan") if batch_idx == 2 and self.global_rank == 1 else loss
+
+
+def diverge() -> str:
+    """What a process says of a loss that is nan in the other."""
+    lit = model()
+    lit.__class__ = Uneven
+    try:
+        trainer(WORLD, max_steps=6, limit_val_batches=0, callbacks=[Finite()]).fit(lit, task(2))
+    except Diverged as error:
+        return str(error)
+    return "nothing"
+
+
 def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     out: dict[str, Any] = {"evaluate": evaluate(WORLD), "train": train(WORLD)}
@@ -187,6 +208,7 @@ def main(folder: Path, rank: int) -> None:
     nothing = slice(0, 0)  # as of a batch without labels
     out["measure"] = measure(mine, *[nothing] * rank)
     out["same"] = same_everywhere()
+    out["diverged"] = diverge()
     torch.save(out, folder / f"{rank}.pt")
 
 
@@ -255,6 +277,11 @@ def test_every_metric_adds_up_over_processes(ranks: list[dict[str, Any]]) -> Non
         for name, figures in whole.items():
             assert out["measure"][name] == pytest.approx(figures, rel=1e-6), name
         assert out["same"] == same_everywhere()
+
+
+def test_a_loss_that_is_nan_in_one_process_ends_both(ranks: list[dict[str, Any]]) -> None:
+    """Else the others wait for its gradients."""
+    assert [out["diverged"] for out in ranks] == ["loss nan at step 2"] * WORLD
 
 
 def test_every_exported_metric_is_tried() -> None:

@@ -226,12 +226,12 @@ def test_tuning_runs_and_what_they_choose(tmp_path: Path) -> None:
         assert cell.split == "val" and cell.config["trainer"]["max_steps"] == 50
         assert cell.config["model"]["lr"] == float(cell.tuned["model.lr"].removeprefix("lr="))
 
-    def loss(cell: Any) -> dict[str, float] | None:
+    def loss(cell: Any) -> dict[str, float | None] | str:
         arm, (lr, warm) = cell.arm, cell.tuned.values()
         if arm == "memory" and lr == "lr=0.1":  # the best of its seeds, but not of all
-            return None if cell.seed.init == 7 else {"loss/held_out": 0.0}
+            return "failed: out of memory" if cell.seed.init == 7 else {"loss/held_out": 0.0}
         if arm == "memory" and lr == "lr=0.01":
-            return {"loss/held_out": float("nan")}
+            return {"loss/held_out": float("nan") if cell.seed.init == 7 else None}
         noise = 3.0 if cell.seed.init == 7 else -3.0  # larger than what tells options apart
         best = lr == "lr=0.01" and warm == "b"
         return {"loss/held_out": 5.0 + noise - best}
@@ -250,6 +250,9 @@ def test_tuning_runs_and_what_they_choose(tmp_path: Path) -> None:
         *[(None, 0)] * 2,
         *[(0.0, 1)] * 2,
     ]
+    nan = {n: "loss/held_out is nan" for n in ("7", "8")}
+    lost = [{}, {}, nan, nan, *[{"7": "failed: out of memory"}] * 2]
+    assert [trial.lost for trial in memory.trials] == lost
     cells = grid.cells(choices)
     assert [cell.tuned for cell in cells] == [window.best.options, memory.best.options] * 2
     assert [cell.config["model"]["lr"] for cell in cells] == [0.01, 0.001] * 2
@@ -263,7 +266,7 @@ def test_arms_without_a_choice(tmp_path: Path) -> None:
     window = [cell.path for cell in grid.tune_cells() if cell.arm == "window"]
     memory = [cell.path for cell in grid.tune_cells() if cell.arm == "memory"]
     figures: dict[str, Any] = {path: {"acc": n} for n, path in enumerate(window)}
-    figures |= dict.fromkeys(memory)  # all diverged
+    figures |= dict.fromkeys(memory, "diverged: loss nan at step 3")
     choices = grid.choose(figures)
     assert choices["memory"].best is None and len(choices["memory"].trials) == 6
     assert choices["window"].best is not None

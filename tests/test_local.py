@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,15 +21,20 @@ from layerzoo.ablations.cells.cell import Cell, Seed
 from layerzoo.ablations.cells.configs import resolve
 from layerzoo.ablations.running.executor import Outcome
 from layerzoo.ablations.running.folder import (
+    CELL,
     LOG,
     METRICS,
     PROGRESS,
     locked,
     prepare,
     read_json,
+    reason,
     state,
+    write_json,
 )
 from layerzoo.ablations.running.local import LocalExecutor
+from layerzoo.ablations.running.worker import run_cell
+from layerzoo.lit import LitModel
 from layerzoo.training import config_path, read_yaml
 
 TINY = {
@@ -148,6 +154,24 @@ def test_a_process_that_does_not_start_is_told(tmp_path: Path, monkeypatch: Any)
     executor.start(folder)
     assert wait(executor) == [(folder, Outcome("failed", "no module named torch"))]
     executor.close(1)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+    executor = LocalExecutor(slots=1, threads=1, every=30)
+    executor.start(folder)
+    reason = "its process does not start: No such file or directory"
+    assert wait(executor) == [(folder, Outcome("failed", reason))]
+    executor.close(1)
+
+
+def test_a_process_that_dies_idle_fails_no_cell(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "cat").write_text('#!/bin/sh\nread folder; echo \'["finished", ""]\'\n')
+    (tmp_path / "cat").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "cat"))
+    executor = LocalExecutor(slots=1, threads=1, every=30)
+    for folder in cells(2, tmp_path):
+        executor.start(folder)
+        assert wait(executor) == [(folder, Outcome("finished"))]
+        executor.idle[0].wait(10)  # it has gone
+    executor.close(1)
 
 
 def test_a_run_that_is_stopped_saves_a_checkpoint(tmp_path: Path) -> None:
@@ -174,5 +198,51 @@ def test_a_loss_that_is_not_finite_ends_a_cell_for_good(
         shared.start(folder)
         ((_, outcome),) = wait(shared)
         assert outcome.end == "diverged" and state(folder) == "diverged"
-    assert outcome.reason == "" and not (folder / METRICS).exists()
-    assert "loss nan at step" in read_json(folder / "diverged.json")["reason"]
+    assert outcome.reason == read_json(folder / "diverged.json")["reason"]
+    assert "at step" in outcome.reason and "first in " in outcome.reason
+    assert not (folder / METRICS).exists()
+    for path in (folder / "checkpoints").glob("*.ckpt"):
+        weights = torch.load(path, weights_only=True)["state_dict"].values()
+        assert all(bool(weight.isfinite().all()) for weight in weights)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_held_out_loss_that_is_not_finite_is_a_divergence(
+    tmp_path: Path, monkeypatch: Any, split: Any
+) -> None:
+    """The evaluation alone overflows, of a tuning run and of a reported one."""
+    (folder,) = cells(1, tmp_path)
+    write_json(folder / CELL, {**read_json(folder / CELL), "split": split})
+    whole = LitModel.labelled
+
+    def labelled(lit: LitModel, batch: Any) -> Any:
+        logits, *rest = whole(lit, batch)
+        held_out = lit.trainer.testing if split == "test" else not lit.training
+        return (logits * math.inf if held_out else logits, *rest)
+
+    monkeypatch.setattr(LitModel, "labelled", labelled)
+    outcome = run_cell(folder, 30, 1)
+    assert outcome == Outcome(
+        "diverged", "loss/held_out nan at step 2, of weights that are finite"
+    )
+    assert state(folder) == "diverged" and reason(folder) == outcome.reason
+
+
+def test_a_folder_that_vanishes_while_its_cell_runs_is_a_failure(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A checkpoint makes it again, which the next run takes for the cell's."""
+    (folder,) = cells(1, tmp_path)
+
+    def vanish(lit: LitModel) -> None:
+        shutil.rmtree(folder)
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / ".lock").touch()
+
+    monkeypatch.setattr(LitModel, "on_test_start", vanish)
+    with pytest.raises(FileNotFoundError, match="was removed while it ran"):
+        run_cell(folder, 30, 1)
+    assert state(folder) == "pending"
+    monkeypatch.undo()
+    assert cells(1, tmp_path) == [folder]
+    assert run_cell(folder, 30, 1).end == "finished"

@@ -139,7 +139,7 @@ def test_a_part_of_a_grid_says_what_is_missing(write_results: WriteResults) -> N
     assert "6 cells (3 finished, 1 failed, 1 diverged, 1 missing)" in text
     _, window, memory = lines(text, "## Results")
     assert window[1:3] == ["3/3", "40.0 ±24.8"]
-    assert memory[1:4] == ["0/3, 1 diverged", "-", "-"]
+    assert memory[1:4] == ["0/3, 1 diverged, 1 failed", "-", "-"]
     assert lines(text, "## Contrasts")[1] == ["memory - window", "-", "-", "-", "0", "-"]
     assert lines(text, "## Cells")[1:] == [
         ["memory", "0", "failed", "OSError: no x.bin, (disk)"],

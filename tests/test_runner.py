@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,15 +23,18 @@ from layerzoo.ablations.running.folder import (
     CELL,
     DIVERGED,
     FAILED,
+    LOG,
     METRICS,
     PROGRESS,
     RECORD,
     locked,
     prepare,
     read_json,
+    reason,
     state,
     write_json,
 )
+from layerzoo.ablations.running.folder import CONFIG as CONFIG_FILE
 from layerzoo.ablations.running.pace import Pace, say
 from layerzoo.ablations.running.worker import run_cell
 
@@ -64,6 +68,8 @@ class Script:
         outcome = self.answers(folder, self.runs[folder])
         if outcome.end == "finished":
             write_json(folder / METRICS, {"loss": 1})
+        if outcome.end == "diverged":
+            write_json(folder / DIVERGED, {"reason": outcome.reason})
         return [(folder, outcome)]
 
     def close(self, patience: float) -> None:
@@ -74,12 +80,16 @@ class Notes:
     def __init__(self) -> None:
         self.ends: list[str] = []
         self.retries = 0
+        self.waited: list[Path] = []
 
     def ended(self, folder: Path, outcome: Outcome) -> None:
         self.ends.append(outcome.end)
 
     def retried(self, folder: Path, outcome: Outcome) -> None:
         self.retries += 1
+
+    def waits(self, folder: Path) -> None:
+        self.waited.append(folder)
 
     def look(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
         pass
@@ -125,9 +135,10 @@ def test_a_cell_that_another_process_runs_is_waited_for(folders: list[Path]) -> 
     def answers(folder: Path, nth: int) -> Outcome:
         return Outcome("busy" if folder == folders[0] and nth < 3 else "finished")
 
-    executor = Script(answers)
-    ends = runner.run(folders, executor, 0, Notes())
+    executor, notes = Script(answers), Notes()
+    ends = runner.run(folders, executor, 0, notes)
     assert executor.runs[folders[0]] == 3 and ends[folders[0]].end == "finished"
+    assert notes.waited == folders[:1], "told once"
 
     # It ends there meanwhile: its result is taken, and it is not run again.
     def elsewhere(folder: Path, nth: int) -> Outcome:
@@ -140,8 +151,35 @@ def test_a_cell_that_another_process_runs_is_waited_for(folders: list[Path]) -> 
     assert executor.runs[folders[0]] == 1 and read_json(folders[0] / METRICS) == {"loss": 2}
 
 
-def test_a_full_disk_ends_the_run_but_not_what_runs(folders: list[Path]) -> None:
-    full = Outcome("failed", f"OSError: [Errno 28] {os.strerror(errno.ENOSPC)}")
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (Outcome("finished"), "finished, but its folder has lost what it wrote"),
+        (Outcome("diverged", "loss nan"), "diverged, but its folder has lost what it wrote"),
+        (Outcome("stopped"), "was stopped, but not by this run"),
+    ],
+)
+def test_an_end_that_the_folder_does_not_bear_out_is_a_failure(
+    folders: list[Path], outcome: Outcome, told: str
+) -> None:
+    """The folder was removed, another user stopped the task. It is tried again, a few times."""
+
+    class Lost(Script):
+        def ended(self, timeout: float) -> list[tuple[Path, Outcome]]:
+            self.running[0].mkdir(exist_ok=True)
+            found = super().ended(timeout)
+            shutil.rmtree(found[0][0])
+            return found
+
+    executor, notes = Lost(lambda folder, nth: outcome), Notes()
+    ends = runner.run(folders[:1], executor, 2, notes)
+    assert ends == {folders[0]: Outcome("failed", told)}
+    assert executor.runs[folders[0]] == 3 and notes.retries == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_ends_the_run_but_not_what_runs(folders: list[Path], code: int) -> None:
+    full = Outcome("failed", f"OSError: {os.strerror(code)}")
     executor = Script(lambda f, n: full if f == folders[0] else Outcome("finished"))
     ends = runner.run(folders, executor, 5, Notes())
     # Two were running; the first was not tried again, and no other was begun.
@@ -160,6 +198,31 @@ def test_a_folder_holds_a_config_that_says_who_it_is(tmp_path: Path) -> None:
     write_json(folder / CELL, {**about, "identity": "another"})
     with pytest.raises(SpecError, match="is of another config; give another --out"):
         prepare(cell(), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["", '{"arm": "a", "ide', "[1]", "\0\0\0", None])
+def test_damaged_files_of_a_cell_are_found_out_again(tmp_path: Path, damage: str | None) -> None:
+    folder = prepare(cell(), tmp_path)
+    whole = {name: (folder / name).read_text() for name in (CELL, CONFIG_FILE)}
+    for name in (LOG, "hparams.yaml", "events.out.tfevents.1.vm.2.measured", "recall_lag-lag.png"):
+        (folder / name).touch()
+    for name in (CELL, METRICS, DIVERGED, PROGRESS):
+        if damage is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            (folder / name).write_text(damage)
+    (folder / CONFIG_FILE).unlink()
+    assert state(folder) == "pending", "without figures it has not finished"
+    pace = Pace()
+    pace.finished(folder)
+    assert pace.left([folder], [folder], 1) is None
+    assert prepare(cell(), tmp_path) == folder
+    assert whole == {name: (folder / name).read_text() for name in whole}
+    (folder / CONFIG_FILE).unlink()  # alone
+    prepare(cell(), tmp_path)
+    assert whole == {name: (folder / name).read_text() for name in whole}
+    (folder / FAILED).write_text("{")
+    assert state(folder) == "failed" and reason(folder) == "unknown"
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from layerzoo.ablations.reporting.results import Result
 from layerzoo.ablations.reporting.rows import Row
 from layerzoo.ablations.reporting.verdicts import judge
 from layerzoo.ablations.run import How
-from layerzoo.ablations.running.folder import METRICS, prepare
+from layerzoo.ablations.running.folder import METRICS, about_cell, prepare
 
 LAYERS = {"window": {"name": "sliding", "heads": 2, "window": 8}, "memory": {"name": "linear"}}
 
@@ -103,6 +103,29 @@ def test_references_are_judged_in_one_table(shipped: Shipped, capsys: Any) -> No
     assert (out.count("holds"), out.count("fails")) == (2, 1)
     assert shipped.validate("sign") == 0
     assert "bound" not in capsys.readouterr().out
+
+
+def test_cells_that_no_claim_is_about_are_named(
+    shipped: Shipped, capsys: Any, monkeypatch: Any
+) -> None:
+    shipped.add("bound", 1, claim())
+    shipped.measured("bound", window=0.4, memory=0.4)
+    monkeypatch.setattr(validation, "run", lambda name, how, tables: 0)
+    grid, root = grids.load_grid("bound"), shipped.out / "bound"
+    for cell in grid.cells():
+        folder = root / cell.path
+        if cell.seed.init == 0:  # .41
+            (folder / METRICS).unlink()
+            name = "diverged" if cell.arm == "window" else "failed"
+            (folder / f"{name}.json").write_text(json.dumps({"reason": f"it {name}"}))
+    listed = [{"path": cell.path, **about_cell(cell)} for cell in grid.cells()]
+    (root / "cells.json").write_text(json.dumps(listed))
+    (root / "grid.yaml").write_text(grid.source.copy)
+    assert shipped.validate() == 0
+    out = capsys.readouterr().out
+    assert re.search(r"bound +window +recall/accuracy +0.400 +0.390 +±0.1 +holds", out)
+    assert re.search(r"bound: without window/seed-0-\w+: diverged: it diverged\n", out)
+    assert re.search(r"bound: without memory/seed-0-\w+: failed: it failed\n", out)
 
 
 @pytest.mark.parametrize(("minutes", "time"), [(10.1, "10 min"), (4320, "3 days"), (None, "?")])

@@ -15,8 +15,8 @@ from .cell import Cell, Seed
 from .schema import read_seeds
 from .source import Source
 
-Figures = Mapping[str, Mapping[str, Any] | None]
-"""Of runs, by `Cell.path`; None of one that diverged."""
+Figures = Mapping[str, Mapping[str, Any] | str]
+"""Of runs, by `Cell.path`; why there are none of one that diverged, or failed for good."""
 
 
 class Tune(Config):
@@ -77,21 +77,22 @@ class Tuning:
 class Trial:
     """One of the options that an arm was tried with.
 
-    mean: of the metric over the seeds that did not diverge; None if all did.
-    seeds: how many did not.
+    mean: of the metric over the seeds that have it; None if none has. seeds: how many have.
+    lost: seed -> why it has none: it diverged, or failed.
     """
 
     options: dict[str, str]
     mean: float | None
     seeds: int
+    lost: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Choice:
     """What an arm was tried with, in order, and what was chosen.
 
-    best: of the trials in which the fewest seeds diverged, the one of the best mean, the first of
-        equals; None if every run of the arm diverged.
+    best: of the trials in which the fewest seeds are lost, the one of the best mean, the first of
+        equals; None if every run of the arm diverged or failed.
     edges: the numeric tuning axes of which the best option is the first or last number: a wider
         axis may hold a better one.
     """
@@ -105,7 +106,7 @@ def choose(tuning: Tuning, cells: Sequence[Cell], figures: Figures) -> dict[str,
     """What the tuning runs say is best for each arm.
 
     Args:
-        cells: the tuning runs. figures: of those that ended.
+        cells: the tuning runs. figures: of those that ended, failed ones too.
 
     Returns:
         arm -> choice, of the arms all of whose tuning runs ended.
@@ -113,35 +114,40 @@ def choose(tuning: Tuning, cells: Sequence[Cell], figures: Figures) -> dict[str,
     Raises:
         SpecError: the figures of a run have no such metric.
     """
-    runs: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    runs: dict[str, dict[tuple[str, ...], list[Cell]]] = {}
     for cell in cells:
         tried = runs.setdefault(cell.arm, {})
-        tried.setdefault((*cell.tuned.values(),), []).append(cell.path)
+        tried.setdefault((*cell.tuned.values(),), []).append(cell)
     return {
-        arm: _choice(tuning, [_trial(tuning, key, paths, figures) for key, paths in tried.items()])
+        arm: _choice(tuning, [_trial(tuning, mine, figures) for mine in tried.values()])
         for arm, tried in runs.items()
-        if all(path in figures for paths in tried.values() for path in paths)
+        if all(cell.path in figures for mine in tried.values() for cell in mine)
     }
 
 
-def _trial(tuning: Tuning, labels: tuple[str, ...], paths: list[str], figures: Figures) -> Trial:
-    values, metric = [], tuning.fields.metric
-    for path in paths:
-        if (run := figures[path]) is None:
+def _trial(tuning: Tuning, cells: Sequence[Cell], figures: Figures) -> Trial:
+    values, lost, metric = list[float](), dict[str, str](), tuning.fields.metric
+    for cell in cells:
+        run = figures[cell.path]
+        if isinstance(run, str):
+            lost[str(cell.seed)] = run
             continue
-        if run.get(metric) is None:
-            message = f"{path} measured no '{metric}'; {suggest(metric, run)}"
+        if metric not in run:
+            message = f"{cell.path} measured no '{metric}'; {suggest(metric, run)}"
             raise tuning.source.error(("tune", "metric"), message)
-        values.append(float(run[metric]))
-    values = [value for value in values if math.isfinite(value)]
+        value = math.nan if run[metric] is None else float(run[metric])  # JSON has no nan
+        if math.isfinite(value):
+            values.append(value)
+        else:
+            lost[str(cell.seed)] = f"{metric} is {value}"
     mean = sum(values) / len(values) if values else None
-    return Trial(dict(zip(tuning.axes, labels, strict=True)), mean, len(values))
+    return Trial(dict(cells[0].tuned), mean, len(values), lost)
 
 
 def _choice(tuning: Tuning, trials: list[Trial]) -> Choice:
     sign = 1 if tuning.fields.mode == "min" else -1
     finished = [trial for trial in trials if trial.mean is not None]
-    # Without those that diverged, a mean would be of the luckier seeds.
+    # Without those that are lost, a mean would be of the luckier seeds.
     best = min(finished, key=lambda t: (-t.seeds, sign * (t.mean or 0.0)), default=None)
     return Choice(best, tuning.edges(best.options) if best else (), trials)
 

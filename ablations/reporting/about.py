@@ -11,6 +11,7 @@ from layerzoo.spec import suggest
 
 from ..cells.grid import shipped_grids
 from ..cells.source import Source
+from ..running.folder import ENDED
 from ..running.pace import say
 from .findings import Findings
 from .results import GRID, Results
@@ -74,16 +75,16 @@ def doubts(findings: Findings) -> list[str]:
 
 
 def partial(findings: Findings) -> str | None:
-    """What is missing, if the grid has not ended."""
+    """What is missing, if the grid has not ended, or parts of it never will."""
     results = findings.results
-    left = sum(cell.state not in ("finished", "diverged") for cell in results.cells)
-    known = {row.arm for row in findings.rows}
-    untuned = [arm for arm in results.arms if arm not in known]
+    left = sum(cell.state not in ENDED for cell in results.cells)
     parts = [f"{left} of {len(results.cells)} cells have no result yet"] if left else []
-    if untuned:
-        parts.append(
-            f"{', '.join(untuned)} wait for their tuning, or every tuning run of theirs diverged"
-        )
+    if waiting := results.waiting:
+        parts.append(f"{', '.join(waiting)} wait for their tuning")
+    if never := [arm for arm in results.without_cells if arm not in waiting]:
+        parts.append(f"{', '.join(never)} have no cells: every tuning run diverged or failed")
+    if failed := sum(trial.state == "failed" for trial in results.trials):
+        parts.append(f"{failed} of {len(results.trials)} tuning runs failed")
     return f"Partial: {'; '.join(parts)}." if parts else None
 
 

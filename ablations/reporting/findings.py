@@ -50,7 +50,8 @@ def find(root: Path) -> Findings:
     """
     results = read_results(root)
     if not results.cells:
-        raise SpecError(f"{root}: no arm is tuned yet; `layerzoo ablate run` goes on")
+        fault = "is tuned yet" if results.waiting or not results.trials else "could be tuned"
+        raise SpecError(f"{root}: no arm {fault}; see `layerzoo ablate status {root}`")
     metric = results.report.metric
     rows = rows_of(results.cells, metric)
     by = results.report.by

@@ -125,8 +125,8 @@ def _contrasts(findings: Findings) -> Iterator[str]:
         base = findings.results.report.baseline
         told = "" if base is None else f"The baseline is {escape(base)}. "
         yield told + CONTRASTS
-        if any(row.diverged for row in findings.rows):
-            yield "An arm whose cells diverged is compared at the seeds where it did not."
+        if any(row.diverged or row.failed for row in findings.rows):
+            yield "An arm whose cells diverged or failed is compared at the seeds that it has."
 
 
 def _continual(findings: Findings) -> Iterator[str]:

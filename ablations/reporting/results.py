@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from layerzoo.json_files import floats
+from layerzoo.spec import SpecError
 
 from ..cells.arms import Arm, arm_name, read_arms
 from ..cells.axes import read_axes
@@ -19,7 +20,7 @@ from ..cells.grid import grid_name
 from ..cells.report import Report, read_report
 from ..cells.schema import Fields
 from ..cells.source import Source
-from ..running.folder import CELLS, CONFIG, METRICS, RECORD, State, read_json
+from ..running.folder import CELLS, CONFIG, ENDED, METRICS, RECORD, State, read_json
 from ..running.status import read_cells
 
 GRID = "grid.yaml"
@@ -28,9 +29,9 @@ GRID = "grid.yaml"
 
 @dataclass(frozen=True)
 class Result:
-    """A reported cell, as its folder has it.
+    """A cell, as its folder has it.
 
-    metrics: figures of the test split and sizes; {} unless it has finished.
+    metrics: figures of its held-out split and sizes; {} unless it has finished.
     """
 
     arm: str
@@ -48,7 +49,8 @@ class Results:
     """Of a grid: what it asks, and what its cells found so far.
 
     question: the first line of its file. fields: of its file. arms: all that it has, also those
-    that have no cells yet, because they are not tuned. cells: in the grid's order, seed by seed.
+    that have no cells, because they are not tuned. cells: in the grid's order, seed by seed.
+    trials: the tuning runs.
     """
 
     root: Path
@@ -59,10 +61,19 @@ class Results:
     report: Report
     claims: list[Claim]
     cells: list[Result]
+    trials: list[Result]
 
     def config(self, cell: Result) -> dict[str, Any]:
-        """Of its training."""
-        return yaml.safe_load((self.root / cell.path / CONFIG).read_text())
+        """Of its training.
+
+        Raises:
+            SpecError: it is lost.
+        """
+        path = self.root / cell.path / CONFIG
+        try:
+            return yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise SpecError(f"{path}: is lost; `layerzoo ablate run` writes it anew") from None
 
     def record(self, cell: Result) -> dict[str, Any]:
         """Versions, commit, device, seconds; {} unless it has finished."""
@@ -71,7 +82,18 @@ class Results:
     @property
     def ended(self) -> bool:
         """Whether no cell is left to run."""
-        return all(cell.state in ("finished", "diverged") for cell in self.cells)
+        return not self.waiting and all(cell.state in ENDED for cell in self.cells)
+
+    @property
+    def waiting(self) -> list[str]:
+        """The arms that have no cells yet, for some of their tuning runs have not ended."""
+        left = {cell.arm for cell in self.trials if cell.state not in (*ENDED, "failed")}
+        return [arm for arm in self.without_cells if arm in left]
+
+    @property
+    def without_cells(self) -> list[str]:
+        known = {cell.arm for cell in self.cells}
+        return [arm for arm in self.arms if arm not in known]
 
 
 def read_results(root: Path) -> Results:
@@ -87,6 +109,9 @@ def read_results(root: Path) -> Results:
     axes = read_axes(source, "axes")
     arms = read_arms(source, axes, fields.design)
     names = [arm_name(arm) for arm in arms]
+    splits: dict[str, list[Result]] = {"test": [], "val": []}
+    for cell in listed:
+        splits[cell["split"]].append(_result(root, cell))
     return Results(
         root=root,
         name=grid_name(source),
@@ -95,7 +120,8 @@ def read_results(root: Path) -> Results:
         arms=dict(zip(names, arms, strict=True)),
         report=Report() if fields.report is None else read_report(source, axes, arms),
         claims=read_claims(source, names),
-        cells=[_result(root, cell) for cell in listed if cell["split"] == "test"],
+        cells=splits["test"],
+        trials=splits["val"],
     )
 
 

@@ -25,8 +25,8 @@ def figure(metrics: Mapping[str, Any], name: str | None) -> float | None:
 class Row:
     """An arm, or several, over seeds.
 
-    cells: of the finished ones. planned: how many there are in all. diverged: how many of them
-    diverged. metric: the headline, where it is not an accuracy.
+    cells: of the finished ones. planned: how many there are in all. diverged, failed: how many of
+    them did. metric: the headline, where it is not an accuracy.
     """
 
     arm: str
@@ -34,6 +34,7 @@ class Row:
     cells: list[Result] = field(default_factory=list)
     planned: int = 0
     diverged: int = 0
+    failed: int = 0
     metric: str | None = None
 
     def by_seed(self, name: str | None) -> dict[Seed, float]:
@@ -103,6 +104,7 @@ def _row(
         [cell for cell in cells if cell.metrics and cell.seed not in lacking],
         len(cells),
         sum(cell.state == "diverged" for cell in cells),
+        sum(cell.state == "failed" for cell in cells),
         metric,
     )
 

@@ -37,6 +37,7 @@ def summary(findings: Findings) -> dict[str, Any]:
             "options": row.options,
             "seeds": [str(cell.seed) for cell in row.cells],
             "diverged": row.diverged,
+            "failed": row.failed,
             "tuned": row.cells[0].tuned if row.cells else {},
             "matched": row.cells[0].matched if row.cells else {},
             **{name: _estimate(row.estimate(name)) for name in names if row.values(name)},

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from layerzoo.metrics import SuccessRate
 
-from ..running.folder import DIVERGED, FAILED, read_json
+from ..running.folder import reason
 from .contrasts import Compared
 from .findings import Findings
 from .laws import Fitted
@@ -82,8 +82,9 @@ def _successes(row: Row) -> str:
 
 def _counts(row: Row) -> str:
     """Finished and planned cells."""
-    diverged = f", {row.diverged} diverged" if row.diverged else ""
-    return f"{len(row.cells)}/{row.planned}{diverged}"
+    lost = {"diverged": row.diverged, "failed": row.failed}
+    told = (f", {count} {state}" for state, count in lost.items() if count)
+    return f"{len(row.cells)}/{row.planned}{''.join(told)}"
 
 
 def contrasts_table(name: str, family: Sequence[Compared]) -> Table:
@@ -167,19 +168,20 @@ def tuned_table(findings: Findings) -> Table | None:
 
 
 def unfinished_table(findings: Findings) -> Table | None:
-    """The cells that have no figures, and why."""
-    root = findings.results.root
-    cells = [cell for cell in findings.results.cells if cell.state != "finished"]
-    if not cells:
+    """The cells that have no figures, and why; of the tuning runs those that never will."""
+    results = findings.results
+    cells = [cell for cell in results.cells if cell.state != "finished"]
+    trials = [cell for cell in results.trials if cell.state in ("diverged", "failed")]
+    if not cells and not trials:
         return None
     out = new_table("cells without figures", "arm")
     for name in ("seed", "state", "reason"):
         out.add_column(name)
-    for cell in cells:
-        name = {"diverged": DIVERGED, "failed": FAILED}.get(cell.state)
-        reason = read_json(root / cell.path / name).get("reason", "") if name else ""
+    for cell in (*cells, *trials):
+        tried = f" (tuning {', '.join(cell.tuned.values())})" if cell in trials else ""
         state = "missing" if cell.state == "pending" else cell.state
-        out.add_row(cell.arm, str(cell.seed), state, without_folders(reason) or NOTHING)
+        why = without_folders(reason(results.root / cell.path)) or NOTHING
+        out.add_row(cell.arm + tried, str(cell.seed), state, why)
     return out
 
 

@@ -61,6 +61,15 @@ class Display:
             f"tried again: {self._name(folder)}: {outcome.reason}", markup=False, highlight=False
         )
 
+    def waits(self, folder: Path) -> None:
+        host = read_json(folder / PROGRESS).get("host")
+        where = f" on {host}" if host else ""
+        self.console.print(
+            f"waits for {self._name(folder)}: another process{where} runs it",
+            markup=False,
+            highlight=False,
+        )
+
     def look(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
         self.left = say(self.pace.left(waiting, running, self.slots))
         if not self.console.is_terminal:

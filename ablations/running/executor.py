@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple, Protocol
 class Outcome(NamedTuple):
     """How the run of a cell ended.
 
-    end: finished; diverged, its loss is not finite; failed; busy, another process runs it; or
+    end: finished; diverged, a number is not finite; failed; busy, another process runs it; or
         stopped, asked to, behind a checkpoint.
-    reason: of a failure, in one line.
+    reason: of a divergence or failure, in one line.
     """
 
     end: Literal["finished", "diverged", "failed", "busy", "stopped"]

@@ -25,7 +25,7 @@ METRICS = "metrics.json"
 RECORD = "record.json"
 """Versions, commit, implementations, device, seconds."""
 DIVERGED = "diverged.json"
-"""The step at which the loss was not finite; the same run would diverge again."""
+"""The reason: step and tensor that was not finite. The same run would diverge again."""
 FAILED = "failed.json"
 """The reason of the last failure; the next run tries again."""
 PROGRESS = "progress.json"
@@ -36,35 +36,51 @@ CHECKPOINTS, LOG, LOCK = "checkpoints", "log.txt", ".lock"
 
 State = Literal["finished", "diverged", "running", "failed", "started", "pending"]
 STATES: tuple[State, ...] = ("finished", "diverged", "running", "failed", "started", "pending")
+"""Every end of a cell is one of these, whatever ended it; README.md says who sets which."""
+ENDED: tuple[Literal["finished"], Literal["diverged"]] = ("finished", "diverged")
+"""For good: no run tries these again."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of `write_json` holds; {} if there is none. Of figures, `floats` makes numbers
-    again."""
+    """What a file of `write_json` holds; {} if there is none, or it is damaged: what it said is
+    found out again. Of figures, `floats` makes numbers again."""
+    return _whole(path) or {}
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    """A file's tree; None of one that is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
+        tree = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) else None
 
 
 def prepare(cell: Cell, out: Path) -> Path:
-    """Make the cell's folder, unless it is there.
+    """Make the cell's folder, or what it has lost of its first two files.
 
     Raises:
         SpecError: it is there, but is another's.
     """
     folder = out / cell.path
     about = read_json(folder / CELL)
-    if about:
-        if about["identity"] != cell.identity:
-            raise SpecError(f"{folder}: is of another config; give another --out")
-        return folder
-    if folder.is_dir() and (entry := next(folder.iterdir(), None)) and entry.name != CONFIG:
+    if about and about["identity"] != cell.identity:
+        raise SpecError(f"{folder}: is of another config; give another --out")
+    if not about and folder.is_dir() and not all(_ours(path.name) for path in folder.iterdir()):
         raise SpecError(f"{folder}: is not a cell's folder; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(cell.config, sort_keys=False))
-    write_json(folder / CELL, about_cell(cell))
+    if not about or not (folder / CONFIG).is_file():
+        (folder / CONFIG).write_text(yaml.safe_dump(cell.config, sort_keys=False))
+    if not about:
+        write_json(folder / CELL, about_cell(cell))
     return folder
+
+
+def _ours(name: str) -> bool:
+    """Whether a file is one that cells have."""
+    known = (CONFIG, CELL, METRICS, RECORD, DIVERGED, FAILED, PROGRESS, CHECKPOINTS, LOG, LOCK)
+    logged = name == "hparams.yaml" or name.startswith("events.") or name.endswith(".png")
+    return name in known or logged or name.endswith(".part")
 
 
 def about_cell(cell: Cell) -> dict[str, Any]:
@@ -93,15 +109,21 @@ def locked(folder: Path) -> Iterator[bool]:
 
 def state(folder: Path) -> State:
     """What the folder says of its cell; a lock that is held says that it runs."""
-    if (folder / METRICS).is_file():
+    if _whole(folder / METRICS) is not None:
         return "finished"
-    if (folder / DIVERGED).is_file():
+    if _whole(folder / DIVERGED) is not None:
         return "diverged"
     if _held(folder / LOCK):
         return "running"
     if (folder / FAILED).is_file():
         return "failed"
     return "started" if any((folder / CHECKPOINTS).glob("*.ckpt")) else "pending"
+
+
+def reason(folder: Path) -> str:
+    """Why its cell has no figures; empty if it has, or has not ended."""
+    name = {"diverged": DIVERGED, "failed": FAILED}.get(state(folder))
+    return str(read_json(folder / name).get("reason", "unknown")) if name else ""
 
 
 def _held(path: Path) -> bool:

@@ -40,17 +40,32 @@ class LocalExecutor:
         self.slots, self.threads, self.every = slots, threads, every
         self.idle: list[Worker] = []
         self.busy: dict[Worker, Path] = {}
+        self.unstarted: list[tuple[Path, Outcome]] = []
         self.started = 0
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as its processes)
         """What a process says that dies of something else than a cell."""
 
     def start(self, folder: Path) -> None:
-        worker = self.idle.pop() if self.idle else self._spawn()
+        try:
+            worker = self._living() or self._spawn()
+        except OSError as error:
+            reason = f"its process does not start: {error.strerror}"
+            self.unstarted.append((folder, Outcome("failed", reason)))
+            return
         self.busy[worker] = folder
         assert worker.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died meanwhile: `ended` tells
             worker.stdin.write(f"{folder}\n".encode())
             worker.stdin.flush()
+
+    def _living(self) -> Worker | None:
+        """One that is idle, but for those that died so: that is not the next cell's fault."""
+        while self.idle:
+            worker = self.idle.pop()
+            if worker.poll() is None:
+                return worker
+            self._release(worker, 0)
+        return None
 
     def _spawn(self) -> Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
@@ -70,6 +85,9 @@ class LocalExecutor:
         )
 
     def ended(self, timeout: float) -> list[tuple[Path, Outcome]]:
+        if self.unstarted:
+            found, self.unstarted = self.unstarted, []
+            return found
         pipes = {worker.stdout.fileno(): worker for worker in self.busy if worker.stdout}
         ready, _, _ = select.select([*pipes], [], [], timeout)
         found = []

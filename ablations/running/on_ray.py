@@ -88,6 +88,8 @@ class RayExecutor:
             return Outcome("failed", "its node died")
         except (errors.WorkerCrashedError, errors.LocalRayletDiedError):
             return Outcome("failed", "its worker died")
+        except errors.RayError as error:  # cancelled by another, an environment that is not set up
+            return Outcome("failed", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
     def close(self, patience: float) -> None:
         tasks, end = list(self._running), time.monotonic() + patience

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .executor import Executor, Outcome
-from .folder import FAILED, state, write_json
+from .folder import ENDED, FAILED, reason, state, write_json
 
 LOOK = 0.5
 """Seconds between two looks at what runs."""
@@ -29,6 +29,10 @@ class Watcher(Protocol):
         """A cell failed, and will be tried again."""
         ...
 
+    def waits(self, folder: Path) -> None:
+        """A cell is another process's, and waited for."""
+        ...
+
     def look(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
         """Called about every LOOK seconds."""
         ...
@@ -37,12 +41,13 @@ class Watcher(Protocol):
 def run(
     folders: Sequence[Path], executor: Executor, retries: int, watcher: Watcher
 ) -> dict[Path, Outcome]:
-    """Run cells to their ends, each failed one up to `retries` times again, and return these.
+    """Run cells to their ends, each failed one up to `retries` times again, and return these:
+    finished, diverged or failed, as their folders say, too.
 
     A cell that another process runs is asked for again until it has ended. On a full disk no more
     cells are started: those left are missing in what is returned.
     """
-    queue, running = deque(folders), dict[Path, None]()
+    queue, running, told = deque(folders), dict[Path, None](), set[Path]()
     tries, ends, not_before = Counter[Path](), dict[Path, Outcome](), dict[Path, float]()
     full = False
 
@@ -56,8 +61,8 @@ def run(
                 break
             folder = queue.popleft()
             now = state(folder)
-            if now == "finished" or now == "diverged":  # in another process, meanwhile
-                end(folder, Outcome(now))
+            if now in ENDED:  # in another process, meanwhile
+                end(folder, Outcome(now, reason(folder)))
             elif time.monotonic() < not_before.get(folder, 0):
                 queue.append(folder)
             else:
@@ -70,7 +75,11 @@ def run(
             if outcome.end == "busy":
                 not_before[folder] = time.monotonic() + 2 * LOOK
                 queue.append(folder)
+                if folder not in told:
+                    watcher.waits(folder)
+                told.add(folder)
                 continue
+            outcome = _checked(folder, outcome)
             full = full or disk_full(outcome)
             if outcome.end == "failed":
                 tries[folder] += 1
@@ -85,5 +94,16 @@ def run(
     return ends
 
 
+def _checked(folder: Path, outcome: Outcome) -> Outcome:
+    """An outcome that the folder does not bear out is a failure."""
+    if outcome.end == "stopped":
+        return Outcome("failed", "was stopped, but not by this run")
+    if outcome.end in ENDED and state(folder) != outcome.end:
+        return Outcome("failed", f"{outcome.end}, but its folder has lost what it wrote")
+    return outcome
+
+
 def disk_full(outcome: Outcome) -> bool:
-    return outcome.end == "failed" and os.strerror(errno.ENOSPC) in outcome.reason
+    """Whether no cell can write: the disk is full, or what the user may have of it."""
+    full = map(os.strerror, (errno.ENOSPC, errno.EDQUOT))
+    return outcome.end == "failed" and any(text in outcome.reason for text in full)

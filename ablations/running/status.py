@@ -14,7 +14,7 @@ from rich.table import Table
 from layerzoo.json_files import dumps, floats
 from layerzoo.spec import SpecError
 
-from .folder import CELLS, DIVERGED, FAILED, PROGRESS, STATES, read_json, state
+from .folder import CELLS, ENDED, PROGRESS, STATES, read_json, reason, state
 from .pace import Pace, say
 
 
@@ -22,13 +22,17 @@ def read_cells(root: Path) -> list[dict[str, Any]]:
     """The cells that `layerzoo ablate run` listed, each with its state.
 
     Raises:
-        SpecError: it has not run here.
+        SpecError: it has not run here, or the list is damaged.
     """
     if not (root / CELLS).is_file():
         below = sorted(path.parent for path in root.glob(f"*/{CELLS}"))
         hint = f"give one of {', '.join(map(str, below))}" if below else "run a grid with --out"
         raise SpecError(f"{root}: is not the folder of a grid's results; {hint}")
-    cells = json.loads((root / CELLS).read_text())
+    try:
+        cells = json.loads((root / CELLS).read_text())
+    except ValueError:
+        damaged = f"{root / CELLS}: is damaged; `layerzoo ablate run` writes it anew"
+        raise SpecError(damaged) from None
     return [{**cell, "state": state(root / cell["path"])} for cell in cells]
 
 
@@ -36,13 +40,12 @@ def status(root: Path, as_json: bool) -> int:
     """Print states by arm, what runs, and what went wrong. The exit status is 0 once all cells
     have ended well or diverged, 1 before."""
     cells = read_cells(root)
-    ended = all(cell["state"] in ("finished", "diverged") for cell in cells)
+    ended = all(cell["state"] in ENDED for cell in cells)
     for cell in cells:
         if cell["state"] in ("running", "started"):
             cell["progress"] = floats(read_json(root / cell["path"] / PROGRESS))
-        for name in (DIVERGED, FAILED):
-            if reason := read_json(root / cell["path"] / name).get("reason"):
-                cell["reason"] = reason
+        if why := reason(root / cell["path"]):
+            cell["reason"] = why
     if as_json:
         print(dumps(cells))
         return 0 if ended else 1
@@ -54,8 +57,9 @@ def status(root: Path, as_json: bool) -> int:
             where = f"step {now['step']} of {now['steps']}, loss {now['loss']:.3f}"
             host = f" on {now['host']}" if cell["state"] == "running" else ""
             console.print(f"{cell['state']}{host}: {cell['path']}: {where}", markup=False)
-        elif "reason" in cell and cell["state"] in ("failed", "diverged"):
-            console.print(f"{cell['state']}: {cell['path']}: {cell['reason']}", markup=False)
+        elif "reason" in cell:
+            why = f"{cell['state']}: {cell['path']}: {cell['reason']}"
+            console.print(why, markup=False, soft_wrap=True)
     if running:
         pace = Pace()
         for cell in cells:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import queue
 import socket
@@ -31,6 +30,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from layerzoo.callbacks import record
 from layerzoo.checkpoints import Checkpoints, first_step, log_missing, newest_checkpoint
+from layerzoo.finite import refuse_held_out
+from layerzoo.spec import Diverged
 from layerzoo.training import TrainCLI
 
 from .executor import Outcome
@@ -39,6 +40,7 @@ from .folder import (
     CHECKPOINTS,
     CONFIG,
     DIVERGED,
+    ENDED,
     FAILED,
     LOG,
     METRICS,
@@ -46,6 +48,7 @@ from .folder import (
     RECORD,
     locked,
     read_json,
+    reason,
     state,
     write_json,
 )
@@ -53,20 +56,14 @@ from .folder import (
 SIZES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token", "length")
 MEASURED = ".measured"
 """Ends the name of the events of the last measurement."""
-EVERY = 10
-"""Steps between two looks at whether the loss is finite."""
 
 
 class Stopped(Exception):
     """The runner asked to stop; a checkpoint is saved."""
 
 
-class Diverged(Exception):
-    """The loss is not finite."""
-
-
 class Watch(Callback):
-    """Writes the cell's progress about once a second; ends a run that diverged, or must stop."""
+    """Writes the cell's progress about once a second; ends a run that must stop."""
 
     def __init__(
         self, folder: Path, spent: float, checkpoints: Checkpoints, stop: Callable[[], bool]
@@ -81,8 +78,6 @@ class Watch(Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps, step = trainer.estimated_stepping_batches, trainer.global_step
-        if (step % EVERY == 0 or step >= steps) and not math.isfinite(outputs["loss"]):
-            raise Diverged(f"loss {float(outputs['loss'])} at step {step}")
         if time.monotonic() - self.last > 1:
             self.last = time.monotonic()
             progress = {
@@ -125,8 +120,8 @@ def run_cell(
         if not free:
             return Outcome("busy")
         ended = state(folder)
-        if ended == "finished" or ended == "diverged":  # in another process, meanwhile
-            return Outcome(ended)
+        if ended in ENDED:  # in another process, meanwhile
+            return Outcome(ended, reason(folder))
         with _logged(folder / LOG):
             try:
                 _run(folder, every, stop)
@@ -164,12 +159,16 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     measure = trainer.test if about["split"] == "test" else trainer.validate
     figures, *_ = measure(cli.model, cli.datamodule, verbose=False)  # each part has all
+    figures = {name.removeprefix("test/"): value for name, value in figures.items()}
+    refuse_held_out(figures, trainer.global_step)
+    if not (folder / CELL).is_file():  # a checkpoint may have made the folder again
+        raise FileNotFoundError(f"{folder}: was removed while it ran")
     facts = record(cli.model.model, trainer)
     write_json(folder / RECORD, {**facts, "seconds": spent + time.monotonic() - started})
     write_json(
         folder / METRICS,
         {
-            **{name.removeprefix("test/"): value for name, value in figures.items()},
+            **figures,
             "steps": trainer.global_step,
             "chance": getattr(cli.datamodule, "chance", None),
             **{name: facts[name] for name in SIZES},
