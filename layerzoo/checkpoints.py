@@ -236,6 +236,21 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return next((p for _, _, p in sorted(named, reverse=True) if _step(p) is not None), None)
 
 
+def checkpoint_file(path: str | Path, option: str = "") -> Path:
+    """A checkpoint, or the newest readable one in a run's folder; option names it in an error.
+
+    Raises:
+        SpecError: the folder has none.
+    """
+    found = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
+    if found is None:
+        raise SpecError(
+            f"{option}{path}: no checkpoint to read in it or its folder checkpoints; give a run's "
+            f"folder, or a .ckpt file"
+        )
+    return found
+
+
 def _step(path: Path) -> int | None:
     try:
         return read_checkpoint(path)["global_step"]

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
-from layerzoo.checkpoints import AtomicIO, Resume, newest_checkpoint
+from layerzoo.checkpoints import AtomicIO, Resume, checkpoint_file
 from layerzoo.config_files import (
     MODULE,
     config_path,
@@ -29,9 +29,11 @@ from layerzoo.config_files import (
 )
 from layerzoo.data import Task, list_tasks
 from layerzoo.held_out import Figures
+from layerzoo.identity import TRAINED_ON, TrainedOn
 from layerzoo.layer import EXECUTION
-from layerzoo.lit import read_checkpoint
+from layerzoo.lit import LitModel, read_checkpoint
 from layerzoo.model import ModelConfig
+from layerzoo.resumed import Resumed, same_start
 from layerzoo.spec import SpecError, at, plain, suggest
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -116,6 +118,7 @@ class TrainCLI(LightningCLI):
             "init_args": {"save_dir": "runs", "name": "layerzoo", "default_hp_metric": False},
         }
         callbacks = [Resume(), TokensPerSecond(), Summary(), Figures(), PredictionWriter()]
+        callbacks.append(TrainedOn())
         super().__init__(
             named_module(args),
             Task,
@@ -165,7 +168,8 @@ class TrainCLI(LightningCLI):
             return
         if Path(path).is_dir():
             options["ckpt_path"] = path = _newest(path)
-        trained, asked = read_checkpoint(path)["hyper_parameters"], options["model"].as_dict()
+        checkpoint, asked = read_checkpoint(path), options["model"].as_dict()
+        trained = checkpoint["hyper_parameters"]
         strange = sorted(trained.keys() - asked.keys())
         if strange or ("network" in asked and "network" not in trained):
             what = f"its {strange[0]} is no option" if strange else "is no checkpoint"
@@ -176,9 +180,26 @@ class TrainCLI(LightningCLI):
         if self.config.subcommand == "fit":
             if network is not None:
                 asked["network"] = ModelConfig.from_fields(network).to_fields()
-            _same_hyperparameters(asked, trained)
+            self.resumed = Resumed(path, checkpoint.get(TRAINED_ON), "init" in asked)
+            _same_hyperparameters(asked, trained, self.resumed)
+        if "init" in asked:
+            options["model"]["init"] = trained.get("init")
         if network is not None:
             options["model"]["network"] = jsonargparse.Namespace(**trained["network"])
+
+    resumed: Resumed | None = None
+    """What `fit` goes on from."""
+
+    def after_instantiate_classes(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, TrainedOn):
+                callback.seed = seed
+        if self.resumed is not None:
+            self.resumed.check(trainer, self.model, self.datamodule, seed)
+        elif self.subcommand == "fit" and isinstance(self.model, LitModel):
+            self.model.begin()  # here, so that a run that cannot begin leaves nothing behind
 
     def instantiate_trainer(self, **options: Any) -> Any:
         trainer: Any = super().instantiate_trainer(**options)
@@ -202,26 +223,26 @@ class TrainCLI(LightningCLI):
 
 
 def _newest(folder: str) -> str:
-    path = newest_checkpoint(folder)
-    if path is None:
-        raise SpecError(
-            f"--ckpt_path {folder}: no checkpoint to read in it or its folder checkpoints; "
-            f"give a run's folder, or a .ckpt file"
-        )
-    return str(path)
+    return str(checkpoint_file(folder, "--ckpt_path "))
 
 
-def _same_hyperparameters(asked: dict[str, Any], trained: dict[str, Any]) -> None:
-    """Raise for the first hyperparameter that is not the checkpoint's, but for how layers run."""
+def _same_hyperparameters(
+    asked: dict[str, Any], trained: dict[str, Any], resumed: Resumed
+) -> None:
+    """Raise for the first hyperparameter that is not the checkpoint's, but for how layers run; of
+    a path what it leads to is compared later, if the checkpoint says what that was."""
+    read = {name.removeprefix("model.") for name in resumed.digest if name.startswith("model.")}
+    free = {"network", "init", *EXECUTION, *read}
     network = trained.get("network", {})
     pairs = {f"network.{n}": (asked["network"].get(n), v) for n, v in network.items()}
-    pairs |= {n: (asked[n], v) for n, v in trained.items() if n not in ("network", *EXECUTION)}
+    pairs |= {n: (asked[n], v) for n, v in trained.items() if n not in free}
     for name, (now, before) in pairs.items():
         if plain(now) != before:
             raise SpecError(
                 f"model.{name}: {now}, but the checkpoint to resume was trained with {before}; "
-                f"take its config, or train anew"
+                f"{resumed.way_out}"
             )
+    same_start(asked.get("init"), trained.get("init"), resumed)
 
 
 def main(argv: Sequence[str]) -> int:
