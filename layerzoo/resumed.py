@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from layerzoo.checkpoints import checkpoint_file
-from layerzoo.identity import TRAINED_ON, digest_weights, trained_on
+from layerzoo.identity import TRAINED_ON, digest_weights, digests, refuse_changed, trained_on
 from layerzoo.lit import read_checkpoint, read_weights
 from layerzoo.spec import SpecError, at
 
@@ -70,6 +70,26 @@ class Resumed:
                     f"that the checkpoint to resume was trained with ({self.digest[name][:12]}); "
                     f"{self.way_out}"
                 )
+
+
+def check_cell(cli: Any, made: dict[str, str] | None, resume: Path | None) -> None:
+    """Raise if what a cell of a grid reads is not what it was when the cell was made, or what the
+    checkpoint that it goes on from was trained on.
+
+    Args:
+        cli: with its trainer, model and datamodule. made: digests; None of an older version.
+
+    Raises:
+        SpecError: it has changed.
+    """
+    start: dict[str, str] = {}
+    if resume is None:
+        cli.model.begin()
+    else:
+        resumed = Resumed.of(resume)
+        resumed.check(cli.trainer, cli.model, cli.datamodule, cli.config["seed_everything"])
+        start = {name: x for name, x in resumed.digest.items() if name == "model.init"}
+    refuse_changed({**start, **digests(cli.model, cli.datamodule)}, made)
 
 
 def same_start(asked: str | None, trained: str | None, resumed: Resumed) -> None:

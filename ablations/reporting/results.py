@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from layerzoo.spec import SpecError
+
 from ..cells.arms import Arm, arm_name, read_arms
 from ..cells.axes import read_axes
 from ..cells.cell import Seed
@@ -76,7 +78,7 @@ def read_results(root: Path) -> Results:
     """The results in a grid's folder, also while it runs.
 
     Raises:
-        SpecError: it is no grid's folder.
+        SpecError: it is no grid's folder, or an arm's finished cells are of different data.
     """
     listed = read_cells(root)
     source = Source(root / GRID)
@@ -85,6 +87,8 @@ def read_results(root: Path) -> Results:
     axes = read_axes(source, "axes")
     arms = read_arms(source, axes, fields.design)
     names = [arm_name(arm) for arm in arms]
+    cells = [_result(root, cell) for cell in listed if cell["split"] == "test"]
+    _refuse_mixed(root, cells)
     return Results(
         root=root,
         name=grid_name(source),
@@ -93,8 +97,26 @@ def read_results(root: Path) -> Results:
         arms=dict(zip(names, arms, strict=True)),
         report=Report() if fields.report is None else read_report(source, axes, arms),
         claims=read_claims(source, names),
-        cells=[_result(root, cell) for cell in listed if cell["split"] == "test"],
+        cells=cells,
     )
+
+
+def _refuse_mixed(root: Path, cells: list[Result]) -> None:
+    """A mean over cells that were trained on different data is of nothing."""
+    first: dict[str, tuple[str, dict[str, str]]] = {}
+    for cell in cells:
+        if cell.state != "finished":
+            continue
+        digest = read_json(root / cell.path / RECORD).get("digest", {})
+        path, other = first.setdefault(cell.arm, (cell.path, digest))
+        if digest != other:
+            name = min(n for n in {**other, **digest} if other.get(n) != digest.get(n))
+            raise SpecError(
+                f"{root}: arm {cell.arm}: its cells were trained on different data ({name}: "
+                f"{other.get(name, 'unknown')[:12]} in {path}, "
+                f"{digest.get(name, 'unknown')[:12]} in {cell.path}); remove those of one "
+                f"and run the grid again"
+            )
 
 
 def read_grids(root: Path) -> list[Results]:
