@@ -143,7 +143,7 @@ def run(name: str, how: How, size: str | None = None, tables: bool = True) -> in
 
     Returns: the exit status, 0; 1 if cells failed, or a claim does not hold; 130 if interrupted.
     """
-    grid = load_grid(name, size)
+    grid = load_grid(name, size, digests=True)
     out = how.out / grid.name
     console = Console(width=None if sys.stdout.isatty() else 160)
     this = Run(grid, how, console)

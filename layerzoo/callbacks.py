@@ -15,6 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor, nn
 
 from layerzoo.arguments import make_folder
+from layerzoo.identity import digests
 from layerzoo.json_files import write_json
 from layerzoo.layer import Layer
 from layerzoo.module import SHOWN
@@ -201,8 +202,8 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def record(model: Any, trainer: Any) -> dict[str, Any]:
-    """Sizes of a `TaskModule`'s model at its task's length, which implementations ran, where, and
-    versions."""
+    """Sizes of a `TaskModule`'s model at its task's length, which implementations ran, where,
+    versions, and digests of what was read."""
     length = getattr(trainer.datamodule, "length", 1)
     device = trainer.strategy.root_device
     size = model.state_bytes(length)
@@ -213,6 +214,7 @@ def record(model: Any, trainer: Any) -> dict[str, Any]:
         "flops_per_token": model.flops_per_token(length),
         "length": length,
         "impl": model.choices(),
+        "digest": digests(trainer.lightning_module, trainer.datamodule),
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

@@ -229,7 +229,7 @@ WORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for a checkpoint's path; the last two mean nothing here."""
 
 
-def find_checkpoint(name: str, runs: str | Path) -> str:
+def find_checkpoint(name: str | Path, runs: str | Path = "runs") -> str:
     """The file of the checkpoint that a user names.
 
     Args:
@@ -242,6 +242,7 @@ def find_checkpoint(name: str, runs: str | Path) -> str:
     Raises:
         SpecError: there is none.
     """
+    name = str(name)
     word = name.partition(":")[0]
     if Path(name).is_dir():
         if (found := _newest_in(Path(name))) is None:

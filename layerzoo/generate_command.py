@@ -77,7 +77,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def model_of(options: argparse.Namespace) -> Any:
     """Of a checkpoint, or a converted model with the tokenizer in its folder."""
     if not Path(options.checkpoint, "config.json").is_file():
-        return load_model(find_checkpoint(options.checkpoint, "runs"), impl=options.impl)
+        return load_model(find_checkpoint(options.checkpoint), impl=options.impl)
     model = importlib.import_module("layerzoo.hf").load(options.checkpoint)
     for block in model.each_block():
         block.layer.impl = options.impl

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from layerzoo.identity import TRAINED_ON, digest_weights, first_difference
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.module import TaskModule
 from layerzoo.ops import accumulator_dtype
@@ -29,6 +30,12 @@ class LitModel(TaskModule):
         impl: how the layers run; it does not change the function.
         checkpoint: layers keep less for the backward pass and compute it again; nor does this.
         compiled: layers compile their inner loops (needs a C++ compiler); nor does this.
+        init: a checkpoint, or a run's folder, whose newest one counts: a new run starts from the
+            weights of its network, which has to have the same config. A run that is resumed has
+            its own weights, and does not read it again.
+
+    Raises:
+        SpecError: when a new run starts, `init` cannot be read or is of another network.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class LitModel(TaskModule):
         impl: Literal["auto", "recurrent", "chunked", "triton"] = "auto",
         checkpoint: bool = False,
         compiled: bool = False,
+        init: str | None = None,
     ) -> None:
         super().__init__(lr, weight_decay, betas, warmup, schedule)
         if isinstance(network, Mapping):  # from a checkpoint
@@ -52,12 +60,33 @@ class LitModel(TaskModule):
                 "impl": impl,
                 "checkpoint": checkpoint,
                 "compiled": compiled,
+                "init": init,
             }
         )
+        self.init = init
+        self.started: str | None = None  # the digest of the weights of `init`
         with at("model.network"):
             self.model: LanguageModel = LanguageModel(
                 network, impl=impl, checkpoint=checkpoint, compiled=compiled
             )
+
+    def begin(self) -> None:
+        """Take the weights of `init`, once, if there is one."""
+        if self.init is not None and self.started is None:
+            with at("model.init"):
+                weights = initial_weights(self.init, self.model.config)
+                load_weights(self.model, weights, self.init)
+            self.started = digest_weights(weights)
+
+    def on_fit_start(self) -> None:
+        if self.trainer.ckpt_path is None:  # only now is it known
+            self.begin()
+
+    def digest(self) -> dict[str, str]:
+        return {} if self.started is None else {"init": self.started}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.started = checkpoint.get(TRAINED_ON, {}).get("digest", {}).get("model.init")
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, labels, _ = self.labelled(batch)
@@ -95,8 +124,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(path: str | Path, impl: str = "auto") -> LanguageModel:
-    """The language model of a checkpoint of `LitModel`, on the CPU, in evaluation mode.
+def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and the weights of the language model of a checkpoint of `LitModel`.
 
     Raises:
         SpecError: the checkpoint is damaged, or another module's.
@@ -106,13 +135,15 @@ def load_model(path: str | Path, impl: str = "auto") -> LanguageModel:
         raise SpecError(f"checkpoint {path}: is not of a language model, but of another module")
     with at(f"checkpoint {path}"):
         config = ModelConfig.from_fields(checkpoint["hyper_parameters"]["network"])
-        model = LanguageModel(config, impl=impl)
     prefix = "model."
-    weights = {
+    return config, {
         name.removeprefix(prefix): value
         for name, value in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
+
+
+def load_weights(model: LanguageModel, weights: dict[str, Tensor], path: str | Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -120,4 +151,36 @@ def load_model(path: str | Path, impl: str = "auto") -> LanguageModel:
             f"checkpoint {path}: its weights are not of its config: "
             f"{str(error).splitlines()[-1].strip()}"
         ) from None
+
+
+def initial_weights(path: str | Path, network: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a checkpoint, or of the newest one in a run's folder, to start a run of this
+    network from.
+
+    Raises:
+        SpecError: there is none, it is damaged, or of a network with another config.
+    """
+    from layerzoo.checkpoints import find_checkpoint  # which imports this file
+
+    path = find_checkpoint(path)
+    config, weights = read_weights(path)
+    other = first_difference(network.to_fields(), config.to_fields(), "model.network")
+    if other:
+        place, now, before = other
+        raise SpecError(
+            f"{place}: {now}, but the network of {path} has {before}; give the same network"
+        )
+    return weights
+
+
+def load_model(path: str | Path, impl: str = "auto") -> LanguageModel:
+    """The language model of a checkpoint of `LitModel`, on the CPU, in evaluation mode.
+
+    Raises:
+        SpecError: the checkpoint is damaged, or another module's.
+    """
+    config, weights = read_weights(path)
+    with at(f"checkpoint {path}"):
+        model = LanguageModel(config, impl=impl)
+    load_weights(model, weights, path)
     return model.eval()

@@ -147,6 +147,10 @@ class TaskModule(LightningModule):
             value = wide(value, self.device)
             self.log(prefix + name, value, prog_bar=name in SHOWN, sync_dist=True)
 
+    def digest(self) -> dict[str, str]:
+        """What the module reads, see `Task.digest`."""
+        return {}
+
     def rate(self, name: str) -> float:
         """The learning rate of a parameter, by its name, as a multiple of `lr`."""
         return 1.0

@@ -32,9 +32,11 @@ from layerzoo.config_files import (
 from layerzoo.data import Task, list_tasks
 from layerzoo.finite import Finite
 from layerzoo.held_out import Figures
+from layerzoo.identity import TRAINED_ON, TrainedOn
 from layerzoo.layer import EXECUTION
-from layerzoo.lit import read_checkpoint
+from layerzoo.lit import LitModel, read_checkpoint
 from layerzoo.model import ModelConfig
+from layerzoo.resumed import Resumed, same_start
 from layerzoo.spec import SpecError, at, plain, suggest
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -123,6 +125,7 @@ class TrainCLI(LightningCLI):
             Figures(),
             PredictionWriter(),
             Finite(),
+            TrainedOn(),
         ]
         super().__init__(
             named_module(args),
@@ -180,7 +183,8 @@ class TrainCLI(LightningCLI):
         if path is None:
             return
         options["ckpt_path"] = path = find_checkpoint(str(path), log_folder(options["trainer"]))
-        trained, asked = read_checkpoint(path)["hyper_parameters"], options["model"].as_dict()
+        checkpoint, asked = read_checkpoint(path), options["model"].as_dict()
+        trained = checkpoint["hyper_parameters"]
         strange = sorted(trained.keys() - asked.keys())
         if strange or ("network" in asked and "network" not in trained):
             what = f"its {strange[0]} is no option" if strange else "is no checkpoint"
@@ -191,9 +195,26 @@ class TrainCLI(LightningCLI):
         if self.config.subcommand == "fit":
             if network is not None:
                 asked["network"] = ModelConfig.from_fields(network).to_fields()
-            _same_hyperparameters(asked, trained)
+            self.resumed = Resumed(path, checkpoint.get(TRAINED_ON), "init" in asked)
+            _same_hyperparameters(asked, trained, self.resumed)
+        if "init" in asked:
+            options["model"]["init"] = trained.get("init")
         if network is not None:
             options["model"]["network"] = jsonargparse.Namespace(**trained["network"])
+
+    resumed: Resumed | None = None
+    """What `fit` goes on from."""
+
+    def after_instantiate_classes(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, TrainedOn):
+                callback.seed = seed
+        if self.resumed is not None:
+            self.resumed.check(trainer, self.model, self.datamodule, seed)
+        elif self.subcommand == "fit" and isinstance(self.model, LitModel):
+            self.model.begin()  # here, so that a run that cannot begin leaves nothing behind
 
     def instantiate_trainer(self, **options: Any) -> Any:
         try:
@@ -230,17 +251,23 @@ def log_folder(trainer: Any) -> Path:
     return Path(options.get("save_dir") or "runs", options.get("name") or "")
 
 
-def _same_hyperparameters(asked: dict[str, Any], trained: dict[str, Any]) -> None:
-    """Raise for the first hyperparameter that is not the checkpoint's, but for how layers run."""
+def _same_hyperparameters(
+    asked: dict[str, Any], trained: dict[str, Any], resumed: Resumed
+) -> None:
+    """Raise for the first hyperparameter that is not the checkpoint's, but for how layers run; of
+    a path what it leads to is compared later, if the checkpoint says what that was."""
+    read = {name.removeprefix("model.") for name in resumed.digest if name.startswith("model.")}
+    free = {"network", "init", *EXECUTION, *read}
     network = trained.get("network", {})
     pairs = {f"network.{n}": (asked["network"].get(n), v) for n, v in network.items()}
-    pairs |= {n: (asked[n], v) for n, v in trained.items() if n not in ("network", *EXECUTION)}
+    pairs |= {n: (asked[n], v) for n, v in trained.items() if n not in free}
     for name, (now, before) in pairs.items():
         if plain(now) != before:
             raise SpecError(
                 f"model.{name}: {now}, but the checkpoint to resume was trained with {before}; "
-                f"take its config, or train anew"
+                f"{resumed.way_out}"
             )
+    same_start(asked.get("init"), trained.get("init"), resumed)
 
 
 def main(argv: Sequence[str]) -> int:

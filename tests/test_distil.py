@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shutil
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -441,3 +443,27 @@ def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     lit, other = module(), {**last, "state_dict": {"model.blocks.0.scales": torch.zeros(8)}}
     with pytest.raises(SpecError, match=r"is not what it is in model\.source"):
         lit.on_load_checkpoint(other)
+
+
+def test_a_memory_goes_on_in_the_model_that_it_began_in(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("text").write_text("What is in a name? " * 99)
+    for name in ("config.json", "model.safetensors"):
+        Path("converted", name).write_text(f"what {name} holds")
+    first = run("fit", "first", "--config", "distill", *OPTIONS)
+    record = json.loads((first / "record.json").read_text())
+    assert [*record["digest"]] == ["data.files", "model.source"]
+    saved = ("--config", str(first / "config.yaml"))
+    resume = ("--ckpt_path", str(first / "checkpoints/step=3.ckpt"))
+    shutil.copytree("converted", "moved")
+    run("fit", "again", *saved, *resume, "--model.source", "moved")
+    Path("converted/model.safetensors").write_text("other weights")
+    capsys.readouterr()
+    assert main(["fit", *saved, *resume]) == 2
+    error = capsys.readouterr().err
+    assert "model.source: its contents are others (" in error and "or train anew" in error
+    for command in ("validate", "test"):
+        where = ("--trainer.logger.init_args.save_dir", command)
+        assert main([command, *saved, *resume, *where]) == 2
+        assert "its memory was trained in another model (" in capsys.readouterr().err

@@ -281,6 +281,8 @@ def test_evaluate(
     assert main(["evaluate", "made", *text, *ask, *also]) == 0
     said = capsys.readouterr().out
     found = json.loads(Path("found/evaluation.json").read_text())
+    assert {*found["digest"]} == {"memory", "loud", "text"}
+    assert len({*found["digest"].values()}) == 3
     for part in found["positions"].values():
         nats = part["ranges"]["past 32"]["nats"]
         assert nats["memory"] == nats["window"] != nats["full"] and nats["loud"] != nats["window"]

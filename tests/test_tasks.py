@@ -143,7 +143,7 @@ def test_text_documents_mark_files_and_leave_their_first_byte_out(corpus: Path) 
 
 
 def test_default_corpus_is_the_standard_library() -> None:
-    task = Text(length=64)
+    task = Text(length=256)
     batch = task.batch("train", range(64))
     text = bytes(batch["tokens"].flatten().tolist())
     assert b"def " in text and b"import" in text and b"self" in text

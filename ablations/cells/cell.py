@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +48,8 @@ class Cell:
     split: which held-out split it is measured on; a tuning run never sees the test split.
     tuned: tuning axis -> option: what a tuning run tries, and what a reported one was given.
     matched: what was solved for and reached, if the grid matches its models.
+    digest: of what it reads, by option, see `layerzoo.identity.digests`; {} if that is nothing, or
+        if it is not to be run.
     """
 
     options: dict[str, str]
@@ -55,6 +58,7 @@ class Cell:
     split: Literal["test", "val"] = "test"
     tuned: dict[str, str] = field(default_factory=dict)
     matched: dict[str, Any] = field(default_factory=dict)
+    digest: dict[str, str] = field(default_factory=dict)
 
     @property
     def arm(self) -> str:
@@ -62,7 +66,7 @@ class Cell:
 
     @property
     def identity(self) -> str:
-        return identity(self.config)
+        return identity(self.config, self.digest)
 
     @property
     def path(self) -> str:
@@ -72,9 +76,9 @@ class Cell:
         return f"{folder}/seed-{self.seed}-{self.identity[:8]}"
 
 
-def identity(config: Tree) -> str:
+def identity(config: Tree, digest: Mapping[str, str] | None = None) -> str:
     """The hash of what makes a run: its config but for where it logs, which checkpoints it keeps
-    and how it is computed."""
+    and how it is computed; and what it reads, if anything."""
     tree = copy.deepcopy(config)
     for section, names in HOW.items():
         for name in names:
@@ -84,6 +88,8 @@ def identity(config: Tree) -> str:
     callbacks = [c for c in callbacks if not _is_checkpoint(c)]
     if callbacks:
         tree["trainer"]["callbacks"] = callbacks
+    if digest:
+        tree["digest"] = {**digest}
     text = json.dumps(tree, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.data import Task
 from layerzoo.foreign import spec_error
-from layerzoo.lit import LitModel
+from layerzoo.identity import digest_weights
+from layerzoo.lit import LitModel, initial_weights
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError, at, suggest
 from layerzoo.training import Parser
@@ -75,15 +76,40 @@ def _task(data: Tree) -> tuple[Tree, Task]:
     data = {"class_path": data["class_path"], "init_args": options}
     key = json.dumps(data, sort_keys=True, default=str)
     if key not in _tasks:  # parsing takes a tenth of a second, and grids repeat it
-        parser = Parser(exit_on_error=False)
-        parser.add_subclass_arguments(Task, "data", required=True)
-        parsed = parser.parse_object({"data": copy.deepcopy(data)})  # it changes what it is given
-        try:
-            built = parser.instantiate(parsed).data
-        except ValueError as error:  # the parser's, around the task's own
-            raise (spec_error(error) or error) from None
-        _tasks[key] = parsed.data.init_args.as_dict(), built
+        _tasks[key] = _built(data)
     return _tasks[key]
+
+
+def _built(data: Tree) -> tuple[Tree, Task]:
+    parser = Parser(exit_on_error=False)
+    parser.add_subclass_arguments(Task, "data", required=True)
+    parsed = parser.parse_object({"data": copy.deepcopy(data)})  # it changes what it is given
+    try:
+        built = parser.instantiate(parsed).data
+    except ValueError as error:  # the parser's, around the task's own
+        raise (spec_error(error) or error) from None
+    return parsed.data.init_args.as_dict(), built
+
+
+def forget() -> None:
+    """The tasks that were built: what they read may have changed since."""
+    _tasks.clear()
+
+
+def digests(config: Tree) -> dict[str, str]:
+    """Of what a run of a resolved config would read now, see `layerzoo.identity.digests`.
+
+    Raises:
+        SpecError: it cannot be read, or the weights to start from are of another network.
+    """
+    _, fresh = _built(config["data"])
+    found = {f"data.{option}": digest for option, digest in fresh.digest().items()}
+    init, network = config["model"].get("init"), config["model"]["network"]
+    if init is not None:
+        with at("model.init"):
+            weights = initial_weights(init, ModelConfig.from_fields(network))
+        found["model.init"] = digest_weights(weights)
+    return found
 
 
 def model(config: Tree) -> LanguageModel:

@@ -16,7 +16,7 @@ from layerzoo.training import config_path, read_yaml
 
 from .axes import Override
 from .cell import Seed
-from .configs import Tree, model, resolve, task
+from .configs import Tree, digests, model, resolve, task
 from .source import Source
 
 SEEDS = ("seed_everything", "data.init_args.seed")
@@ -43,6 +43,7 @@ class Drafts:
         if isinstance(data, DictConfig) and data.get("init_args") is None:
             data.init_args = {}
         self._reaches: dict[str, Reach | None] = {}
+        self._digests: dict[str, dict[str, str]] = {}
 
     def _in_base(self, error: SpecError) -> SpecError:
         prefix = f"{self.file}: " if self.file else ""
@@ -106,6 +107,20 @@ class Drafts:
             task(tree).attach(built)
             self._reaches[key] = built.reach()
         return self._reaches[key]
+
+    def digest(self, tree: Tree) -> dict[str, str]:
+        """Of what a run reads, see `digests`: read once for all trees that name the same."""
+        options = {k: v for k, v in tree["data"]["init_args"].items() if k != "seed"}
+        start = {name: tree["model"].get(name) for name in ("init", "network")}
+        key = json.dumps(
+            [{**tree["data"], "init_args": options}, start if start["init"] else None], default=str
+        )
+        if key not in self._digests:
+            try:
+                self._digests[key] = digests(tree)
+            except SpecError as error:
+                raise self._in_base(error) from None
+        return self._digests[key]
 
     def _blame(self, overrides: Sequence[Override], seed: Seed, error: str) -> SpecError:
         for n in reversed(range(len(overrides))):

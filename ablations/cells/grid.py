@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,7 @@ from .arms import Arm, arm_name, meets, read_arms, read_where
 from .axes import Axis, Override, read_axes, read_overrides
 from .cell import Cell, Seed
 from .claims import Claim, read_claims
-from .configs import Tree, task
+from .configs import Tree, forget, task
 from .drafts import MAX_STEPS, SEEDS, Drafts
 from .match import Match, matched
 from .report import Report, read_report
@@ -31,7 +31,8 @@ from .tune import Choice, Figures, Tuning, choose, read_tuning
 class Grid:
     """A grid file as read and checked; `load_grid` makes it.
 
-    arms: the options of each, in order. tuning, match, report: None if the file has none.
+    arms: the options of each, in order. tuning, match, report: None if the file has none. digests:
+    whether its cells are of the data that they would read now, as cells that are run have to be.
     """
 
     source: Source
@@ -44,6 +45,7 @@ class Grid:
     match: Match | None
     report: Report | None
     claims: list[Claim]
+    digests: bool = False
 
     @property
     def name(self) -> str:
@@ -113,7 +115,8 @@ class Grid:
             if reach:
                 tree["data"]["init_args"] |= {"reach": reach.back, "sinks": reach.sinks}
             _, record = self._matched.get(name, (None, {}))
-            cells.append(Cell(arm, seed, tree, split, tuned[name], record))
+            digest = self.drafts.digest(tree) if self.digests else {}
+            cells.append(Cell(arm, seed, tree, split, tuned[name], record, digest))
         self._refuse_twins(cells[: len(tuned)])
         return cells
 
@@ -193,12 +196,13 @@ def grid_name(source: Source) -> str:
     return name if source.size == first else f"{name}-{source.size}"
 
 
-def load_grid(name: str, size: str | None = None) -> Grid:
+def load_grid(name: str, size: str | None = None, digests: bool = False) -> Grid:
     """Read a grid by its shipped name or its path, and check every arm before any runs: that its
     model and task build, and fit each other.
 
     Args:
         size: of the file's `sizes`, by default the first.
+        digests: read the data of its cells, which are part of what they are.
 
     Raises:
         SpecError: no such grid, or a fault in it, at its line.
@@ -206,13 +210,14 @@ def load_grid(name: str, size: str | None = None) -> Grid:
     path = Path(name) if Path(name).is_file() else shipped_grids().get(name)
     if path is None:
         raise SpecError(f"no grid '{name}'; {suggest(name, shipped_grids())}")
-    grid = read_grid(Source(path, size))
+    grid = replace(read_grid(Source(path, size)), digests=digests)
     grid.cells()
     grid.tune_cells()
     return grid
 
 
 def read_grid(source: Source) -> Grid:
+    forget()
     with source.at():
         fields: Fields = Fields.from_fields(source.tree)
     drafts = Drafts(source)

@@ -94,7 +94,7 @@ class Clock(Callback):
 
 def probe(config: Tree, threads: int = 1) -> Speed:
     """Train the config's model for half a second, or two updates, and measure a few batches."""
-    options = dict(config["model"])
+    options = {name: value for name, value in config["model"].items() if name != "init"}
     network = ModelConfig.from_fields(options.pop("network"))
     task = configs.task(config).varied()  # the trainer attaches it to a model
     trainer: dict[str, Any] = {

@@ -100,7 +100,7 @@ def read_results(root: Path) -> Results:
     """The results in a grid's folder, also while it runs.
 
     Raises:
-        SpecError: it is no grid's folder.
+        SpecError: it is no grid's folder, or an arm's finished cells are of different data.
     """
     listed = read_cells(root)
     source = Source(root / GRID)
@@ -112,6 +112,7 @@ def read_results(root: Path) -> Results:
     splits: dict[str, list[Result]] = {"test": [], "val": []}
     for cell in listed:
         splits[cell["split"]].append(_result(root, cell))
+    _refuse_mixed(root, splits["test"])
     return Results(
         root=root,
         name=grid_name(source),
@@ -123,6 +124,24 @@ def read_results(root: Path) -> Results:
         cells=splits["test"],
         trials=splits["val"],
     )
+
+
+def _refuse_mixed(root: Path, cells: list[Result]) -> None:
+    """A mean over cells that were trained on different data is of nothing."""
+    first: dict[str, tuple[str, dict[str, str]]] = {}
+    for cell in cells:
+        if cell.state != "finished":
+            continue
+        digest = read_json(root / cell.path / RECORD).get("digest", {})
+        path, other = first.setdefault(cell.arm, (cell.path, digest))
+        if digest != other:
+            name = min(n for n in {**other, **digest} if other.get(n) != digest.get(n))
+            raise SpecError(
+                f"{root}: arm {cell.arm}: its cells were trained on different data ({name}: "
+                f"{other.get(name, 'unknown')[:12]} in {path}, "
+                f"{digest.get(name, 'unknown')[:12]} in {cell.path}); remove those of one "
+                f"and run the grid again"
+            )
 
 
 def read_grids(root: Path) -> list[Results]:

@@ -19,11 +19,12 @@ from ..cells.cell import Cell
 CONFIG = "config.yaml"
 """What `layerzoo fit --config` takes."""
 CELL = "cell.json"
-"""Arm, options, seeds, identity. Written last when a folder is made: without it there is none."""
+"""Arm, options, seeds, identity, digests of what it reads. Written last when a folder is made:
+without it there is none."""
 METRICS = "metrics.json"
 """Figures of the held-out split and sizes; written last of all, so it means finished."""
 RECORD = "record.json"
-"""Versions, commit, implementations, device, seconds."""
+"""Versions, commit, implementations, device, seconds, digests of what it read."""
 DIVERGED = "diverged.json"
 """The reason: step and tensor that was not finite. The same run would diverge again."""
 FAILED = "failed.json"
@@ -91,6 +92,7 @@ def about_cell(cell: Cell) -> dict[str, Any]:
         "split": cell.split,
         "tuned": cell.tuned,
         "matched": cell.matched,
+        "digest": cell.digest,
         "identity": cell.identity,
     }
 

@@ -31,6 +31,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from layerzoo.callbacks import record
 from layerzoo.checkpoints import Checkpoints, first_step, log_missing, newest_checkpoint
 from layerzoo.finite import refuse_held_out
+from layerzoo.resumed import check_cell
 from layerzoo.spec import Diverged
 from layerzoo.training import TrainCLI
 
@@ -143,6 +144,7 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     quiet = ("logger", "enable_progress_bar", "enable_model_summary")
     options = (f"--config={folder / CONFIG}", *(f"--trainer.{name}=false" for name in quiet))
     cli = TrainCLI(options, run=False)
+    check_cell(cli, about.get("digest"), resume)
     trainer: Any = cli.trainer
     trainer.logger = logger = _logger(folder, purge_step=first_step(resume))
     if resume is not None:

@@ -117,6 +117,14 @@ class Continual(Task):
     def divide(self, split: str) -> dict[str, Task]:
         return self.tasks
 
+    def digest(self) -> dict[str, str]:
+        """Of all tasks that are trained: `tasks.<j>.<option>`."""
+        return {
+            f"tasks.{part.removeprefix('task=')}.{option}": found
+            for part, task in self.tasks.items()
+            for option, found in task.digest().items()
+        }
+
     def order(self) -> NDArray[np.int64]:
         """The part of each training batch; the batches of an update, in all processes, are of
         one part."""

@@ -8,12 +8,16 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layerzoo.data.task import SPLITS
 from layerzoo.data.tokenizer import NOWHERE, extra, reason
 from layerzoo.spec import SpecError, at, suggest
 
+Contents = dict[str, bytes]
+"""Documents by their digests."""
+Dealt = dict[str, list[tuple[str, bytes]]]
+"""Documents by split, each with its digest, that of the whole one if it was cut."""
 Documents = dict[str, list[bytes]]
 """By split."""
 NAMES = {"train": "train", "val": "validation", "test": "test"}
@@ -50,20 +54,49 @@ class Source:
             if not valid:
                 raise SpecError(message)
 
-    def read(self) -> Documents:
+    def read(self) -> Read:
+        """Read it all now.
+
+        Raises:
+            SpecError: see `Text`.
+        """
         if self.dataset is None:
-            return deal(read_files(self.files), self.held_out, ["val", "test"])
-        documents = read_dataset(self.dataset, self.subset, self.column, self.max_bytes)
-        if missing := [split for split in SPLITS if split not in documents]:
-            numbered = {f"{n:012}": text for n, text in enumerate(documents["train"])}
-            documents |= deal(numbered, self.held_out, missing)
-        return documents
+            contents = read_files(self.files)
+            return Read(
+                _texts(deal(contents, self.held_out, ["val", "test"])), digest([*contents])
+            )
+        splits = read_dataset(self.dataset, self.subset, self.column, self.max_bytes)
+        of_all = digest([f"{split} {name}" for split in splits for name in splits[split]])
+        documents = {split: [*contents.values()] for split, contents in splits.items()}
+        if missing := [split for split in SPLITS if split not in splits]:
+            documents |= _texts(deal(splits["train"], self.held_out, missing))
+        return Read(documents, of_all)
 
 
-def read_files(files: list[str] | None) -> dict[str, bytes]:
-    """Contents by name, in sorted order; names are relative so that machines agree."""
-    paths = _standard_library() if files is None or STDLIB in files else {}
-    library = set(paths)
+class Read(NamedTuple):
+    """The documents of a source, and a digest of all that it holds: the same for the same
+    contents, wherever they lie and whatever they are called."""
+
+    documents: Documents
+    digest: str
+
+
+def digest(lines: Iterable[str]) -> str:
+    """SHA-256 of a few lines, in hex."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def distinct(documents: Iterable[bytes]) -> Contents:
+    """Documents by the SHA-256 of their contents, in its order; equal ones count once, and empty
+    ones do not."""
+    found = {hashlib.sha256(text).hexdigest(): text for text in documents if text}
+    return dict(sorted(found.items()))
+
+
+def read_files(files: list[str] | None) -> Contents:
+    """The contents of files, see `distinct`; what a path is, and how it is written, does not
+    matter."""
+    paths = dict.fromkeys(_standard_library() if files is None or STDLIB in files else ())
     for pattern in files or ():
         if pattern == STDLIB:
             continue
@@ -71,33 +104,34 @@ def read_files(files: list[str] | None) -> dict[str, bytes]:
         if path.is_dir():
             raise SpecError(f"files: '{pattern}' is a folder; write '{pattern}/**/*'")
         names = [path] if path.is_file() else glob.glob(str(path), recursive=True)
-        found = {p.as_posix(): p for p in map(Path, names) if p.is_file()}
+        found = [p for p in map(Path, names) if p.is_file()]
         if not found:
             raise SpecError(f"files: nothing matches '{pattern}'")
-        # A file here may have the name of one of the library's: both are read.
-        paths |= {f"./{name}" if name in library else name: p for name, p in found.items()}
-    contents = {}
-    for name, path in sorted(paths.items()):
-        try:
-            contents[name] = path.read_bytes()
-        except OSError as error:
-            raise SpecError(f"files: cannot read {path}: {error.strerror}") from None
-    contents = {name: text for name, text in contents.items() if text}
+        paths |= dict.fromkeys(found)
+    contents = distinct(map(_bytes, paths))
     if not contents:
         raise SpecError("files: the corpus is empty")
     return contents
 
 
-def _standard_library() -> dict[str, Path]:
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"files: cannot read {path}: {error.strerror}") from None
+
+
+def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "test", "tests", "__pycache__"}
-    paths = {str(p.relative_to(root)): p for p in root.rglob("*.py")}
-    return {name: path for name, path in paths.items() if not skip & set(Path(name).parts)}
+    return [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
 
 
-def read_dataset(name: str, subset: str | None, column: str, max_bytes: int) -> Documents:
-    """The first documents of each split that a dataset has, streamed: what is beyond `max_bytes`
-    is not downloaded."""
+def read_dataset(
+    name: str, subset: str | None, column: str, max_bytes: int
+) -> dict[str, Contents]:
+    """The first documents of each split that a dataset has, streamed, see `distinct`: what is
+    beyond `max_bytes` is not downloaded."""
     with at("dataset"):
         datasets = extra("datasets")
     path, where, file = Path(name).expanduser().absolute(), name, None
@@ -122,7 +156,7 @@ def read_dataset(name: str, subset: str | None, column: str, max_bytes: int) -> 
         raise SpecError(f"dataset: '{name}' {fault}: {reason(error)}") from None
 
 
-def _documents(rows: Any, column: str, max_bytes: int) -> list[bytes]:
+def _documents(rows: Any, column: str, max_bytes: int) -> Contents:
     documents, size = [], 0
     for row in rows:
         if column not in row:
@@ -135,34 +169,27 @@ def _documents(rows: Any, column: str, max_bytes: int) -> list[bytes]:
             size += len(documents[-1])
         if size >= max_bytes:
             break
-    return documents
+    return distinct(documents)
 
 
-def deal(contents: dict[str, bytes], held_out: float, missing: list[str]) -> Documents:
-    """Deal documents, in an order hashed from their names, to the missing splits and to train;
-    if they are fewer than three, cut each instead, its tail for the missing splits."""
-    if len(contents) < len(SPLITS):
-        parts: Documents = {split: [] for split in ("train", *missing)}
-        for text in contents.values():
+def deal(contents: Contents, held_out: float, missing: list[str]) -> Dealt:
+    """Deal documents, in the order of their digests, to the missing splits and to train; if they
+    are fewer than three, cut each instead, its tail for the missing splits."""
+    order = [(name, contents[name]) for name in sorted(contents)]
+    if len(order) < len(SPLITS):
+        parts: Dealt = {split: [] for split in ("train", *missing)}
+        for name, text in order:
             tail = max(1, round(held_out * len(text)))
             ends = [max(0, len(text) - n * tail) for n in range(len(parts))][::-1]
             for split, low, high in zip(parts, [0, *ends], ends, strict=False):
-                parts[split].append(text[low:high])
+                parts[split].append((name, text[low:high]))
         return parts
-    names = deal_names(contents, held_out, missing)
-    return {split: [contents[name] for name in names[split]] for split in names}
-
-
-def deal_names(names: Iterable[str], held_out: float, missing: list[str]) -> dict[str, list[str]]:
-    """The names of at least three documents, dealt to the missing splits and to train."""
-    order = sorted(names, key=_hash)
     tail = max(1, round(held_out * len(order)))
     dealt = {}
     for split in missing[::-1]:
         dealt[split], order = order[:tail], order[tail:]
-    dealt["train"] = order
-    return {split: sorted(dealt[split]) for split in dealt}
+    return {**dealt, "train": order}
 
 
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
+def _texts(dealt: Dealt) -> Documents:
+    return {split: [text for _, text in documents] for split, documents in dealt.items()}

@@ -218,6 +218,11 @@ class Task(LightningDataModule):
             f"{model.config.vocab_size}; set model.network.vocab_size to {self.vocab_size}",
         )
 
+    def digest(self) -> dict[str, str]:
+        """What the task reads, files for example: by the option that names it, the SHA-256 of the
+        contents in hex. Checkpoints, records and the cells of grids are told apart by it."""
+        return {}
+
     # What is made of it
 
     def parts(self, split: str) -> dict[str, Task]:

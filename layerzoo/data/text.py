@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.corpus import Source
+from layerzoo.data.corpus import Documents, Source
 from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE, SPLITS, Task
 from layerzoo.data.tokenizer import Tokenizer
@@ -28,12 +28,15 @@ class Text(Task):
     """Next-token prediction of text: a token is a byte unless a tokenizer is given. Files are
     read as bytes, so any encoding will do; a tokenizer reads them as UTF-8.
 
-    The files, in an order hashed from their names, are dealt to test, val and train; with fewer
-    than three files each file is cut: its head to train, its tail to val and test. Of a dataset
-    the splits train, validation and test are used; the documents of train are dealt, as files
-    are, to those that it lacks. A sample is the window of length + 1 tokens at a hashed place of
-    its split's concatenated documents. Nothing is put between them, so that the text, and with
-    it the bits a byte, is the same whatever the tokens are; `documents` keeps them apart.
+    The files, in the order of the SHA-256 of their contents, are dealt to test, val and train;
+    with fewer than three files each file is cut: its head to train, its tail to val and test.
+    Files of equal contents count once. So the splits depend on what the files hold, and not on
+    where they lie, what they are called, or how `files` names them. Of a dataset the splits
+    train, validation and test are used, each in such an order; the documents of train are dealt,
+    as files are, to those that it lacks. A sample is the window of length + 1 tokens at a hashed
+    place of its split's concatenated documents. Nothing is put between them, so that the text,
+    and with it the bits a byte, is the same whatever the tokens are; `documents` keeps them
+    apart.
 
     Args:
         files: paths or globs (`**` is recursive); null is the source of the running
@@ -81,13 +84,33 @@ class Text(Task):
         self.length, self.documents = length, documents
         self.vocab_size = 256 if self.tokenizer is None else self.tokenizer.vocab_size
         self._corpus: dict[str, Corpus] = {}
+        self._documents: Documents = {}  # that are read, and not encoded yet
+        self._digest: dict[str, str] = {}  # of what is read
 
     def varied(self, **changes: Any) -> Self:
-        """A task with other options, which shares the corpus if it has the same."""
+        """A task with other options, which shares the text and the tokenizer as they were read, if
+        it is of the same source."""
         task = super().varied(**changes)
         if task.source == self.source:
-            task._corpus = self._corpus
+            task.tokenizer, task.vocab_size = self.tokenizer, self.vocab_size
+            task._corpus, task._documents = self._corpus, self._documents
+            task._digest = self._digest
         return task
+
+    def digest(self) -> dict[str, str]:
+        """Of the text and the tokenizer that this task has read; it reads them now if it has not.
+        What changes on the disk after that is not seen."""
+        self._read()
+        tokenizer = {} if self.tokenizer is None else {"tokenizer": self.tokenizer.digest}
+        return {**self._digest, **tokenizer}
+
+    def _read(self) -> None:
+        """Read the text, once."""
+        if not self._digest:
+            with at(f"data: {type(self).__name__}"):
+                documents, found = self.source.read()
+            self._documents |= documents
+            self._digest["files" if self.source.dataset is None else "dataset"] = found
 
     @property
     def bytes_per_token(self) -> float:
@@ -104,10 +127,10 @@ class Text(Task):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the text, once."""
+        self._read()
         if not self._corpus:
-            with at(f"data: {type(self).__name__}"):
-                documents = self.source.read()
-            self._corpus |= {split: self._encode(documents[split]) for split in SPLITS}
+            self._corpus |= {split: self._encode(self._documents[split]) for split in SPLITS}
+            self._documents.clear()
         unit = "bytes" if self.tokenizer is None else "tokens"
         option = "files" if self.source.dataset is None else "dataset"
         more = "files" if self.source.dataset is None else "of it (max_bytes)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import textwrap
@@ -50,7 +51,8 @@ def reason(error: Exception) -> str:
 
 
 class Tokenizer:
-    """Text, as bytes, to token ids and back. No special tokens are put around a text.
+    """Text, as bytes, to token ids and back. No special tokens are put around a text. `digest` is
+    the SHA-256 of its file.
 
     Args:
         where: a tokenizer.json, a folder that holds one, or the Hugging Face id of a model that
@@ -63,6 +65,7 @@ class Tokenizer:
     def __init__(self, where: str) -> None:
         tokenizers = extra("tokenizers")
         text = _read(where)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:

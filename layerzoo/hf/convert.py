@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from layerzoo.data.tokenizer import reason
+from layerzoo.identity import digest_files
 from layerzoo.layer import check_spec, get_layer
 from layerzoo.shell import Memory
 from layerzoo.spec import SpecError, at, plain
@@ -145,6 +146,12 @@ def load_source(where: str, gguf: str | None = None, dtype: torch.dtype | None =
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
     return model
+
+
+def source_digest(path: str | Path) -> str:
+    """SHA-256 of what a model's folder holds of it: its config and its weights."""
+    kinds = ("config.json", "*.safetensors", "*.bin")
+    return digest_files({p.name: p for kind in kinds for p in Path(path).glob(kind)})
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None) -> LayerzooForCausalLM:

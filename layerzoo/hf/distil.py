@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_map
 
 from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE
+from layerzoo.identity import TRAINED_ON
 from layerzoo.layer import State
 from layerzoo.model import unpack
 from layerzoo.module import TaskModule, within
 from layerzoo.spec import SpecError, at
 
 from . import modes
-from .convert import load
+from .convert import load, source_digest
 from .losses import KnownGradients, distance, kl_from_hidden
 
 FAST = ("scales", "gate", "log_decay", "key_bias")
@@ -103,12 +104,16 @@ class Distil(TaskModule):
         self.piece, self.seed, self.source = piece, seed, source
         with at("model.source"):
             self.model = load(source, torch.float32)
+        self.source_digest = source_digest(source)
         self.model.checkpoint = checkpoint
         self.model.train().requires_grad_(False)
         for _, parameter in self.model.memory_parameters():
             parameter.requires_grad_()
         if not self.trained():
             raise SpecError(f"model.source: {source} has no memory to train")
+
+    def digest(self) -> dict[str, str]:
+        return {"source": self.source_digest}
 
     def trained(self) -> dict[str, Tensor]:
         """The parameters that need a gradient, by their names in the state dict."""
@@ -228,6 +233,12 @@ class Distil(TaskModule):
         checkpoint["state_dict"] = {name: state[name] for name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before = checkpoint.get(TRAINED_ON, {}).get("digest", {}).get("model.source")
+        if before not in (None, self.source_digest):
+            raise SpecError(
+                f"checkpoint: its memory was trained in another model ({before[:12]}) than "
+                f"model.source, {self.source} ({self.source_digest[:12]}); give its own"
+            )
         own, trained, given = self.state_dict(), self.trained(), checkpoint["state_dict"]
         for name in sorted(trained.keys() | given.keys()):
             if name not in trained or name not in given or own[name].shape != given[name].shape:

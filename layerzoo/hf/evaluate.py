@@ -15,6 +15,7 @@ import torch
 from layerzoo.arguments import Parser, integers, make_folder
 from layerzoo.bench.command import device, prepared
 from layerzoo.bench.stream import growth, in_a_process, table
+from layerzoo.data.corpus import digest, read_files
 from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.json_files import write_json
@@ -22,7 +23,7 @@ from layerzoo.metrics.wide import nats, right, wide
 from layerzoo.spec import SpecError
 
 from . import costs, positions
-from .convert import load
+from .convert import load, source_digest
 from .modes import MODES, mode, vary
 from .page import page
 from .probe import explained
@@ -81,6 +82,13 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     controls = [(name, load(path).to(options.device)) for name, path in options.control]
     arms = [Arm(name, model, name) for name in MODES]
     return arms + [Arm(name, control, "memory") for name, control in controls]
+
+
+def digests(options: argparse.Namespace) -> dict[str, str]:
+    """Of the models that are compared and the text, whatever they are called."""
+    models = {name: source_digest(path) for name, path in options.control}
+    text = {"text": digest(read_files(options.text))} if options.text else {}
+    return {"memory": source_digest(options.folder), **models, **text}
 
 
 @contextmanager
@@ -250,6 +258,7 @@ def main(argv: Sequence[str]) -> int:
     arms = arms_of(options)
     window = options.window or arms[0].model.config.window
     found: dict[str, Any] = {"folder": str(options.folder), "window": window}
+    found["digest"] = digests(options)
     with prepared(options.threads):
         for name, (asked, run) in parts.items():
             if asked:

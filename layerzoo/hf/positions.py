@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from layerzoo.data.corpus import deal_names, read_files
+from layerzoo.data.corpus import deal, read_files
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.metrics.wide import nats
 from layerzoo.spec import SpecError
@@ -40,16 +40,14 @@ def held_out(
     Raises:
         SpecError: none is long enough.
     """
-    whole = read_files(list(patterns))
-    dealt = deal_names(whole, share, ["val", "test"])
-    names = [*dealt["val"], *dealt["test"]]
+    dealt = deal(read_files(list(patterns)), share, ["val", "test"])
     found: dict[str, list[NDArray[Any]]] = {}
     for pattern in patterns:
         own = read_files([pattern])
         rows = []
-        for name in names:
-            if name in own and len(rows) < count and len(own[name]) > length:
-                (tokens,) = tokenizer.encode([own[name]])
+        for name, text in (*dealt["val"], *dealt["test"]):
+            if name in own and len(rows) < count and len(text) > length:
+                (tokens,) = tokenizer.encode([text])
                 if len(tokens) > length:
                     rows.append(tokens[: length + 1].astype(np.int64))
         if not rows:
