@@ -92,6 +92,8 @@ class MatrixMemory(Memory):
     """Where `LogDecay` starts. The step is Mamba-2's; the rate is not (theirs is in [1, 16]), so
     that no head starts with a half-life below 7 tokens: with theirs recall is learned several
     times later."""
+    log_decay: Any
+    """A `LogDecay`, or a `Constant`; absent without a decay."""
 
     def __init__(self, dim: int, config: MatrixConfig) -> None:
         super().__init__(dim, config)
