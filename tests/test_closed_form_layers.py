@@ -133,9 +133,9 @@ def test_decays_of_the_presets() -> None:
     x = randn(B, 9, DIM)
     for name in ("retention", "gated_linear", "gla", "gated_delta", "kda", "mamba2", "mesa"):
         layer: Any = build(name, dim=DIM, heads=H).double()
-        g = layer.log_decay()
+        g = layer.log_decay
         if name == "retention":
-            close(g.double().exp(), 1 - torch.tensor([1 / 32, 1 / 64, 1 / 128]).double(), 1e-7)
+            close(g().double().exp(), 1 - torch.tensor([1 / 32, 1 / 64, 1 / 128]).double(), 1e-7)
             continue
         z = (g.x(x) + g.bias).unflatten(-1, (H, -1))
         rate, step = g.A_log.exp(), F.softplus(g.bias)
