@@ -16,7 +16,7 @@ from .cells.grid import shipped_grids
 
 def _list(options: argparse.Namespace) -> int:
     for name, path in shipped_grids().items():
-        print(f"{name}: {path.read_text().splitlines()[0].removeprefix('# ')}")
+        print(f"{name}: {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
     return 0
 
 

@@ -150,7 +150,7 @@ def run(name: str, how: How, size: str | None = None, tables: bool = True) -> in
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / GRID).write_text(grid.source.copy)
+        (out / GRID).write_text(grid.source.copy, encoding="utf-8")
         return _run(this, tables)
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):

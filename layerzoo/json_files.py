@@ -26,12 +26,12 @@ def write_json(path: Path, tree: Any, indent: int = 2) -> None:
     """Write a file whole or not at all."""
     text = dumps(tree, indent) + "\n"
     if path.exists() and not path.is_file():  # a pipe, or a device: nothing can replace it
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "w") as file:
+        with open(part, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -53,7 +53,7 @@ def floats(tree: Any) -> Any:
 
 def read_figures(path: Path) -> Any:
     """The figures of a file that `write_json` wrote."""
-    return floats(json.loads(path.read_text()))
+    return floats(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _plain(tree: Any) -> Any:

@@ -51,7 +51,9 @@ def command(results: Results) -> str:
     folder of results."""
     size = results.fields.size
     shipped = shipped_grids().get(results.fields.name)
-    if shipped is not None and Source(shipped, size).copy == (results.root / GRID).read_text():
+    if shipped is not None and Source(shipped, size).copy == (results.root / GRID).read_text(
+        encoding="utf-8"
+    ):
         option = f" --size {size}" if size else ""
         return f"layerzoo ablate run {results.fields.name}{option}"
     return f"layerzoo ablate run {GRID}"

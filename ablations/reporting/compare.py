@@ -56,16 +56,16 @@ def write_report(findings: Findings, drawn: Mapping[str, Picture], folder: Path)
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     text_file, html_file = folder / "report.md", folder / "report.html"
-    before = text_file.read_text() if text_file.is_file() else ""
+    before = text_file.read_text(encoding="utf-8") if text_file.is_file() else ""
     for name, picture in drawn.items():
         save_svg(picture.figure, folder / "figures" / f"{name}.svg")
     for stale in {*re.findall(r"\]\(figures/([\w.=-]+)\.svg\)", before)} - {*drawn}:
         (folder / "figures" / f"{stale}.svg").unlink(missing_ok=True)
     text = page(findings, drawn)
-    text_file.write_text(text)
+    text_file.write_text(text, encoding="utf-8")
     svgs = {f"figures/{name}.svg": (folder / "figures" / f"{name}.svg") for name in drawn}
-    inside = {name: path.read_text() for name, path in svgs.items()}
-    html_file.write_text(as_html(findings.results.name, text, inside))
+    inside = {name: path.read_text(encoding="utf-8") for name, path in svgs.items()}
+    html_file.write_text(as_html(findings.results.name, text, inside), encoding="utf-8")
     write_json(folder / "summary.json", summary(findings))
     return [text_file, html_file, folder / "summary.json", *write_data(findings.results, folder)]
 

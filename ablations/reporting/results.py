@@ -71,7 +71,7 @@ class Results:
         """
         path = self.root / cell.path / CONFIG
         try:
-            return yaml.safe_load(path.read_text())
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SpecError(f"{path}: is lost; `layerzoo ablate run` writes it anew") from None
 

@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _whole(path: Path) -> dict[str, Any] | None:
     """A file's tree; None of one that is missing or damaged."""
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     return tree if isinstance(tree, dict) else None
@@ -71,7 +71,9 @@ def prepare(cell: Cell, out: Path) -> Path:
         raise SpecError(f"{folder}: is not a cell's folder; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if not about or not (folder / CONFIG).is_file():
-        (folder / CONFIG).write_text(yaml.safe_dump(cell.config, sort_keys=False))
+        (folder / CONFIG).write_text(
+            yaml.safe_dump(cell.config, sort_keys=False), encoding="utf-8"
+        )
     if not about:
         write_json(folder / CELL, about_cell(cell))
     return folder
@@ -100,7 +102,7 @@ def about_cell(cell: Cell) -> dict[str, Any]:
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Hold the cell's lock; False if another process holds it. It goes with its process."""
-    with open(folder / LOCK, "w") as file:
+    with open(folder / LOCK, "w", encoding="utf-8") as file:
         try:
             lock(file, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
         except AlreadyLocked:
@@ -131,7 +133,7 @@ def reason(folder: Path) -> str:
 def _held(path: Path) -> bool:
     """Whether a process holds the lock. Reading is enough to tell."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             lock(file, LockFlags.SHARED | LockFlags.NON_BLOCKING)
     except FileNotFoundError:
         return False

@@ -29,7 +29,7 @@ def read_cells(root: Path) -> list[dict[str, Any]]:
         hint = f"give one of {', '.join(map(str, below))}" if below else "run a grid with --out"
         raise SpecError(f"{root}: is not the folder of a grid's results; {hint}")
     try:
-        cells = json.loads((root / CELLS).read_text())
+        cells = json.loads((root / CELLS).read_text(encoding="utf-8"))
     except ValueError:
         damaged = f"{root / CELLS}: is damaged; `layerzoo ablate run` writes it anew"
         raise SpecError(damaged) from None

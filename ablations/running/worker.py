@@ -224,8 +224,11 @@ def main() -> None:
         folders.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    answers = os.fdopen(os.dup(1), "w")
-    with open(os.devnull) as sys.stdin, open(os.devnull, "w") as nothing:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    with (
+        open(os.devnull, encoding="utf-8") as sys.stdin,
+        open(os.devnull, "w", encoding="utf-8") as nothing,
+    ):
         os.dup2(nothing.fileno(), 1)  # what a library prints between cells is no answer
         while (folder := folders.get()) is not None:
             outcome = run_cell(Path(folder), options.every, options.threads, ended.is_set)

@@ -95,12 +95,12 @@ def measure(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         except (ImplError, SpecError) as error:  # one that cannot run does not cost the others
             print(f"failed: {error}", flush=True)
             return {"name": name, "failed": str(error)}
-        return {"name": name, **json.loads(path.read_text())}
+        return {"name": name, **json.loads(path.read_text(encoding="utf-8"))}
 
 
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
-    table = yaml.safe_load(options.table.read_text())
+    table = yaml.safe_load(options.table.read_text(encoding="utf-8"))
     if options.report:
         write = importlib.import_module("layerzoo.bench.gpu_report").write
         write(options.out, options.report, table)

@@ -36,13 +36,15 @@ def write(folder: Path, page: Path, table: Mapping[str, Mapping[str, Any]]) -> N
     files = sorted(folder.glob("*.json"))
     if not files:
         raise SpecError(f"{folder}: no figures; run `layerzoo bench gpu` on a machine with a GPU")
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise SpecError(f"{page}: has no place for the figures, '{BEGIN.strip()}'")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     parts = [part for file in files for part in of_gpu(file, page.parent, table)]
-    page.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END + after)
+    page.write_text(
+        before + BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END + after, encoding="utf-8"
+    )
 
 
 def of_gpu(file: Path, root: Path, wanted: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -66,7 +66,7 @@ def label_of(spec: dict[str, Any]) -> str:
 
 def resident() -> int:
     """Bytes of this process that are in memory."""
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(STATM.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def held(state: Any) -> int:

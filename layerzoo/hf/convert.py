@@ -161,7 +161,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LayerzooForCausa
         SpecError: it cannot be read, or is something else.
     """
     try:
-        kind = json.loads(Path(path, "config.json").read_text())["model_type"]
+        kind = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))["model_type"]
     except OSError:
         raise SpecError(
             f"{path}: no config.json in it; give the folder of a converted model"

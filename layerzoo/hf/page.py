@@ -38,7 +38,7 @@ def page(found: dict[str, Any], out: Path) -> str:
     if "harness" in found:
         parts.append(harness_table(found["harness"]))
     text = "\n\n".join(parts)
-    (out / "evaluation.md").write_text(text + "\n")
+    (out / "evaluation.md").write_text(text + "\n", encoding="utf-8")
     return text
 
 
