@@ -12,6 +12,7 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from layerzoo.arguments import make_folder
@@ -101,7 +102,11 @@ class Summary(Callback):
             print(f"{name}: {before:.3f} at step {first}, {after:.3f} at step {last}")
         if folder is not None:
             print(f"logs: {folder}")
-            write_json(Path(folder, "record.json"), record(pl_module.model, trainer))
+            path = Path(folder, "record.json")
+            try:
+                write_json(path, record(pl_module.model, trainer))
+            except OSError as error:  # a full disk: what was trained is kept all the same
+                rank_zero_warn(f"{path}: {error.strerror}: not saved")
 
 
 class Diagnostics(Callback):

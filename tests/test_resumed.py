@@ -236,7 +236,7 @@ def test_weights_to_start_from_do_not_go_with_a_run_to_resume(
             ("--model.network.layers", "[{name: linear, heads: 2}]"),
             r"model.network.layers\[0\].heads: 2, but the network of .* has 1; give the same",
         ),
-        (("--model.init", "data"), "data: no checkpoint to read in it or its folder"),
+        (("--model.init", "data"), "checkpoint data: no checkpoint to read in it or its"),
         (("--model.init", "none.ckpt"), "checkpoint none.ckpt: cannot be read: No such file"),
         (("--model.init", "data/1.txt"), "checkpoint data/1.txt: is damaged, or not one that"),
     ],
