@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from layerzoo.checked import checked
+from layerzoo.forms import tensor
 from layerzoo.layer import State, StateBytes
 from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
-from .heads import Attention, HeadsConfig, append, attend_causal, check_heads, empty_cache
+from .heads import CACHE, Attention, HeadsConfig, append, attend_causal, empty_cache
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
 OP = Op("differential_attention")
 
 
+@checked(CACHE | {"k": tensor("B n 2*G K")})
 def differential_attention(
     q: Float[Tensor, "B T 2*H K"],
     k: Float[Tensor, "B T 2*G K"],
     v: Float[Tensor, "B T G V"],
-    mix: Float[Tensor, ""],
+    mix: Float[Tensor, ""] | float,
     *,
     scale: float | None = None,
     state: State = None,
@@ -41,15 +44,11 @@ def differential_attention(
         impl: auto, recurrent, chunked or triton.
 
     Raises:
-        SpecError: G does not divide H, or k has not two heads to each of v. ImplError: an impl
-            that cannot run here.
+        SpecError: arguments of other shapes, or G does not divide H. ImplError: an impl that
+            cannot run here.
 
     Source: Ye et al. 2024, arXiv 2410.05258, eq. 1.
     """
-    check_heads(q, k)
-    if q.shape[2] % 2 or k.shape[2] != 2 * v.shape[2]:
-        found = f"{q.shape[2]}, {k.shape[2]} and {v.shape[2]}"
-        raise SpecError(f"q, k and v: expected 2 H, 2 G and G heads, got {found}")
     state = empty_cache(k, v) if state is None else state
     k, v = append(state["k"], k), append(state["v"], v)
     o = OP(impl, q, k, v, mix, scale=q.shape[-1] ** -0.5 if scale is None else scale)

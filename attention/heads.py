@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerzoo.forms import tensor
 from layerzoo.layer import Inner, Layer, State, StateBytes
 from layerzoo.nn import RMSNorm
 from layerzoo.shell import QKV
@@ -128,6 +129,10 @@ def attention_alone(layer: Any, x: Tensor, state: State) -> Inner:
     return Inner(fn, layer.project(x, state))
 
 
+CACHE = {"k": tensor("B n G K"), "v": tensor("B n G V"), "position": tensor("", integer=True)}
+"""The form of a cache."""
+
+
 def empty_cache(k: Tensor, v: Tensor) -> State:
     """A cache without tokens, like k and v in all but length."""
     k, v = k[:, :0].detach(), v[:, :0].detach()
@@ -137,11 +142,6 @@ def empty_cache(k: Tensor, v: Tensor) -> State:
 def append(past: Tensor, new: Tensor) -> Tensor:
     """A longer cache in the dtype of what it holds; `past` stays as it is."""
     return torch.cat((past, new.to(past.dtype)), 1) if past.shape[1] else new
-
-
-def check_heads(q: Tensor, k: Tensor) -> None:
-    if q.shape[2] % k.shape[2]:
-        raise SpecError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key heads")
 
 
 def attend_one(

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from layerzoo.checked import checked
 from layerzoo.layer import Reach, State, StateBytes
 from layerzoo.ops import Op
 from layerzoo.spec import SpecError
 
 from .heads import (
+    CACHE,
     Attention,
     HeadsConfig,
     append,
     attend_causal,
     attend_one,
-    check_heads,
     empty_cache,
 )
 
@@ -31,6 +32,7 @@ BLOCK = 128
 """Queries of a block: more would compute more that is masked, fewer would copy more keys."""
 
 
+@checked(CACHE)
 def sliding_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -53,13 +55,12 @@ def sliding_attention(
         impl: auto, recurrent, chunked or triton.
 
     Raises:
-        SpecError: window < 1, sinks < 0, or G does not divide H. ImplError: an impl that cannot
-            run here.
+        SpecError: window < 1, sinks < 0, arguments of other shapes, or G does not divide H.
+            ImplError: an impl that cannot run here.
 
     Source: Beltagy et al. 2020, arXiv 2004.05150 (window); Xiao et al. 2023, 2309.17453 (sinks).
     """
     check_window(window, sinks)
-    check_heads(q, k)
     state = empty_cache(k, v) if state is None else state
     start = int(state["position"])
     end = start + q.shape[1]

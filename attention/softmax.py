@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from layerzoo.checked import checked
 from layerzoo.layer import State, StateBytes
 from layerzoo.ops import Op
 
 from .heads import (
+    CACHE,
     Attention,
     HeadsConfig,
     append,
     attend_causal,
     attend_one,
-    check_heads,
     empty_cache,
 )
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 OP = Op("softmax_attention")
 
 
+@checked(CACHE)
 def softmax_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -44,11 +46,11 @@ def softmax_attention(
         impl: auto, recurrent, chunked or triton.
 
     Raises:
-        SpecError: G does not divide H. ImplError: an impl that cannot run here.
+        SpecError: arguments of other shapes, or G does not divide H. ImplError: an impl that
+            cannot run here.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query 2305.13245.
     """
-    check_heads(q, k)
     state = empty_cache(k, v) if state is None else state
     k, v = append(state["k"], k), append(state["v"], v)
     o = OP(impl, q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from layerzoo.checked import FRACTION, checked
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
@@ -20,17 +21,18 @@ if TYPE_CHECKING:
 OP = Op("fast_weights")
 
 
+@checked(momentum=FRACTION, decay=FRACTION)
 def fast_weights(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
-    weights: tuple[Tensor, ...],
+    weights: tuple[Float[Tensor, "H _ _"] | Float[Tensor, "B H _ _"], ...],
     *,
     spec: Rule,
-    lr: Tensor,
+    lr: Float[Tensor, "B T H"] | Float[Tensor, "B T H _"],
     momentum: Float[Tensor, "B T H"] | None = None,
     decay: Float[Tensor, "B T H"] | None = None,
-    row: Tensor | None = None,
+    row: Float[Tensor, " C"] | None = None,
     layer_norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None,
     state: State | None = None,
     impl: str = "auto",
@@ -101,13 +103,14 @@ def fast_weights(
     )
 
 
+@checked()
 def read_fast_weights(
     q: Float[Tensor, "B T H K"],
-    weights: tuple[Tensor, ...],
+    weights: tuple[Float[Tensor, "H _ _"] | Float[Tensor, "B H _ _"], ...],
     *,
     spec: Rule,
-    row: Tensor | None = None,
-    layer_norm: tuple[Tensor, Tensor] | None = None,
+    row: Float[Tensor, " C"] | None = None,
+    layer_norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None,
     state: State,
 ) -> Float[Tensor, "B T H V"]:
     """o = M_W(q) with the weights that the last token of a state read; nothing is written.
@@ -134,7 +137,7 @@ def check(
     layer_norm: Any,
 ) -> None:
     """Raises SpecError where the arguments do not fit the rule."""
-    B, T, H, K = k.shape
+    K = k.shape[3]
     V, network = v.shape[-1], rule.network
     if network.residual and K != V:
         raise SpecError(f"network: residual needs K = V, got {K} and {V}")
@@ -151,13 +154,10 @@ def check(
     if [tuple(w.shape[-2:]) for w in weights] != shapes:
         got = [tuple(w.shape[-2:]) for w in weights]
         raise SpecError(f"weights: shapes {got} are not {shapes} of network '{network.name}'")
-    if lr.shape[:3] != (B, T, H) or lr.shape[3:] not in ((), (1,), (len(weights),)):
+    if lr.shape[3:] not in ((), (1,), (len(weights),)):
         raise SpecError(
             f"lr: shape {tuple(lr.shape)} is neither [B, T, H] nor [B, T, H, matrices]"
         )
-    for name, gate in (("momentum", momentum), ("decay", decay)):
-        if gate is not None and gate.shape != (B, T, H):
-            raise SpecError(f"{name}: shape {tuple(gate.shape)} is not [B, T, H]")
     if row is not None and rule.update == "chunk":
         raise SpecError(
             "row: weighs the tokens inside a mini-batch, which update 'chunk' does not"

@@ -1,0 +1,181 @@
+"""Arguments, checked against the forms that a signature states, before any implementation runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from layerzoo.forms import Form, Many, open_sums, read
+from layerzoo.spec import SpecError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Bound(NamedTuple):
+    """The values that an argument may have, ends included, and the way out for others."""
+
+    low: float
+    high: float
+    way_out: str
+
+
+LOGARITHM = Bound(-math.inf, 0.0, "give its logarithm, which is not positive")
+POSITIVE = Bound(0.0, math.inf, "it must be positive")
+FRACTION = Bound(0.0, 1.0, "give a fraction")
+
+
+def checked(state: Any = None, **bounds: Bound) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: check the arguments of an op, whatever the implementation, by its annotations.
+
+    Values are read on a CPU alone: elsewhere that would wait for the device. They are not read
+    inside torch.func either, and nothing is checked while torch.compile traces.
+
+    Args:
+        state: of what form the state is, if its annotation does not say so.
+        bounds: of the values of arguments.
+    """
+
+    def add(fn: Callable[P, R]) -> Callable[P, R]:
+        op, names = getattr(fn, "__name__", ""), tuple(inspect.signature(fn).parameters)
+        forms = {name: read(fn.__annotations__[name]) for name in names}
+        if state is not None:
+            forms["state"] = (state, True)
+        # A sum of two letters comes last: the others say what one of them is.
+        plan = [(name, *form) for name, form in forms.items() if form[0] is not None]
+        plan.sort(key=lambda entry: open_sums(entry[1]))
+
+        @functools.wraps(fn)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not is_compiling():
+                given = dict(zip(names, args, strict=False), **kwargs)
+                found = Match(op)
+                for name, form, optional in plan:
+                    if name in given and not (optional and given[name] is None):
+                        found.fit(form, given[name], name)
+                for name, bound in bounds.items():
+                    found.within(bound, given.get(name), name)
+            return fn(*args, **kwargs)
+
+        return run
+
+    return add
+
+
+class Match:
+    """The sizes of letters, as the arguments of one call have them. place: of whom they are."""
+
+    __slots__ = ("device", "place", "sizes")
+
+    def __init__(self, place: str, **sizes: int) -> None:
+        self.place, self.sizes = place, sizes
+        self.device: torch.device | None = None
+
+    def fit(self, form: Any, value: Any, name: str) -> None:
+        """Raises SpecError where a value is not of the form."""
+        if type(form) is Form:
+            self._tensor(form, value, name)
+        elif form is not None:
+            self._parts(form, value, name)
+
+    def _parts(self, stated: Any, value: Any, name: str) -> None:
+        kind: Any = tuple if type(stated) is Many else type(stated)
+        if not isinstance(value, kind):
+            raise self._error(name, f"is a {type(value).__name__} instead of a {kind.__name__}")
+        form: Any = (stated.each,) * len(value) if type(stated) is Many else stated
+        if kind is dict and value.keys() != form.keys():
+            raise self._error(name, f"has {sorted(value)} instead of {sorted(form)}")
+        if len(value) != len(form):
+            raise self._error(name, f"has {len(value)} parts instead of {len(form)}")
+        for key in form if kind is dict else range(len(form)):
+            self.fit(form[key], value[key], f"{name}.{key}")
+
+    def _tensor(self, form: Form, value: Any, name: str) -> None:
+        if not isinstance(value, Tensor):
+            if form.number and isinstance(value, (int, float)):
+                return
+            what = "None" if value is None else f"a {type(value).__name__}"
+            raise self._error(name, f"is {what} instead of a tensor {' or '.join(form.texts)}")
+        shape, known = value.shape, len(self.sizes)
+        axes = form.shapes.get(len(shape))
+        if axes is None or not self._axes(axes, shape, name):
+            raise self._error(name, f"shape {tuple(shape)} is {self._wanted(form, known)}")
+        if value.is_floating_point() == form.integer:
+            want = "integers" if form.integer else "floating-point numbers"
+            raise self._error(name, f"is of {value.dtype}, expected {want}")
+        if axes:
+            self.device = self.device or value.device
+            if value.device != self.device:
+                raise self._error(name, f"is on {value.device}, what is before it {self.device}")
+
+    def _axes(self, axes: tuple[Any, ...], shape: torch.Size, name: str) -> bool:
+        """Whether a tensor has these axes. It gives letters that are new their sizes."""
+        sizes = self.sizes
+        for axis, n in zip(axes, shape, strict=True):
+            kind = type(axis)
+            if kind is str:
+                if sizes.setdefault(axis, n) != n:
+                    return False
+                if axis == "G" and (n == 0 or sizes["H"] % n):
+                    fault = f"{sizes['H']} query heads do not divide among {n} key heads"
+                    raise self._error(name, fault)
+            elif (kind is tuple and not self._sum(axis, n)) or (kind is int and axis != n):
+                return False
+        return True
+
+    def _sum(self, terms: Any, n: int) -> bool:
+        sizes, new = self.sizes, None
+        for count, letter in terms:
+            if letter in sizes:
+                n -= count * sizes[letter]
+            else:
+                new = count, letter
+        if new is None:
+            return n == 0
+        sizes[new[1]] = n // new[0]
+        return n > 0 and n % new[0] == 0
+
+    def _wanted(self, form: Form, known: int) -> str:
+        """What the shape is not, with the sizes that were known before."""
+        first, *others = form.texts
+        what = f"none of {', '.join(form.texts)}"
+        if len(others) < 2:
+            what = f"neither {first} nor {others[0]}" if others else f"not {first}"
+        sizes = [
+            f"{letter} = {n}"
+            for letter, n in list(self.sizes.items())[:known]
+            if any(letter in text for text in form.texts)
+        ]
+        return f"{what} with {', '.join(sizes)}" if sizes else what
+
+    def within(self, bound: Bound, value: Any, name: str) -> None:
+        """Raises SpecError where a value is out of bounds. (What is no number passes, and is seen
+        in the output.)"""
+        if not isinstance(value, Tensor) or not _readable(value):
+            return
+        with torch.no_grad():
+            if bound.high < math.inf and (most := value.amax().item()) > bound.high:
+                raise self._error(name, f"{most:g} is above {bound.high:g}; {bound.way_out}")
+            if bound.low > -math.inf and (least := value.amin().item()) < bound.low:
+                raise self._error(name, f"{least:g} is below {bound.low:g}; {bound.way_out}")
+
+    def _error(self, name: str, fault: str) -> SpecError:
+        return SpecError(f"{self.place}: {name}: {fault}")
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether a tensor has values here and now: some, on the CPU, and itself instead of a stand-in
+    or a transform's."""
+    return (
+        value.device.type == "cpu"
+        and type(value) in (Tensor, nn.Parameter)
+        and value.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+    )
