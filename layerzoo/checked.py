@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -119,15 +120,24 @@ class Match:
         """Whether a tensor has these axes. It gives letters that are new their sizes."""
         sizes = self.sizes
         for axis, n in zip(axes, shape, strict=True):
-            kind = type(axis)
-            if kind is str:
-                if sizes.setdefault(axis, n) != n:
+            known = sizes.get(axis)
+            if known is None:
+                if not self._new(axis, n, name):
                     return False
-                if axis == "G" and (n == 0 or sizes["H"] % n):
-                    fault = f"{sizes['H']} query heads do not divide among {n} key heads"
-                    raise self._error(name, fault)
-            elif (kind is tuple and not self._sum(axis, n)) or (kind is int and axis != n):
+            elif known != n:
                 return False
+        return True
+
+    def _new(self, axis: Any, n: int, name: str) -> bool:
+        """Whether an axis that is no letter of known size may have the size n."""
+        if type(axis) is tuple:
+            return self._sum(axis, n)
+        if type(axis) is not str:
+            return axis in (None, n)
+        if axis == "G" and (n == 0 or self.sizes["H"] % n):
+            fault = f"{self.sizes['H']} query heads do not divide among {n} key heads"
+            raise self._error(name, fault)
+        self.sizes[axis] = n
         return True
 
     def _sum(self, terms: Any, n: int) -> bool:
@@ -160,10 +170,10 @@ class Match:
         in the output.)"""
         if not isinstance(value, Tensor) or not _readable(value):
             return
-        with torch.no_grad():
-            if bound.high < math.inf and (most := value.amax().item()) > bound.high:
+        with torch.no_grad() if value.requires_grad else nullcontext():
+            if bound.high < math.inf and (most := value.max().item()) > bound.high:
                 raise self._error(name, f"{most:g} is above {bound.high:g}; {bound.way_out}")
-            if bound.low > -math.inf and (least := value.amin().item()) < bound.low:
+            if bound.low > -math.inf and (least := value.min().item()) < bound.low:
                 raise self._error(name, f"{least:g} is below {bound.low:g}; {bound.way_out}")
 
     def _error(self, name: str, fault: str) -> SpecError:
@@ -174,7 +184,7 @@ def _readable(value: Tensor) -> bool:
     """Whether a tensor has values here and now: some, on the CPU, and itself instead of a stand-in
     or a transform's."""
     return (
-        value.device.type == "cpu"
+        value.is_cpu
         and type(value) in (Tensor, nn.Parameter)
         and value.numel() > 0
         and not torch._C._are_functorch_transforms_active()
