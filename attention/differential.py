@@ -69,7 +69,8 @@ def _recurrent(q, k, v, mix, *, scale):
     return torch.stack(outputs, 1) if outputs else empty
 
 
-@OP.register("chunked")  # upcast: maps rounded to bfloat16 first would leave their errors behind
+# Upcast: maps rounded to bfloat16 first would leave their errors behind.
+@OP.register("chunked", transformable=True)
 def _chunked(q, k, v, mix, *, scale):
     maps = zip(q.chunk(2, 2), k.chunk(2, 2), strict=True)
     first, second = (attend_causal(a, b, v, scale) for a, b in maps)

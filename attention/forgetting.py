@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from layerzoo.checked import LOGARITHM, checked
 from layerzoo.forms import tensor
 from layerzoo.layer import Reach, Reduction, State, StateBytes
-from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.ops import Op, accumulator_dtype, once_differentiable
 from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 

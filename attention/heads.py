@@ -3,15 +3,18 @@ the plain form of attention over a cache."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerzoo.forms import tensor
 from layerzoo.layer import Inner, Layer, State, StateBytes
 from layerzoo.nn import RMSNorm
+from layerzoo.ops import transforming
 from layerzoo.shell import QKV
 from layerzoo.spec import SpecError, divide
 
@@ -156,6 +159,13 @@ def attend_one(
     return (logits.softmax(-1) @ v.transpose(1, 2)).flatten(1, 2)
 
 
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """PyTorch's attention; inside torch.func that of its forms which has all derivatives."""
+    forms = sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext()
+    with forms:
+        return F.scaled_dot_product_attention(q, k, v, **how)
+
+
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of the last T of n tokens to all before them: q `[B, T, H, K]`, k, v
     `[B, n, G, K | V]` -> `[B, T, H, V]`, in q's dtype and through PyTorch's attention."""
@@ -171,7 +181,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if new > 1 and wide != q.shape[3]:
         parts = F.pad(v, (0, -wide % q.shape[3])).split(q.shape[3], 3)
     outputs = [
-        F.scaled_dot_product_attention(
+        dot_product_attention(
             query,
             k,
             part,

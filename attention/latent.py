@@ -75,7 +75,7 @@ def _recurrent(q, c, r, up, *, scale):
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-@OP.register("chunked")
+@OP.register("chunked", transformable=True)
 def _chunked(q, c, r, up, *, scale):
     """Few queries after many tokens go to the latents (absorbed): q U_k meets c itself, one key
     head for all, and U_v is applied to what was read. Many make their keys and values first."""

@@ -67,7 +67,7 @@ def _recurrent(q, k, v, *, scale):
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-OP.register("chunked", upcast=False)(attend_causal)
+OP.register("chunked", upcast=False, transformable=True)(attend_causal)
 
 
 class Softmax(Attention, name="softmax"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from layerzoo.forms import Form, Many, open_sums, read
+from layerzoo.ops import transforming
 from layerzoo.spec import SpecError
 
 P = ParamSpec("P")
@@ -187,5 +188,5 @@ def _readable(value: Tensor) -> bool:
         value.is_cpu
         and type(value) in (Tensor, nn.Parameter)
         and value.numel() > 0
-        and not torch._C._are_functorch_transforms_active()
+        and not transforming()
     )

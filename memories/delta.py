@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from layerzoo.checked import LOGARITHM, checked
 from layerzoo.layer import State
-from layerzoo.ops import Op
+from layerzoo.ops import Op, once_differentiable
 from layerzoo.shell import Write
 
 from .chunks import (
     add_product,
     chunk_size,
     fold,
-    once_differentiable,
     pad_tokens,
     product,
     segments,

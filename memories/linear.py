@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from layerzoo.checked import LOGARITHM, checked
 from layerzoo.layer import State
-from layerzoo.ops import Op
+from layerzoo.ops import Op, once_differentiable
 from layerzoo.shell import QKV, Write
 from layerzoo.spec import SpecError
 
@@ -18,7 +18,6 @@ from .chunks import (
     add_product,
     chunk_size,
     fold,
-    once_differentiable,
     pad_tokens,
     product,
     segments,

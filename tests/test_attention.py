@@ -218,9 +218,7 @@ def test_lambda() -> None:
 
 def test_differential_refuses_what_it_cannot_run() -> None:
     q, k, v = differential_inputs(5)
-    with pytest.raises(
-        SpecError, match=r"v: shape .* is not \[B, T, G, V\] with .* G = 2"
-    ):
+    with pytest.raises(SpecError, match=r"v: shape .* is not \[B, T, G, V\] with .* G = 2"):
         differential_attention(q, k, repeated(v, 4), torch.ones(()))
     with pytest.raises(SpecError, match="lambda_init: must be at least 0 and below 1, got 1"):
         build("differential", dim=8, lambda_init=1.0)
@@ -250,9 +248,7 @@ def test_latent_is_its_expanded_form(R: int, impl: str) -> None:
 
 def test_latent_refuses_what_it_cannot_run() -> None:
     q, c, r = torch.randn(1, 3, 2, 6), torch.randn(1, 3, 4), torch.randn(1, 3, 2)
-    with pytest.raises(
-        SpecError, match=r"up: shape .* is not \[H, K\+V, R\] with .* K = 4"
-    ):
+    with pytest.raises(SpecError, match=r"up: shape .* is not \[H, K\+V, R\] with .* K = 4"):
         latent_attention(q, c, r, torch.randn(2, 4, 4))
     with pytest.raises(SpecError, match="latent: rotary: needs an even rotary_dim, got 3"):
         build("latent", dim=8, rotary_dim=3)

@@ -169,4 +169,4 @@ def check(
 OP.register("recurrent")(recurrent.run)
 OP.register("chunked")(engine.run)
 READ = Op("read_fast_weights")
-READ.register("chunked")(engine.read_only)
+READ.register("chunked", transformable=True)(engine.read_only)
