@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from layerzoo.checked import checked
+from layerzoo.checked import Signature
 from layerzoo.forms import tensor
 from layerzoo.layer import State, StateBytes
 from layerzoo.nn import RMSNorm
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 OP = Op("differential_attention")
 
 
-@checked(CACHE | {"k": tensor("B n 2*G K")})
+SIGNATURE = Signature(CACHE | {"k": tensor("B n 2*G K")})
+
+
+@SIGNATURE
 def differential_attention(
     q: Float[Tensor, "B T 2*H K"],
     k: Float[Tensor, "B T 2*G K"],
@@ -49,6 +53,8 @@ def differential_attention(
 
     Source: Ye et al. 2024, arXiv 2410.05258, eq. 1.
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     state = empty_cache(k, v) if state is None else state
     k, v = append(state["k"], k), append(state["v"], v)
     o = OP(impl, q, k, v, mix, scale=q.shape[-1] ** -0.5 if scale is None else scale)

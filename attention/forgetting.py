@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from layerzoo.checked import LOGARITHM, checked
+from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.forms import tensor
 from layerzoo.layer import Reach, Reduction, State, StateBytes
 from layerzoo.ops import Op, accumulator_dtype, once_differentiable
@@ -28,7 +29,10 @@ BLOCK = 128
 """Queries that are worked off at once: what is as long as their keys stays in the cache."""
 
 
-@checked(CACHE | {"log_forget": tensor("B n H")}, log_forget=LOGARITHM)
+SIGNATURE = Signature(CACHE | {"log_forget": tensor("B n H")}, log_forget=LOGARITHM)
+
+
+@SIGNATURE
 def forgetting_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -54,12 +58,14 @@ def forgetting_attention(
 
     Raises:
         SpecError: window < 1, arguments of other shapes, G does not divide H, or a positive
-            log_forget (see `checked`). ImplError: an impl that cannot run here.
+            log_forget (see `Signature`). ImplError: an impl that cannot run here.
 
     The backward pass of `chunked` has none of its own; `recurrent` has.
 
     Source: Lin et al. 2025, arXiv 2503.02130, eq. 6.
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     if window is not None:
         check_window(window)
     if state is None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from layerzoo.checked import checked
+from layerzoo.checked import Signature
 from layerzoo.forms import tensor
 from layerzoo.layer import Inner, Layer, State, StateBytes
 from layerzoo.nn import RMSNorm
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 OP = Op("latent_attention")
 
 
-@checked(CACHE | {"k": tensor("B n P"), "v": tensor("B n R")})
+SIGNATURE = Signature(CACHE | {"k": tensor("B n P"), "v": tensor("B n R")})
+
+
+@SIGNATURE
 def latent_attention(
     q: Float[Tensor, "B T H K+P"],
     latent: Float[Tensor, "B T R"],
@@ -50,6 +54,8 @@ def latent_attention(
 
     Source: DeepSeek-AI 2024, arXiv 2405.04434, sec. 2.1.2 and 2.1.3.
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     state = empty_cache(position_key, latent) if state is None else state
     k, v = append(state["k"], position_key), append(state["v"], latent)
     o = OP(impl, q, v, k, up, scale=q.shape[-1] ** -0.5 if scale is None else scale)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from layerzoo.checked import checked
+from layerzoo.checked import Signature
 from layerzoo.layer import Reach, State, StateBytes
 from layerzoo.ops import Op, transforming
 from layerzoo.spec import SpecError
@@ -33,7 +34,10 @@ BLOCK = 128
 """Queries of a block: more would compute more that is masked, fewer would copy more keys."""
 
 
-@checked(CACHE)
+SIGNATURE = Signature(CACHE)
+
+
+@SIGNATURE
 def sliding_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -61,6 +65,8 @@ def sliding_attention(
 
     Source: Beltagy et al. 2020, arXiv 2004.05150 (window); Xiao et al. 2023, 2309.17453 (sinks).
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     check_window(window, sinks)
     state = empty_cache(k, v) if state is None else state
     start = int(state["position"])

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from layerzoo.checked import checked
+from layerzoo.checked import Signature
 from layerzoo.layer import State, StateBytes
 from layerzoo.ops import Op
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 OP = Op("softmax_attention")
 
 
-@checked(CACHE)
+SIGNATURE = Signature(CACHE)
+
+
+@SIGNATURE
 def softmax_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -51,6 +55,8 @@ def softmax_attention(
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query 2305.13245.
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     state = empty_cache(k, v) if state is None else state
     k, v = append(state["k"], k), append(state["v"], v)
     o = OP(impl, q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +9,6 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from layerzoo.forms import Form, Many, open_sums, read
 from layerzoo.ops import transforming
@@ -34,41 +31,42 @@ POSITIVE = Bound(0.0, math.inf, "it must be positive")
 FRACTION = Bound(0.0, 1.0, "give a fraction")
 
 
-def checked(state: Any = None, **bounds: Bound) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: check the arguments of an op, whatever the implementation, by its annotations.
+class Signature:
+    """What an op's arguments are checked against: the forms of its annotations.
 
-    Values are read on a CPU alone: elsewhere that would wait for the device. They are not read
-    inside torch.func either, and nothing is checked while torch.compile traces.
+    The op calls `check` itself, and not while torch.compile traces: a function around it would be
+    one frame more, which breaks a graph once more where the op does.
 
     Args:
         state: of what form the state is, if its annotation does not say so.
-        bounds: of the values of arguments.
+        bounds: of the values of arguments. They are read on a CPU alone: elsewhere that would wait
+            for the device. Nor are they read inside torch.func.
     """
 
-    def add(fn: Callable[P, R]) -> Callable[P, R]:
-        op, names = getattr(fn, "__name__", ""), tuple(inspect.signature(fn).parameters)
-        forms = {name: read(fn.__annotations__[name]) for name in names}
-        if state is not None:
-            forms["state"] = (state, True)
+    def __init__(self, state: Any = None, **bounds: Bound) -> None:
+        self.state, self.bounds = state, bounds
+        self.name = ""
+        self.plan: list[tuple[str, Any, bool]] = []
+
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
+        """Decorator: take the forms of a function's annotations."""
+        self.name = getattr(fn, "__name__", "")
+        forms = {name: read(text) for name, text in fn.__annotations__.items() if name != "return"}
+        if self.state is not None:
+            forms["state"] = (self.state, True)
+        self.plan = [(name, *form) for name, form in forms.items() if form[0] is not None]
         # A sum of two letters comes last: the others say what one of them is.
-        plan = [(name, *form) for name, form in forms.items() if form[0] is not None]
-        plan.sort(key=lambda entry: open_sums(entry[1]))
+        self.plan.sort(key=lambda entry: open_sums(entry[1]))
+        return fn
 
-        @functools.wraps(fn)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not is_compiling():
-                given = dict(zip(names, args, strict=False), **kwargs)
-                found = Match(op)
-                for name, form, optional in plan:
-                    if name in given and not (optional and given[name] is None):
-                        found.fit(form, given[name], name)
-                for name, bound in bounds.items():
-                    found.within(bound, given.get(name), name)
-            return fn(*args, **kwargs)
-
-        return run
-
-    return add
+    def check(self, given: dict[str, Any]) -> None:
+        """Raises SpecError where the arguments, by name, do not fit; `locals()` has them first."""
+        found = Match(self.name)
+        for name, form, optional in self.plan:
+            if not (optional and given[name] is None):
+                found.fit(form, given[name], name)
+        for name, bound in self.bounds.items():
+            found.within(bound, given[name], name)
 
 
 class Match:

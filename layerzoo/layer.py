@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -122,8 +121,6 @@ class Layer(nn.Module):
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):
-            cls.forward = _checking(cls.forward)
         if name is None:  # an abstract base
             return
         if not issubclass(getattr(cls, "Config", type(None)), Config):
@@ -142,6 +139,11 @@ class Layer(nn.Module):
         super().__init__()
         self.dim = dim
         self.config = config
+
+    def __call__(self, x: Tensor, state: State = None, **more: Any) -> tuple[Tensor, State]:
+        if not is_compiling():
+            self.check(x, state)
+        return super().__call__(x, state, **more)
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: State = None
@@ -208,16 +210,6 @@ class Layer(nn.Module):
 
 EXECUTION = tuple(name for name, x in vars(Layer).items() if isinstance(x, Execution))
 """What is not part of a run's identity."""
-
-
-def _checking(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(self: Layer, x: Tensor, state: State = None, *args: Any, **kwargs: Any) -> Any:
-        if not is_compiling():
-            self.check(x, state)
-        return forward(self, x, state, *args, **kwargs)
-
-    return run
 
 
 def check_state(owner: nn.Module, found: Match, state: State, start: Callable[[], State]) -> None:

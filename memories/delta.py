@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from layerzoo.checked import LOGARITHM, checked
+from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
 from layerzoo.ops import Op, once_differentiable
 from layerzoo.shell import Write
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 OP = Op("delta_rule", kernel="delta")
 
 
-@checked(log_decay=LOGARITHM)
+SIGNATURE = Signature(log_decay=LOGARITHM)
+
+
+@SIGNATURE
 def delta_rule(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -62,12 +66,14 @@ def delta_rule(
         o in q's dtype and S_T in float32 (float64 for float64 input).
 
     Raises:
-        SpecError: an argument of another shape, or a positive log_decay (see `checked`).
+        SpecError: an argument of another shape, or a positive log_decay (see `Signature`).
         ImplError: an impl that cannot run here.
 
     Source: DeltaNet, Yang et al. 2024, arXiv 2406.06484 (the chunk form follows its WY
     representation); Gated DeltaNet 2412.06464, eq. 10 (scalar); Kimi Linear 2510.26692 (vector).
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     state = zero_state(k, v) if state is None else state
     return OP(impl, q, k, v, beta, log_decay, scale=scale, state=state)
 

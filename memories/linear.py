@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from layerzoo.checked import LOGARITHM, checked
+from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
 from layerzoo.ops import Op, once_differentiable
 from layerzoo.shell import QKV, Write
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 OP = Op("linear_attention", kernel="linear")
 
 
-@checked(log_decay=LOGARITHM)
+SIGNATURE = Signature(log_decay=LOGARITHM)
+
+
+@SIGNATURE
 def linear_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -61,12 +65,14 @@ def linear_attention(
         o in q's dtype and S_T in float32 (float64 for float64 input).
 
     Raises:
-        SpecError: an argument of another shape, or a positive log_decay (see `checked`).
+        SpecError: an argument of another shape, or a positive log_decay (see `Signature`).
         ImplError: an impl that cannot run here.
 
     Source: Katharopoulos et al. 2020, arXiv 2006.16236, eq. 18-20, without its normaliser;
     decays: 2307.08621 (constant), 2405.21060 (scalar), 2312.06635 (vector).
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     state = zero_state(k, v) if state is None else state
     return OP(impl, q, k, v, log_decay, scale=scale, state=state)
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from layerzoo.checked import LOGARITHM, POSITIVE, checked
+from layerzoo.checked import LOGARITHM, POSITIVE, Signature
 from layerzoo.layer import State, StateBytes
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.shell import Write
@@ -28,7 +29,10 @@ SOLVED = 2048
 """Tokens (of all rows) in a segment: the gradient holds the solver's steps of one at a time."""
 
 
-@checked(log_decay=LOGARITHM, ridge=POSITIVE)
+SIGNATURE = Signature(log_decay=LOGARITHM, ridge=POSITIVE)
+
+
+@SIGNATURE
 def mesa(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -59,10 +63,12 @@ def mesa(
 
     Raises:
         SpecError: an argument of another shape, a positive log_decay, a negative ridge (see
-            `checked`), or steps < 1. ImplError: an impl that cannot run.
+            `Signature`), or steps < 1. ImplError: an impl that cannot run.
 
     Source: von Oswald et al. 2025, arXiv 2506.05233, eq. 6-9.
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     if steps is not None and steps < 1:
         raise SpecError(f"steps: must be at least 1, or null for the exact solve, got {steps}")
     kk, kv = (zero_state(k, k), zero_state(k, v)) if state is None else state

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from layerzoo.checked import FRACTION, checked
+from layerzoo.checked import FRACTION, Signature
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 OP = Op("fast_weights")
 
 
-@checked(momentum=FRACTION, decay=FRACTION)
+SIGNATURE = Signature(momentum=FRACTION, decay=FRACTION)
+
+
+@SIGNATURE
 def fast_weights(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -85,6 +89,8 @@ def fast_weights(
     (token); LaCT, Zhang et al. 2025, 2505.23884, and AllMem, 2602.13680 (chunk); Miras,
     2504.13173 (huber, lp, lq, kl).
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     B = len(k)
     check(spec, k, v, weights, lr, momentum, decay, row, layer_norm)
     if state is None:
@@ -103,7 +109,10 @@ def fast_weights(
     )
 
 
-@checked()
+READ_SIGNATURE = Signature()
+
+
+@READ_SIGNATURE
 def read_fast_weights(
     q: Float[Tensor, "B T H K"],
     weights: tuple[Float[Tensor, "H _ _"] | Float[Tensor, "B H _ _"], ...],
@@ -115,6 +124,8 @@ def read_fast_weights(
 ) -> Float[Tensor, "B T H V"]:
     """o = M_W(q) with the weights that the last token of a state read; nothing is written.
     Arguments as in `fast_weights`."""
+    if not is_compiling():
+        READ_SIGNATURE.check(locals())
     initial, norm = per_row(weights, layer_norm, len(q))
     return READ("chunked", q, row, norm, initial, rule=spec, state=state)
 
