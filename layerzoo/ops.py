@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 IMPLS = ("auto", "recurrent", "chunked", "triton")
 
@@ -83,7 +86,8 @@ class Op:
 
     def __call__(self, impl: str, *args: Any, **kwargs: Any) -> Any:
         name, fn = self.select(impl, *args, **kwargs)
-        if name not in self.transformable and transforming():
+        # Asked while torch.compile traces, it would break a graph once more where `fn` does.
+        if not is_compiling() and name not in self.transformable and transforming():
             raise ImplError(
                 f"{self.name}: impl '{name}' cannot run inside torch.func (grad, vmap, jvp and "
                 f"what is made of them); use impl 'recurrent'"
@@ -154,3 +158,17 @@ def _upcast(fn: Callable[..., Any]) -> Callable[..., Any]:
         return out.to(args[0].dtype)
 
     return run
+
+
+class _CallableModule(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[self.__name__.rpartition(".")[2]](*args, **kwargs)
+
+
+def callable_module(module: ModuleType) -> None:
+    """Let a module that has the name of its op be called as the op: the package that imports it
+    has but one attribute for both. (torch.compile breaks a graph there; the op itself, imported
+    from the module, it traces.)"""
+    op = vars(module)[module.__name__.rpartition(".")[2]]
+    module.__class__ = _CallableModule
+    module.__signature__ = inspect.signature(op)  # pyright: ignore[reportAttributeAccessIssue]
