@@ -166,8 +166,8 @@ class _CallableModule(ModuleType):
 
 
 def callable_module(module: ModuleType) -> None:
-    """Let a module that has the name of its op be called as the op: the package that imports it
-    has but one attribute for both. (torch.compile breaks a graph there; the op itself, imported
+    """Let a module that has the name of its op be called as the op: their package has but one
+    attribute for both. (torch.compile breaks a graph there; the op itself, imported
     from the module, it traces.)"""
     op = vars(module)[module.__name__.rpartition(".")[2]]
     module.__class__ = _CallableModule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from layerzoo.checked import LOGARITHM, POSITIVE, Signature
 from layerzoo.layer import State, StateBytes
-from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.ops import Op, accumulator_dtype, callable_module
 from layerzoo.shell import Write
 from layerzoo.spec import SpecError
 
@@ -74,6 +75,9 @@ def mesa(
     kk, kv = (zero_state(k, k), zero_state(k, v)) if state is None else state
     o, *state_ = OP(impl, q, k, v, beta, log_decay, ridge, steps=steps, kk=kk, kv=kv)
     return o, tuple(state_)
+
+
+callable_module(sys.modules[__name__])
 
 
 def solve(q: Float[Tensor, "... n K"], kk: Tensor, ridge: Tensor, steps: int | None) -> Tensor:
