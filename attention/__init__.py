@@ -1,1 +1,15 @@
-"""Attention layers: one file per layer."""
+"""Attention layers: one file per layer. The ops can be imported from here."""
+
+from .differential import differential_attention
+from .forgetting import forgetting_attention
+from .latent import latent_attention
+from .sliding import sliding_attention
+from .softmax import softmax_attention
+
+__all__ = [
+    "differential_attention",
+    "forgetting_attention",
+    "latent_attention",
+    "sliding_attention",
+    "softmax_attention",
+]

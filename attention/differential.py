@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from layerzoo.checked import Signature
+from layerzoo.forms import tensor
 from layerzoo.layer import State, StateBytes
 from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
-from .heads import Attention, HeadsConfig, append, attend_causal, check_heads, empty_cache
+from .heads import CACHE, Attention, HeadsConfig, append, attend_causal, empty_cache
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -20,11 +23,15 @@ if TYPE_CHECKING:
 OP = Op("differential_attention")
 
 
+SIGNATURE = Signature(CACHE | {"k": tensor("B n 2*G K")})
+
+
+@SIGNATURE
 def differential_attention(
     q: Float[Tensor, "B T 2*H K"],
     k: Float[Tensor, "B T 2*G K"],
     v: Float[Tensor, "B T G V"],
-    mix: Float[Tensor, ""],
+    mix: Float[Tensor, ""] | float,
     *,
     scale: float | None = None,
     state: State = None,
@@ -41,15 +48,13 @@ def differential_attention(
         impl: auto, recurrent, chunked or triton.
 
     Raises:
-        SpecError: G does not divide H, or k has not two heads to each of v. ImplError: an impl
-            that cannot run here.
+        SpecError: arguments of other shapes, or G does not divide H. ImplError: an impl that
+            cannot run here.
 
     Source: Ye et al. 2024, arXiv 2410.05258, eq. 1.
     """
-    check_heads(q, k)
-    if q.shape[2] % 2 or k.shape[2] != 2 * v.shape[2]:
-        found = f"{q.shape[2]}, {k.shape[2]} and {v.shape[2]}"
-        raise SpecError(f"q, k and v: expected 2 H, 2 G and G heads, got {found}")
+    if not is_compiling():
+        SIGNATURE.check(locals())
     state = empty_cache(k, v) if state is None else state
     k, v = append(state["k"], k), append(state["v"], v)
     o = OP(impl, q, k, v, mix, scale=q.shape[-1] ** -0.5 if scale is None else scale)
@@ -70,7 +75,8 @@ def _recurrent(q, k, v, mix, *, scale):
     return torch.stack(outputs, 1) if outputs else empty
 
 
-@OP.register("chunked")  # upcast: maps rounded to bfloat16 first would leave their errors behind
+# Upcast: maps rounded to bfloat16 first would leave their errors behind.
+@OP.register("chunked", transformable=True)
 def _chunked(q, k, v, mix, *, scale):
     maps = zip(q.chunk(2, 2), k.chunk(2, 2), strict=True)
     first, second = (attend_causal(a, b, v, scale) for a, b in maps)

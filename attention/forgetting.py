@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from layerzoo.checked import LOGARITHM, Signature
+from layerzoo.forms import tensor
 from layerzoo.layer import Reach, Reduction, State, StateBytes
-from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.ops import Op, accumulator_dtype, once_differentiable
 from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
-from .heads import Attention, HeadsConfig, append, attend_one, check_heads, empty_cache
+from .heads import CACHE, Attention, HeadsConfig, append, attend_one, empty_cache
 from .sliding import check_window, covering
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ BLOCK = 128
 """Queries that are worked off at once: what is as long as their keys stays in the cache."""
 
 
+SIGNATURE = Signature(CACHE | {"log_forget": tensor("B n H")}, log_forget=LOGARITHM)
+
+
+@SIGNATURE
 def forgetting_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -51,19 +57,17 @@ def forgetting_attention(
         impl: auto, recurrent, chunked or triton.
 
     Raises:
-        SpecError: window < 1, G does not divide H, or log_forget is not `[B, T, H]`. ImplError: an
-            impl that cannot run here.
+        SpecError: window < 1, arguments of other shapes, G does not divide H, or a positive
+            log_forget (see `Signature`). ImplError: an impl that cannot run here.
 
     The backward pass of `chunked` has none of its own; `recurrent` has.
 
     Source: Lin et al. 2025, arXiv 2503.02130, eq. 6.
     """
-    check_heads(q, k)
+    if not is_compiling():
+        SIGNATURE.check(locals())
     if window is not None:
         check_window(window)
-    if log_forget.shape != q.shape[:3]:
-        want = list(q.shape[:3])
-        raise SpecError(f"log_forget: expected [B, T, H] = {want}, got {list(log_forget.shape)}")
     if state is None:
         state = empty(empty_cache(k, v), q.shape[2])
     new = {"k": k, "v": v, "log_forget": log_forget.to(state["log_forget"].dtype)}

@@ -3,14 +3,18 @@ the plain form of attention over a cache."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layerzoo.forms import tensor
 from layerzoo.layer import Inner, Layer, State, StateBytes
 from layerzoo.nn import RMSNorm
+from layerzoo.ops import transforming
 from layerzoo.shell import QKV
 from layerzoo.spec import SpecError, divide
 
@@ -128,6 +132,10 @@ def attention_alone(layer: Any, x: Tensor, state: State) -> Inner:
     return Inner(fn, layer.project(x, state))
 
 
+CACHE = {"k": tensor("B n G K"), "v": tensor("B n G V"), "position": tensor("", integer=True)}
+"""The form of a cache."""
+
+
 def empty_cache(k: Tensor, v: Tensor) -> State:
     """A cache without tokens, like k and v in all but length."""
     k, v = k[:, :0].detach(), v[:, :0].detach()
@@ -137,11 +145,6 @@ def empty_cache(k: Tensor, v: Tensor) -> State:
 def append(past: Tensor, new: Tensor) -> Tensor:
     """A longer cache in the dtype of what it holds; `past` stays as it is."""
     return torch.cat((past, new.to(past.dtype)), 1) if past.shape[1] else new
-
-
-def check_heads(q: Tensor, k: Tensor) -> None:
-    if q.shape[2] % k.shape[2]:
-        raise SpecError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key heads")
 
 
 def attend_one(
@@ -154,6 +157,13 @@ def attend_one(
     if bias is not None:
         logits = logits + bias.view_as(logits)
     return (logits.softmax(-1) @ v.transpose(1, 2)).flatten(1, 2)
+
+
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """PyTorch's attention; inside torch.func that of its forms which has all derivatives."""
+    forms = sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext()
+    with forms:
+        return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -171,7 +181,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if new > 1 and wide != q.shape[3]:
         parts = F.pad(v, (0, -wide % q.shape[3])).split(q.shape[3], 3)
     outputs = [
-        F.scaled_dot_product_attention(
+        dot_product_attention(
             query,
             k,
             part,

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from layerzoo.checked import Signature
+from layerzoo.forms import tensor
 from layerzoo.layer import Inner, Layer, State, StateBytes
 from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op
 from layerzoo.spec import SpecError, divide
 
-from .heads import append, attend_causal, attend_one, attention_alone, empty_cache
+from .heads import CACHE, append, attend_causal, attend_one, attention_alone, empty_cache
 from .rotary import RotaryConfig
 
 if TYPE_CHECKING:
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 OP = Op("latent_attention")
 
 
+SIGNATURE = Signature(CACHE | {"k": tensor("B n P"), "v": tensor("B n R")})
+
+
+@SIGNATURE
 def latent_attention(
     q: Float[Tensor, "B T H K+P"],
     latent: Float[Tensor, "B T R"],
@@ -47,12 +54,8 @@ def latent_attention(
 
     Source: DeepSeek-AI 2024, arXiv 2405.04434, sec. 2.1.2 and 2.1.3.
     """
-    K = q.shape[3] - position_key.shape[2]
-    if up.shape[0] != q.shape[2] or up.shape[2] != latent.shape[2] or not 0 < K < up.shape[1]:
-        raise SpecError(
-            f"up: expected [H, K + V, R] with H {q.shape[2]}, K {K}, R {latent.shape[2]}, "
-            f"got {list(up.shape)}"
-        )
+    if not is_compiling():
+        SIGNATURE.check(locals())
     state = empty_cache(position_key, latent) if state is None else state
     k, v = append(state["k"], position_key), append(state["v"], latent)
     o = OP(impl, q, v, k, up, scale=q.shape[-1] ** -0.5 if scale is None else scale)
@@ -78,7 +81,7 @@ def _recurrent(q, c, r, up, *, scale):
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-@OP.register("chunked")
+@OP.register("chunked", transformable=True)
 def _chunked(q, c, r, up, *, scale):
     """Few queries after many tokens go to the latents (absorbed): q U_k meets c itself, one key
     head for all, and U_v is applied to what was read. Many make their keys and values first."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layerzoo.compose import ChildrenConfig, Composition
 from layerzoo.compose.parallel import read_flops
@@ -16,7 +15,7 @@ from layerzoo.ops import Op
 from layerzoo.shell import Memory
 from layerzoo.spec import SpecError, divide
 
-from .heads import append, attend_one
+from .heads import append, attend_one, dot_product_attention
 
 OP = Op("prefix_attention")
 
@@ -38,7 +37,7 @@ def _recurrent(q, k, v, memory_k, memory_v, first_k, first_v, *, scale):
     return torch.stack(outputs, 1) if outputs else torch.zeros_like(q)
 
 
-@OP.register("chunked", upcast=False)
+@OP.register("chunked", upcast=False, transformable=True)
 def _chunked(q, k, v, memory_k, memory_v, first_k, first_v, *, scale):
     B, n, m = *q.shape[:2], k.shape[1]
     if n == 0:
@@ -49,7 +48,7 @@ def _chunked(q, k, v, memory_k, memory_v, first_k, first_v, *, scale):
     )
     causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
     mask = torch.cat((causal.new_ones(n, len(first_k)), causal, causal), 1)
-    o = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask, scale=scale)
+    o = dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, scale=scale)
     return o.transpose(1, 2)
 
 

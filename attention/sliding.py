@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from layerzoo.checked import Signature
 from layerzoo.layer import Reach, State, StateBytes
-from layerzoo.ops import Op
+from layerzoo.ops import Op, transforming
 from layerzoo.spec import SpecError
 
 from .heads import (
+    CACHE,
     Attention,
     HeadsConfig,
     append,
     attend_causal,
     attend_one,
-    check_heads,
+    dot_product_attention,
     empty_cache,
 )
 
@@ -31,6 +34,10 @@ BLOCK = 128
 """Queries of a block: more would compute more that is masked, fewer would copy more keys."""
 
 
+SIGNATURE = Signature(CACHE)
+
+
+@SIGNATURE
 def sliding_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -53,13 +60,14 @@ def sliding_attention(
         impl: auto, recurrent, chunked or triton.
 
     Raises:
-        SpecError: window < 1, sinks < 0, or G does not divide H. ImplError: an impl that cannot
-            run here.
+        SpecError: window < 1, sinks < 0, arguments of other shapes, or G does not divide H.
+            ImplError: an impl that cannot run here.
 
     Source: Beltagy et al. 2020, arXiv 2004.05150 (window); Xiao et al. 2023, 2309.17453 (sinks).
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     check_window(window, sinks)
-    check_heads(q, k)
     state = empty_cache(k, v) if state is None else state
     start = int(state["position"])
     end = start + q.shape[1]
@@ -116,7 +124,7 @@ def _recurrent(q, k, v, *, window, sinks, start, scale):
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-@OP.register("chunked", upcast=False)
+@OP.register("chunked", upcast=False, transformable=True)
 def _chunked(q, k, v, *, window, sinks, start, scale):
     """Until the sinks have left the window a query sees all before it: plain causal attention.
     The others go in blocks of queries, and those that are left over in one more block."""
@@ -150,7 +158,7 @@ def band(q: Tensor, k: Pair, v: Pair, size: int, scale: float) -> Tensor:
     sinks, reach = k[0].shape[1], k[1].shape[1] - q.shape[1]
     blocks = q.shape[1] // size
     step = size if blocks > 1 else size + reach
-    keys, values = (Overlapping.apply(t[1], step, size + reach) for t in (k, v))
+    keys, values = (overlapping(t[1], step, size + reach) for t in (k, v))
     if sinks:
         keys, values = (
             torch.cat((t[0].transpose(1, 2)[:, None].expand(-1, blocks, -1, -1, -1), f), 3)
@@ -160,7 +168,7 @@ def band(q: Tensor, k: Pair, v: Pair, size: int, scale: float) -> Tensor:
     if size > 1:
         mask = torch.ones(size, size + reach, dtype=torch.bool, device=q.device)
         mask = F.pad(mask.tril(reach).triu(), (sinks, 0), value=True)
-    o = F.scaled_dot_product_attention(
+    o = dot_product_attention(
         q.unflatten(1, (blocks, size)).transpose(2, 3).flatten(0, 1),
         keys.flatten(0, 1),
         values.flatten(0, 1),
@@ -171,9 +179,16 @@ def band(q: Tensor, k: Pair, v: Pair, size: int, scale: float) -> Tensor:
     return o.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)
 
 
+def overlapping(t: Tensor, step: int, width: int) -> Tensor:
+    """`[B, n, H, K]` -> `[B, N, H, width, K]`: block b begins at token b step."""
+    if not transforming():
+        return Overlapping.apply(t, step, width)
+    first = torch.arange(0, t.shape[1] - width + 1, step, device=t.device)
+    return t[:, first[:, None] + torch.arange(width, device=t.device)].transpose(2, 3)
+
+
 class Overlapping(torch.autograd.Function):
-    """`[B, n, H, K]` -> `[B, N, H, width, K]`, a view: block b begins at token b step. Backward,
-    the blocks' gradients are added piece by piece: that of `unfold` works token by token."""
+    """A view. Its gradients are added up piece by piece: those of `unfold` are token by token."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:

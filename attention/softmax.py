@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from layerzoo.checked import Signature
 from layerzoo.layer import State, StateBytes
 from layerzoo.ops import Op
 
 from .heads import (
+    CACHE,
     Attention,
     HeadsConfig,
     append,
     attend_causal,
     attend_one,
-    check_heads,
     empty_cache,
 )
 
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 OP = Op("softmax_attention")
 
 
+SIGNATURE = Signature(CACHE)
+
+
+@SIGNATURE
 def softmax_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -44,11 +50,13 @@ def softmax_attention(
         impl: auto, recurrent, chunked or triton.
 
     Raises:
-        SpecError: G does not divide H. ImplError: an impl that cannot run here.
+        SpecError: arguments of other shapes, or G does not divide H. ImplError: an impl that
+            cannot run here.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query 2305.13245.
     """
-    check_heads(q, k)
+    if not is_compiling():
+        SIGNATURE.check(locals())
     state = empty_cache(k, v) if state is None else state
     k, v = append(state["k"], k), append(state["v"], v)
     o = OP(impl, q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale)
@@ -65,7 +73,7 @@ def _recurrent(q, k, v, *, scale):
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-OP.register("chunked", upcast=False)(attend_causal)
+OP.register("chunked", upcast=False, transformable=True)(attend_causal)
 
 
 class Softmax(Attention, name="softmax"):

@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from layerzoo.checked import Match
+from layerzoo.forms import form_of, tensor
 from layerzoo.ops import IMPLS, Op
 from layerzoo.spec import Config, Spec, SpecError, at, suggest
 
@@ -88,7 +92,9 @@ class Layer(nn.Module):
     """A causal sequence mixer, `[B, T, D] -> [B, T, D]`.
 
     The law: running a sequence in any pieces, down to single tokens, equals running it whole,
-    outputs and final state; `forward` never changes the state it is given.
+    outputs and final state; `forward` never changes the state it is given. An x that is not
+    `[B, T, dim]`, or a state of another layer or batch size, is a `SpecError`, whatever the impl
+    (while torch.compile traces nothing is checked).
 
     A subclass registers itself: ``class Mine(Layer, name="mine")``. It holds a nested `Config`,
     a `source` (paper), and `cases`: small specs with which the conformance suite proves the law.
@@ -134,10 +140,26 @@ class Layer(nn.Module):
         self.dim = dim
         self.config = config
 
+    def __call__(self, x: Tensor, state: State = None, **more: Any) -> tuple[Tensor, State]:
+        if not is_compiling():
+            self.check(x, state)
+        return super().__call__(x, state, **more)
+
     def forward(
         self, x: Float[Tensor, "B T D"], state: State = None
     ) -> tuple[Float[Tensor, "B T D"], State]:
         raise NotImplementedError
+
+    def check(self, x: Tensor, state: State) -> None:
+        """Refuse what `forward` cannot read.
+
+        Raises:
+            SpecError: x is not `[B, T, D]`, or the state is another layer's or of another batch.
+        """
+        found = Match(self.name)
+        found.fit(tensor(f"B T {self.dim}"), x, "x")
+        if state is not None:
+            check_state(self, found, state, lambda: self.init_state(0))
 
     def inner(self, x: Tensor, state: State = None) -> Inner | None:
         """What the layer runs between its projections, and its input for x `[B, T, D]`, as the
@@ -188,6 +210,25 @@ class Layer(nn.Module):
 
 EXECUTION = tuple(name for name, x in vars(Layer).items() if isinstance(x, Execution))
 """What is not part of a run's identity."""
+
+
+def check_state(owner: nn.Module, found: Match, state: State, start: Callable[[], State]) -> None:
+    """Refuse a state that is not like the one that `start` makes of no rows, but of B rows.
+
+    The owner keeps the form. A layer may be set to something else after that, and so a state that
+    does not fit is compared with the form of now.
+    """
+    known = vars(owner).get("_state_form")
+    if known is not None:
+        try:
+            found.fit(known, state, "state")
+        except SpecError:
+            pass
+        else:
+            return
+    with torch.no_grad():
+        vars(owner)["_state_form"] = form = form_of(start())
+    found.fit(form, state, "state")
 
 
 def discover() -> None:

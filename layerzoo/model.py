@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from layerzoo import generate
-from layerzoo.layer import Reach, State, StateBytes, build
+from layerzoo.checked import Bound, Match
+from layerzoo.layer import Reach, State, StateBytes, build, check_state
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op
 from layerzoo.pattern import block_indices, check_blocks, overridden, tiled
@@ -140,6 +142,7 @@ class LanguageModel(Stack, nn.Module):
         super().__init__()
         self.config = c = config or ModelConfig.from_fields(fields)
         self.embedding = nn.Embedding(c.vocab_size, c.dim)
+        self.ids = Bound(0, c.vocab_size - 1, "give ids of the vocabulary")
         std = c.dim**-0.5 if c.tie else 1.0
         nn.init.normal_(self.embedding.weight, std=std)
         self.persistent = None
@@ -173,9 +176,16 @@ class LanguageModel(Stack, nn.Module):
                 document, and no document sees another. The returned state is then None.
 
         Raises:
-            SpecError: tokens that are not integers [B, T], or documents beside a state.
+            SpecError: tokens that are not integers [B, T] of the vocabulary (on a CPU: elsewhere
+                it would wait for the device), a state of another model or batch size, or
+                documents beside a state. Only the first and last while torch.compile traces.
         """
         check_tokens(tokens, state, documents)
+        if not is_compiling():
+            Match("model").within(self.ids, tokens, "tokens")
+        if not is_compiling() and state is not None:
+            found = Match("model", B=len(tokens))
+            check_state(self, found, state, lambda: self.start(0))
         if documents is not None:
             rows, where = unpack(tokens, documents)
             return self.hidden(rows)[0][where], None
@@ -204,10 +214,14 @@ class LanguageModel(Stack, nn.Module):
         h, state = self.hidden(tokens, state, documents)
         return self.head(h), state
 
+    def start(self, batch_size: int) -> State:
+        """The state before any token, persistent ones as well."""
+        return [block.init_state(batch_size) for block in self.each_block()]
+
     def init_state(self, batch_size: int) -> State:
         """The state before the first token, after the persistent ones: of them it has gradients.
         Positions, windows and mini-batches count them."""
-        state = [block.init_state(batch_size) for block in self.each_block()]
+        state = self.start(batch_size)
         if self.persistent is None:
             return state
         # A copy: a view of a parameter wants gradients even where none are recorded.
@@ -257,8 +271,9 @@ def check_tokens(tokens: Tensor, state: State, documents: Tensor | None) -> None
     Raises:
         SpecError: tokens that are not integers [B, T], or documents beside a state.
     """
-    if tokens.dim() != 2 or tokens.is_floating_point():
-        raise SpecError(f"tokens: expected integers [B, T], got {tuple(tokens.shape)}")
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        got = f"{tokens.dtype} {tuple(tokens.shape)}"
+        raise SpecError(f"tokens: expected integers [B, T], got {got}; give int64 or int32")
     if documents is None:
         return
     if state is not None:

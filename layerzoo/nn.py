@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerzoo.ops import accumulator_dtype
+from layerzoo.ops import accumulator_dtype, transforming
 
 
 class UnitLength(torch.autograd.Function):
@@ -37,12 +37,17 @@ class UnitLength(torch.autograd.Function):
         return torch.addcmul(g, x, along, value=-1) * r, None
 
 
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(|x|^2 + eps) over the last dimension."""
+    return x * UnitLength.inverse(x, eps) if transforming() else UnitLength.apply(x, eps)
+
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, in the weight's dtype under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[-1]
-        unit = UnitLength.apply(x.to(self.weight.dtype), n * (self.eps or 0.0))
+        unit = unit_length(x.to(self.weight.dtype), n * (self.eps or 0.0))
         return (unit * (self.weight * n**0.5)).to(x.dtype)
 
 
@@ -109,7 +114,7 @@ class ShortConv(nn.Module):
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over the last dimension; finite gradient at zero."""
     wide = x.to(accumulator_dtype(x))
-    return UnitLength.apply(wide, eps).to(x.dtype)
+    return unit_length(wide, eps).to(x.dtype)
 
 
 def rotary(x: Tensor, start: int, base: float, scaling: Any = None) -> Tensor:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 IMPLS = ("auto", "recurrent", "chunked", "triton")
 
@@ -33,17 +36,23 @@ class Op:
     def __init__(self, name: str, kernel: str | None = None) -> None:
         self.name, self.kernel = name, kernel or name
         self.impls: dict[str, Callable[..., Any]] = {}
+        self.transformable = {"recurrent"}
         self.has_kernel = True  # until an import has shown otherwise: `auto` asks at each call
         self.used: set[str] = set()
         """The implementations that ran in this process, for the run record."""
 
-    def register(self, impl: str, *, upcast: bool = True) -> Callable[[Any], Any]:
+    def register(
+        self, impl: str, *, upcast: bool = True, transformable: bool = False
+    ) -> Callable[[Any], Any]:
         """Decorator: add an implementation. With `upcast` it sees every floating-point tensor,
         also in tuples and dicts, in the accumulator's dtype, and runs with autocast off; its
-        output returns to q's dtype."""
+        output returns to q's dtype. One that is `transformable`, as `recurrent` is always, runs
+        inside torch.func: it writes out no backward of its own."""
 
         def add(fn: Callable[..., Any]) -> Callable[..., Any]:
             self.impls[impl] = _upcast(fn) if upcast else fn
+            if transformable:
+                self.transformable.add(impl)
             return fn
 
         return add
@@ -77,6 +86,12 @@ class Op:
 
     def __call__(self, impl: str, *args: Any, **kwargs: Any) -> Any:
         name, fn = self.select(impl, *args, **kwargs)
+        # Asked while torch.compile traces, it would break a graph once more where `fn` does.
+        if not is_compiling() and name not in self.transformable and transforming():
+            raise ImplError(
+                f"{self.name}: impl '{name}' cannot run inside torch.func (grad, vmap, jvp and "
+                f"what is made of them); use impl 'recurrent'"
+            )
         self.used.add(name)
         return fn(*args, **kwargs)
 
@@ -95,6 +110,26 @@ class Op:
                     raise
                 self.has_kernel = False
         return None, "it has no Triton kernel yet; use 'chunked' or 'auto'"
+
+
+def transforming() -> bool:
+    """Whether this runs inside a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward without a derivative of its own that says so. (torch's decorator of this name
+    looks at the incoming gradient alone, and may leave terms out without a word.)"""
+
+    @functools.wraps(backward)
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise ImplError(
+                "impl 'chunked' has no second derivative (create_graph=True); use impl 'recurrent'"
+            )
+        return backward(*args)
+
+    return run
 
 
 def accumulator_dtype(*tensors: Any) -> torch.dtype:
@@ -123,3 +158,17 @@ def _upcast(fn: Callable[..., Any]) -> Callable[..., Any]:
         return out.to(args[0].dtype)
 
     return run
+
+
+class _CallableModule(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[self.__name__.rpartition(".")[2]](*args, **kwargs)
+
+
+def callable_module(module: ModuleType) -> None:
+    """Let a module that has the name of its op be called as the op: their package has but one
+    attribute for both. (torch.compile breaks a graph there; the op itself, imported
+    from the module, it traces.)"""
+    op = vars(module)[module.__name__.rpartition(".")[2]]
+    module.__class__ = _CallableModule
+    module.__signature__ = inspect.signature(op)  # pyright: ignore[reportAttributeAccessIssue]

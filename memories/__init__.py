@@ -1,1 +1,16 @@
-"""Memory layers: one file per rule."""
+"""Memory layers: one file per rule. The ops can be imported from here.
+
+Two of them, `mesa` and `fast_weights`, are named as their modules, which are called in their place;
+they are imported on demand.
+"""
+
+from typing import TYPE_CHECKING
+
+from .delta import delta_rule
+from .linear import linear_attention
+
+if TYPE_CHECKING:
+    from .fast_weights import fast_weights
+    from .mesa import mesa
+
+__all__ = ["delta_rule", "fast_weights", "linear_attention", "mesa"]

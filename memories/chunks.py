@@ -7,15 +7,11 @@ batched over a segment of chunks, which is short enough to stay in the cache.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from layerzoo.ops import ImplError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -25,21 +21,6 @@ BASE = 16
 """Smallest chunk, and the block that a triangular solver inverts: chunks are BASE 2^n."""
 SEGMENT = 4096
 """Tokens (of all rows together) in a segment: 1 MiB a tensor at 64 channels in float32."""
-
-
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward without a derivative of its own that says so. (torch's decorator of this name
-    looks at the incoming gradient alone, and may leave terms out without a word.)"""
-
-    @functools.wraps(backward)
-    def run(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise ImplError(
-                "impl 'chunked' has no second derivative (create_graph=True); use impl 'recurrent'"
-            )
-        return backward(*args)
-
-    return run
 
 
 def chunk_size(T: int) -> int:

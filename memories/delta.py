@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
-from layerzoo.ops import Op
+from layerzoo.ops import Op, once_differentiable
 from layerzoo.shell import Write
 
 from .chunks import (
     add_product,
     chunk_size,
     fold,
-    once_differentiable,
     pad_tokens,
     product,
     segments,
@@ -25,7 +26,7 @@ from .chunks import (
     unit_lower_inverse,
 )
 from .decays import FLOOR, Pulled, decays_of
-from .matrix import MatrixConfig, MatrixMemory, per_token, prepare
+from .matrix import MatrixConfig, MatrixMemory, per_token, zero_state
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -33,12 +34,19 @@ if TYPE_CHECKING:
 OP = Op("delta_rule", kernel="delta")
 
 
+SIGNATURE = Signature(log_decay=LOGARITHM)
+
+
+@SIGNATURE
 def delta_rule(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
     beta: Float[Tensor, "B T H"],
-    log_decay: Tensor | None = None,
+    log_decay: Float[Tensor, " H"]
+    | Float[Tensor, "B T H"]
+    | Float[Tensor, "B T H K"]
+    | None = None,
     *,
     scale: float = 1.0,
     state: Float[Tensor, "B H K V"] | None = None,
@@ -58,12 +66,15 @@ def delta_rule(
         o in q's dtype and S_T in float32 (float64 for float64 input).
 
     Raises:
-        SpecError: log_decay of another shape. ImplError: an impl that cannot run here.
+        SpecError: an argument of another shape, or a positive log_decay (see `Signature`).
+        ImplError: an impl that cannot run here.
 
     Source: DeltaNet, Yang et al. 2024, arXiv 2406.06484 (the chunk form follows its WY
     representation); Gated DeltaNet 2412.06464, eq. 10 (scalar); Kimi Linear 2510.26692 (vector).
     """
-    state = prepare(k, v, log_decay, state)
+    if not is_compiling():
+        SIGNATURE.check(locals())
+    state = zero_state(k, v) if state is None else state
     return OP(impl, q, k, v, beta, log_decay, scale=scale, state=state)
 
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
-from layerzoo.ops import Op
+from layerzoo.ops import Op, once_differentiable
 from layerzoo.shell import QKV, Write
 from layerzoo.spec import SpecError
 
@@ -17,7 +19,6 @@ from .chunks import (
     add_product,
     chunk_size,
     fold,
-    once_differentiable,
     pad_tokens,
     product,
     segments,
@@ -27,7 +28,7 @@ from .chunks import (
 )
 from .decays import FLOOR, Pulled, decays_of
 from .features import FEATURE_MAPS
-from .matrix import MatrixConfig, MatrixMemory, per_token, prepare
+from .matrix import MatrixConfig, MatrixMemory, per_token, zero_state
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,11 +36,18 @@ if TYPE_CHECKING:
 OP = Op("linear_attention", kernel="linear")
 
 
+SIGNATURE = Signature(log_decay=LOGARITHM)
+
+
+@SIGNATURE
 def linear_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
-    log_decay: Tensor | None = None,
+    log_decay: Float[Tensor, " H"]
+    | Float[Tensor, "B T H"]
+    | Float[Tensor, "B T H K"]
+    | None = None,
     *,
     scale: float = 1.0,
     state: Float[Tensor, "B H K V"] | None = None,
@@ -57,12 +65,15 @@ def linear_attention(
         o in q's dtype and S_T in float32 (float64 for float64 input).
 
     Raises:
-        SpecError: log_decay of another shape. ImplError: an impl that cannot run here.
+        SpecError: an argument of another shape, or a positive log_decay (see `Signature`).
+        ImplError: an impl that cannot run here.
 
     Source: Katharopoulos et al. 2020, arXiv 2006.16236, eq. 18-20, without its normaliser;
     decays: 2307.08621 (constant), 2405.21060 (scalar), 2312.06635 (vector).
     """
-    state = prepare(k, v, log_decay, state)
+    if not is_compiling():
+        SIGNATURE.check(locals())
+    state = zero_state(k, v) if state is None else state
     return OP(impl, q, k, v, log_decay, scale=scale, state=state)
 
 

@@ -16,7 +16,6 @@ from layerzoo.layer import Reduction, State, StateBytes
 from layerzoo.nn import Constant
 from layerzoo.ops import accumulator_dtype
 from layerzoo.shell import Memory, Shell, Write
-from layerzoo.spec import SpecError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -134,16 +133,9 @@ class MatrixMemory(Memory):
         return StateBytes(4 * self.heads * rows * columns)
 
 
-def prepare(k: Tensor, v: Tensor, log_decay: Tensor | None, state: State) -> State:
-    """Check the decay's shape; return the state, zero by default."""
-    B, T, H, K = k.shape
-    shapes = ((H,), (B, T, H), (B, T, H, K))
-    if log_decay is not None and tuple(log_decay.shape) not in shapes:
-        raise SpecError(
-            f"log_decay: shape {tuple(log_decay.shape)} is none of [H], [B, T, H], [B, T, H, K] "
-            f"for k of shape {tuple(k.shape)}"
-        )
-    return k.new_zeros(B, H, K, v.shape[-1]) if state is None else state
+def zero_state(k: Tensor, v: Tensor) -> Float[Tensor, "B H K V"]:
+    B, _, H, K = k.shape
+    return k.new_zeros(B, H, K, v.shape[-1])
 
 
 def per_token(log_decay: Tensor | None, k: Tensor) -> Float[Tensor, "B T H K|1"]:

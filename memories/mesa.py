@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from layerzoo.checked import LOGARITHM, POSITIVE, Signature
 from layerzoo.layer import State, StateBytes
-from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.ops import Op, accumulator_dtype, callable_module
 from layerzoo.shell import Write
 from layerzoo.spec import SpecError
 
 from .chunks import chunk_size, fold, pad_tokens, tiles
 from .decays import FLOOR
 from .linear import linear_attention
-from .matrix import MatrixConfig, MatrixMemory, per_token
+from .matrix import MatrixConfig, MatrixMemory, per_token, zero_state
 from .ridge import Solve, conjugate_gradient, magnitude, symmetric
 
 if TYPE_CHECKING:
@@ -27,16 +30,20 @@ SOLVED = 2048
 """Tokens (of all rows) in a segment: the gradient holds the solver's steps of one at a time."""
 
 
+SIGNATURE = Signature(log_decay=LOGARITHM, ridge=POSITIVE)
+
+
+@SIGNATURE
 def mesa(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
     beta: Float[Tensor, "B T H"],
-    log_decay: Tensor | None,
+    log_decay: Float[Tensor, " H"] | Float[Tensor, "B T H"] | None,
     ridge: Float[Tensor, "H K"],
     *,
     steps: int | None = 30,
-    state: tuple[Tensor, Tensor] | None = None,
+    state: tuple[Float[Tensor, "B H K K"], Float[Tensor, "B H K V"]] | None = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], tuple[Tensor, Tensor]]:
     """A_t = D_t A_{t-1} + beta_t k_t^T k_t,  R_t = D_t R_{t-1} + beta_t k_t^T v_t,
@@ -56,21 +63,21 @@ def mesa(
         o in q's dtype and (A_T, R_T) in float32 (float64 for float64 input).
 
     Raises:
-        SpecError: log_decay of another shape, or steps < 1. ImplError: an impl that cannot run.
+        SpecError: an argument of another shape, a positive log_decay, a negative ridge (see
+            `Signature`), or steps < 1. ImplError: an impl that cannot run.
 
     Source: von Oswald et al. 2025, arXiv 2506.05233, eq. 6-9.
     """
-    B, T, H, K = k.shape
-    if log_decay is not None and tuple(log_decay.shape) not in ((H,), (B, T, H)):
-        raise SpecError(
-            f"log_decay: shape {tuple(log_decay.shape)} is neither [H] nor [B, T, H] "
-            f"for k of shape {tuple(k.shape)}"
-        )
+    if not is_compiling():
+        SIGNATURE.check(locals())
     if steps is not None and steps < 1:
         raise SpecError(f"steps: must be at least 1, or null for the exact solve, got {steps}")
-    kk, kv = (k.new_zeros(B, H, K, n) for n in (K, v.shape[-1])) if state is None else state
+    kk, kv = (zero_state(k, k), zero_state(k, v)) if state is None else state
     o, *state_ = OP(impl, q, k, v, beta, log_decay, ridge, steps=steps, kk=kk, kv=kv)
     return o, tuple(state_)
+
+
+callable_module(sys.modules[__name__])
 
 
 def solve(q: Float[Tensor, "... n K"], kk: Tensor, ridge: Tensor, steps: int | None) -> Tensor:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import add_product, once_differentiable, product
+from layerzoo.ops import once_differentiable
+
+from .chunks import add_product, product
 from .decays import Pulled, decays_of
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def test_forgetting_refuses_what_it_cannot_run() -> None:
     gates = torch.zeros(2, 5, 4)
     with pytest.raises(SpecError, match="window: must be at least 1"):
         forgetting_attention(q, k, v, gates, window=0)
-    with pytest.raises(SpecError, match=r"log_forget: expected \[B, T, H\] = \[2, 5, 4\], got"):
+    with pytest.raises(SpecError, match=r"log_forget: shape \(2, 5, 2\) is not \[B, T, H\] with"):
         forgetting_attention(q, k, v, gates[..., :2])
     with pytest.raises(SpecError, match="4 query heads do not divide among 3 key heads"):
         forgetting_attention(q, k.repeat(1, 1, 2, 1)[:, :, :3], v, gates)
@@ -218,7 +218,7 @@ def test_lambda() -> None:
 
 def test_differential_refuses_what_it_cannot_run() -> None:
     q, k, v = differential_inputs(5)
-    with pytest.raises(SpecError, match="expected 2 H, 2 G and G heads, got 8, 4 and 4"):
+    with pytest.raises(SpecError, match=r"v: shape .* is not \[B, T, G, V\] with .* G = 2"):
         differential_attention(q, k, repeated(v, 4), torch.ones(()))
     with pytest.raises(SpecError, match="lambda_init: must be at least 0 and below 1, got 1"):
         build("differential", dim=8, lambda_init=1.0)
@@ -248,7 +248,7 @@ def test_latent_is_its_expanded_form(R: int, impl: str) -> None:
 
 def test_latent_refuses_what_it_cannot_run() -> None:
     q, c, r = torch.randn(1, 3, 2, 6), torch.randn(1, 3, 4), torch.randn(1, 3, 2)
-    with pytest.raises(SpecError, match=r"up: expected \[H, K \+ V, R\] with H 2, K 4, R 4, got"):
+    with pytest.raises(SpecError, match=r"up: shape .* is not \[H, K\+V, R\] with .* K = 4"):
         latent_attention(q, c, r, torch.randn(2, 4, 4))
     with pytest.raises(SpecError, match="latent: rotary: needs an even rotary_dim, got 3"):
         build("latent", dim=8, rotary_dim=3)

@@ -250,7 +250,7 @@ def test_init_scale_is_of_the_last_matrix_alone(network: str) -> None:
         ({"lr": torch.rand(B, T, H, 3)}, "lr: shape .* is neither"),
         ({"row": torch.rand(3)}, r"row: shape \(3,\) is not \[5\]"),
         ({"weights": (torch.rand(H, K, 3),)}, "weights: shapes .* of network 'mlp'"),
-        ({"layer_norm": (torch.rand(H, K),) * 2}, "layer_norm: network 'mlp' .* has no"),
+        ({"layer_norm": (torch.rand(H, 5),) * 2}, "layer_norm: network 'mlp' .* has no"),
     ],
 )
 def test_op_refuses(change: Any, message: str) -> None:

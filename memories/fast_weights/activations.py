@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..chunks import once_differentiable
+from layerzoo.ops import once_differentiable
 
 
 class Activation(NamedTuple):

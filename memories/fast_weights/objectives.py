@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from layerzoo.spec import SpecError
 
@@ -57,7 +56,9 @@ class Huber(Objective, name="huber"):
             raise SpecError(f"delta: must be positive, got {self.delta}")
 
     def loss(self, y: Tensor, v: Tensor) -> Tensor:
-        return F.huber_loss(y, v, reduction="none", delta=self.delta).sum(-1)
+        e = y - v
+        near = e.clamp(-self.delta, self.delta)
+        return (near * (e - near / 2)).sum(-1)
 
     def error(self, y: Tensor, v: Tensor) -> Tensor:
         return (y - v).clamp(-self.delta, self.delta)

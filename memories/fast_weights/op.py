@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from layerzoo.checked import FRACTION, Signature
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
@@ -20,17 +22,21 @@ if TYPE_CHECKING:
 OP = Op("fast_weights")
 
 
+SIGNATURE = Signature(momentum=FRACTION, decay=FRACTION)
+
+
+@SIGNATURE
 def fast_weights(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
-    weights: tuple[Tensor, ...],
+    weights: tuple[Float[Tensor, "H _ _"] | Float[Tensor, "B H _ _"], ...],
     *,
     spec: Rule,
-    lr: Tensor,
+    lr: Float[Tensor, "B T H"] | Float[Tensor, "B T H _"],
     momentum: Float[Tensor, "B T H"] | None = None,
     decay: Float[Tensor, "B T H"] | None = None,
-    row: Tensor | None = None,
+    row: Float[Tensor, " C"] | None = None,
     layer_norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None,
     state: State | None = None,
     impl: str = "auto",
@@ -83,6 +89,8 @@ def fast_weights(
     (token); LaCT, Zhang et al. 2025, 2505.23884, and AllMem, 2602.13680 (chunk); Miras,
     2504.13173 (huber, lp, lq, kl).
     """
+    if not is_compiling():
+        SIGNATURE.check(locals())
     B = len(k)
     check(spec, k, v, weights, lr, momentum, decay, row, layer_norm)
     if state is None:
@@ -101,17 +109,23 @@ def fast_weights(
     )
 
 
+READ_SIGNATURE = Signature()
+
+
+@READ_SIGNATURE
 def read_fast_weights(
     q: Float[Tensor, "B T H K"],
-    weights: tuple[Tensor, ...],
+    weights: tuple[Float[Tensor, "H _ _"] | Float[Tensor, "B H _ _"], ...],
     *,
     spec: Rule,
-    row: Tensor | None = None,
-    layer_norm: tuple[Tensor, Tensor] | None = None,
+    row: Float[Tensor, " C"] | None = None,
+    layer_norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None,
     state: State,
 ) -> Float[Tensor, "B T H V"]:
     """o = M_W(q) with the weights that the last token of a state read; nothing is written.
     Arguments as in `fast_weights`."""
+    if not is_compiling():
+        READ_SIGNATURE.check(locals())
     initial, norm = per_row(weights, layer_norm, len(q))
     return READ("chunked", q, row, norm, initial, rule=spec, state=state)
 
@@ -134,7 +148,7 @@ def check(
     layer_norm: Any,
 ) -> None:
     """Raises SpecError where the arguments do not fit the rule."""
-    B, T, H, K = k.shape
+    K = k.shape[3]
     V, network = v.shape[-1], rule.network
     if network.residual and K != V:
         raise SpecError(f"network: residual needs K = V, got {K} and {V}")
@@ -151,13 +165,10 @@ def check(
     if [tuple(w.shape[-2:]) for w in weights] != shapes:
         got = [tuple(w.shape[-2:]) for w in weights]
         raise SpecError(f"weights: shapes {got} are not {shapes} of network '{network.name}'")
-    if lr.shape[:3] != (B, T, H) or lr.shape[3:] not in ((), (1,), (len(weights),)):
+    if lr.shape[3:] not in ((), (1,), (len(weights),)):
         raise SpecError(
             f"lr: shape {tuple(lr.shape)} is neither [B, T, H] nor [B, T, H, matrices]"
         )
-    for name, gate in (("momentum", momentum), ("decay", decay)):
-        if gate is not None and gate.shape != (B, T, H):
-            raise SpecError(f"{name}: shape {tuple(gate.shape)} is not [B, T, H]")
     if row is not None and rule.update == "chunk":
         raise SpecError(
             "row: weighs the tokens inside a mini-batch, which update 'chunk' does not"
@@ -169,4 +180,4 @@ def check(
 OP.register("recurrent")(recurrent.run)
 OP.register("chunked")(engine.run)
 READ = Op("read_fast_weights")
-READ.register("chunked")(engine.read_only)
+READ.register("chunked", transformable=True)(engine.read_only)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..chunks import once_differentiable
+from layerzoo.ops import once_differentiable
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerzoo.ops import transforming
+
 from .rule import Rule
 from .state import State, position
 
@@ -147,6 +149,8 @@ def tokens(
 
 def gradient(loss: Any, weights: Any) -> tuple[Tensor, ...]:
     """dL/dW of rows that do not share weights, differentiable where the caller's gradients are."""
+    if transforming():  # where no leaf may be made
+        return torch.func.grad(lambda weights: loss(weights).sum())(tuple(weights))
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
