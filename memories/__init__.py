@@ -1,6 +1,6 @@
 """Memory layers: one file per rule. The ops can be imported from here.
 
-Two of them, `mesa` and `fast_weights`, are named as their modules, which are called in their place;
+Two of them, `mesa` and `fast_weights`, have the names of their modules, which can be called;
 they are imported on demand.
 """
 

@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -321,9 +322,11 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "fsync", full)
     options = {**CASES["steps"], "max_steps": 5, "limit_val_batches": 0}
-    with pytest.warns(UserWarning, match=r"step=[45].ckpt: No space left on device: not saved"):
+    with pytest.warns(UserWarning, match=r": No space left on device: not saved") as told:
         watch = fit(tmp_path, options, steps=2, keep=1)
     assert len(watch.batches) == 5 and os.listdir(tmp_path / "checkpoints") == ["step=2.ckpt"]
+    lost = {re.split("[/:]", str(warning.message).partition(": No")[0])[-1] for warning in told}
+    assert lost == {"step=4.ckpt", "step=5.ckpt", "record.json"}
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
