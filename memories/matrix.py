@@ -86,6 +86,7 @@ class MatrixMemory(Memory):
         Reduction({"decay": "scalar"}, {"decay": "none"}, silence_decay),
         Reduction({"decay": "vector"}, {"decay": "none"}, silence_decay),
     )
+    log_decay: Any  # a module, of a config with a decay
     decay_rate = (1.0, 1.0)
     decay_step = (1e-3, 1e-1)
     """Where `LogDecay` starts. The step is Mamba-2's; the rate is not (theirs is in [1, 16]), so

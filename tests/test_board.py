@@ -136,6 +136,16 @@ def test_margins_are_t_intervals_over_the_seeds_that_have_a_step(tmp_path: Path)
     assert curve(run, "mean/loss/held_out") == {19: 2.0}
 
 
+def test_a_step_has_no_margin_where_a_seed_is_not_finite(tmp_path: Path) -> None:
+    root = tmp_path / "g"
+    cells = grid(root, TWO, ARMS, seeds=[0, 1])
+    for cell, second in zip(cells, (math.nan, 2.0, 2.0, math.inf), strict=True):
+        train(root / cell["path"], {"loss/held_out": {9: 3.0, 19: second}})
+    show(root)  # the others' mean would be of those that are not lost
+    for arm in ("window", "memory"):
+        assert curve(read(root / "summary" / arm), "mean/loss/held_out") == {9: 3.0}
+
+
 def test_a_pooled_margin_has_the_seeds_that_all_its_arms_have(tmp_path: Path) -> None:
     root = tmp_path / "g"
     axes = {**TWO, "decay": {"off": {}, "on": {}}}
@@ -299,6 +309,18 @@ def test_hparams_of_several_grids(tmp_path: Path) -> None:
         {**shared, "size": DATA_TYPE_FLOAT64},
         {**shared, "size": DATA_TYPE_STRING, "layer": DATA_TYPE_STRING},
     ]
+
+
+def test_a_size_that_is_not_finite_is_a_word(tmp_path: Path) -> None:
+    """TensorBoard's pages are JSON, which has no number for it."""
+    root = tmp_path / "g"
+    law = {"y": "loss/held_out", "x": ["recall/half_life"]}
+    cells = grid(root, TWO, ARMS, seeds=[0], report={"scaling": [law]})
+    for cell, size in zip(cells, (math.inf, 2.0), strict=True):
+        finish(root / cell["path"], **{"loss/held_out": 1.0, "recall/half_life": size})
+    write_hparams([read_results(root)], root)
+    found = [columns(root / cell["path"])["recall/half_life"] for cell in cells]
+    assert found == ["inf", "2.0"]
 
 
 def test_a_running_cell_says_so(tmp_path: Path) -> None:

@@ -35,13 +35,13 @@ def harness(
     manager = manager_of(tasks_of.TaskManager, tasks, include)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise SpecError(f"--tasks {unknown[0]}: no such task; see `lm-eval ls tasks`")
-    tokenizer, dtype = (
-        AutoTokenizer.from_pretrained(folder),
-        accumulator_dtype(model.lm_head.weight),
+    arm = models.HFLM(
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        batch_size=1,
+        # By default it sums log-likelihoods in the model's dtype.
+        softmax_dtype=accumulator_dtype(model.lm_head.weight),
     )
-    # By default it sums log-likelihoods in the model's dtype.
-    wide = {"softmax_dtype": dtype, "batch_size": 1}
-    arm = models.HFLM(pretrained=model, tokenizer=tokenizer, **wide)
     try:
         found = evaluator.simple_evaluate(arm, tasks=tasks, task_manager=manager, limit=limit)
     except (OSError, ConnectionError) as error:
