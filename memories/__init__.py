@@ -1,7 +1,7 @@
 """Memory layers: one file per rule. The ops can be imported from here.
 
-Two of them, `mesa` and `fast_weights`, are named as their modules, which are called in their place;
-they are imported on demand.
+Two of them, `mesa` and `fast_weights`, have the names of their modules, which are called in their
+place and imported on demand.
 """
 
 from typing import TYPE_CHECKING
