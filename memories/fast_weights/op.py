@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from layerzoo.checked import FRACTION, Signature
+from layerzoo.checked import FRACTION, Match, Signature
+from layerzoo.forms import form_of
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
@@ -93,6 +96,9 @@ def fast_weights(
         SIGNATURE.check(locals())
     B = len(k)
     check(spec, k, v, weights, lr, momentum, decay, row, layer_norm)
+    if not is_compiling() and state is not None:
+        H, K, V = *k.shape[2:], v.shape[3]
+        Match("fast_weights", B=B).fit(state_form(spec, H, K, V), state, "state")
     if state is None:
         wide = accumulator_dtype(q, k, v)
         state = init_state(spec, tuple(w.to(wide) for w in weights), B)
@@ -128,6 +134,12 @@ def read_fast_weights(
         READ_SIGNATURE.check(locals())
     initial, norm = per_row(weights, layer_norm, len(q))
     return READ("chunked", q, row, norm, initial, rule=spec, state=state)
+
+
+@functools.cache
+def state_form(rule: Rule, H: int, K: int, V: int) -> Any:
+    shapes = [(H, i + rule.network.bias, o) for i, o in rule.network.shapes(K, V)]
+    return form_of(init_state(rule, tuple(torch.empty(shape) for shape in shapes), 0))
 
 
 def per_row(weights: tuple[Tensor, ...], layer_norm: Any, B: int) -> tuple[Any, Any]:
