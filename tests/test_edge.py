@@ -61,6 +61,9 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--seed_everything", "-1"], "seed_everything: must be in [0, 4294967295], got -1"),
         (["--seed_everything", "4294967296"], "seed_everything: must be in [0, 4294967295]"),
         (["--data", "{class_path: no.Such}"], "data: no.Such: No module named 'no'"),
+        (["--data.seed", f"{2**64 + 1}"], "MQAR: seed: 18446744073709551617 does not fit"),
+        (["--data.train_samples", f"{10**12}"], "MQAR: train_samples: must be in [1, 4294967296]"),
+        (["--data.vocab_size", f"{10**20}"], "MQAR: vocab_size: 100000000000000000000 does not"),
         (["--trainer.logger.init_args.save_dir", "/proc/x"], "trainer.logger.save_dir /proc/x"),
         (["--trainer.logger.init_args.save_dir", "file"], "cannot be written: "),
         (

@@ -71,6 +71,11 @@ class Task(LightningDataModule):
     ) -> None:
         super().__init__()
         self.options = self._options()
+        for name, value in self.options.items():
+            self.require(
+                type(value) is not int or abs(value) < 2**63,
+                f"{name}: {value} does not fit into 64 bits",
+            )
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.shuffled = shuffled
         self.samples: dict[str, int] = dict(
@@ -90,7 +95,10 @@ class Task(LightningDataModule):
             "shuffled: its answers do not stand in the context, so there is nothing to shuffle",
         )
         for split, count in self.samples.items():
-            self.require(count >= 1, f"{split}_samples: must be at least 1, got {count}")
+            # Beyond are the samples whose contexts the control takes.
+            self.require(
+                1 <= count <= 2**32, f"{split}_samples: must be in [1, {2**32}], got {count}"
+            )
 
     @classmethod
     def require(cls, condition: bool, message: str) -> None:
