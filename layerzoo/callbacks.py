@@ -12,6 +12,7 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from layerzoo.json_files import write_json
@@ -81,7 +82,11 @@ class Summary(Callback):
             print(f"{name}: {before:.3f} at step {first}, {after:.3f} at step {last}")
         if folder is not None:
             print(f"logs: {folder}")
-            write_json(Path(folder, "record.json"), record(pl_module.model, trainer))
+            path = Path(folder, "record.json")
+            try:
+                write_json(path, record(pl_module.model, trainer))
+            except OSError as error:  # the training is done all the same
+                rank_zero_warn(f"{path}: {error.strerror}: not saved")
 
 
 class Diagnostics(Callback):
