@@ -123,7 +123,9 @@ def test_an_op_refuses_tensors_of_other_shapes(name: str, impl: str) -> None:
     for argument, x in given.items():
         if not isinstance(x, Tensor) or x.dim() == 0:
             continue
-        for bad in wrong(x):
+        if argument == "up":  # its rows say how wide values are
+            continue
+        for bad in wrong(x)[argument == "lr" :]:  # which may have an axis for the matrices
             with pytest.raises(SpecError) as error:
                 call(name, impl, **{argument: bad})
             assert "\n" not in str(error.value), error.value
@@ -312,7 +314,10 @@ def functions(layer: nn.Module) -> dict[str, Any]:
     params = {n: p.detach() for n, p in layer.named_parameters()}
 
     def loss(params: Any, x: Tensor) -> Tensor:
-        return functional_call(layer, params, (x,))[0].square().sum()
+        # Tied weights, torch puts back in the order in which it took them: of a module with two
+        # names, as the memory of `prefix`, it keeps the stand-ins.
+        y, _ = functional_call(layer, params, (x,), tie_weights=False)
+        return y.square().sum()
 
     return {
         "grad": lambda x: grad(loss)(params, x),
