@@ -123,9 +123,10 @@ def test_an_op_refuses_tensors_of_other_shapes(name: str, impl: str) -> None:
     for argument, x in given.items():
         if not isinstance(x, Tensor) or x.dim() == 0:
             continue
-        if argument == "up":  # its rows say how wide values are
-            continue
-        for bad in wrong(x)[argument == "lr" :]:  # which may have an axis for the matrices
+        bads = wrong(x)[argument == "lr" :]  # which may have an axis for the matrices
+        if name == "latent" and argument in ("q", "up"):
+            del bads[4 if argument == "q" else 2]  # widths that the other one is cut by
+        for bad in bads:
             with pytest.raises(SpecError) as error:
                 call(name, impl, **{argument: bad})
             assert "\n" not in str(error.value), error.value
@@ -215,11 +216,9 @@ def test_the_ops_are_imported_from_their_packages() -> None:
         "from layerzoo.attention import softmax_attention, sliding_attention\n"
         "heavy = 'lightning', 'omegaconf', 'transformers', 'triton', 'torch._dynamo'\n"
         "print([name for name in heavy if name in sys.modules])\n"
-        "from layerzoo.memories import fast_weights\n"
-        "print([name for name in heavy[:3] if name in sys.modules], callable(fast_weights))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n[] True\n"
+    assert done.stdout == "[]\n"
     for op in (memories.mesa, memories.fast_weights):
         name = op.__name__.rpartition(".")[2]
         inner = vars(op)[name]
