@@ -63,8 +63,9 @@ class Signature:
         """Raises SpecError where the arguments, by name, do not fit; `locals()` has them first."""
         found = Match(self.name)
         for name, form, optional in self.plan:
-            if not (optional and given[name] is None):
-                found.fit(form, given[name], name)
+            value = given[name]
+            if value is not None or not optional:
+                found.fit(form, value, name)
         for name, bound in self.bounds.items():
             found.within(bound, given[name], name)
 
@@ -103,36 +104,32 @@ class Match:
                 return
             what = "None" if value is None else f"a {type(value).__name__}"
             raise self._error(name, f"is {what} instead of a tensor {' or '.join(form.texts)}")
-        shape, known = value.shape, len(self.sizes)
+        shape, sizes, known = value.shape, self.sizes, len(self.sizes)
         axes = form.shapes.get(len(shape))
-        if axes is None or not self._axes(axes, shape, name):
+        fits = axes is not None
+        get: Any = sizes.get
+        for axis, n in zip(axes or (), shape):  # noqa: B905 (of one length; asked at every call)
+            if axis is not None and get(axis, axis) != n and not self._new(axis, n, name):
+                fits = False
+                break
+        if not fits:
             raise self._error(name, f"shape {tuple(shape)} is {self._wanted(form, known)}")
         if value.is_floating_point() == form.integer:
             want = "integers" if form.integer else "floating-point numbers"
             raise self._error(name, f"is of {value.dtype}, expected {want}")
         if axes:
-            self.device = self.device or value.device
-            if value.device != self.device:
-                raise self._error(name, f"is on {value.device}, what is before it {self.device}")
-
-    def _axes(self, axes: tuple[Any, ...], shape: torch.Size, name: str) -> bool:
-        """Whether a tensor has these axes. It gives letters that are new their sizes."""
-        sizes = self.sizes
-        for axis, n in zip(axes, shape, strict=True):
-            known = sizes.get(axis)
-            if known is None:
-                if not self._new(axis, n, name):
-                    return False
-            elif known != n:
-                return False
-        return True
+            device = value.device
+            if self.device is None:
+                self.device = device
+            elif device != self.device:
+                raise self._error(name, f"is on {device}, what is before it {self.device}")
 
     def _new(self, axis: Any, n: int, name: str) -> bool:
-        """Whether an axis that is no letter of known size may have the size n."""
+        """Whether an axis that is not known to have size n may have it: new letters get it."""
         if type(axis) is tuple:
             return self._sum(axis, n)
-        if type(axis) is not str:
-            return axis in (None, n)
+        if type(axis) is int or axis in self.sizes:
+            return False
         if axis == "G" and (n == 0 or self.sizes["H"] % n):
             fault = f"{self.sizes['H']} query heads do not divide among {n} key heads"
             raise self._error(name, fault)
