@@ -31,6 +31,10 @@ POSITIVE = Bound(0.0, math.inf, "it must be positive")
 FRACTION = Bound(0.0, 1.0, "give a fraction")
 
 
+SEEN = 1000
+"""Combinations of shapes that an op remembers."""
+
+
 class Signature:
     """What an op's arguments are checked against: the forms of its annotations.
 
@@ -47,27 +51,59 @@ class Signature:
         self.state, self.bounds = state, bounds
         self.name = ""
         self.plan: list[tuple[str, Any, bool]] = []
+        self.names: list[str] = []
+        self.seen: dict[tuple[Any, ...], Match] = {}
 
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         """Decorator: take the forms of a function's annotations."""
         self.name = getattr(fn, "__name__", "")
         forms = {name: read(text) for name, text in fn.__annotations__.items() if name != "return"}
-        if self.state is not None:
-            forms["state"] = (self.state, True)
         self.plan = [(name, *form) for name, form in forms.items() if form[0] is not None]
         # A sum of two letters comes last: the others say what one of them is.
         self.plan.sort(key=lambda entry: open_sums(entry[1]))
+        self.names = [name for name, *_ in self.plan]
         return fn
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises SpecError where the arguments, by name, do not fit; `locals()` has them first."""
+        """Raises SpecError where the arguments, by name, do not fit; `locals()` has them first.
+
+        Shapes that have fitted are known again, for the sake of decoding; a cache grows, and so it
+        is looked at every time."""
+        key: list[Any] = []
+        for name in self.names:
+            value = given[name]
+            if type(value) is Tensor:
+                key += (value.shape, value.dtype, value.is_cpu)
+            else:
+                key.append(_sizes(value))
+        found = self.seen.get(known := tuple(key))
+        if found is None:
+            found = self._match(given)
+            if len(self.seen) >= SEEN:
+                self.seen.clear()
+            self.seen[known] = found
+        if self.state is not None and given["state"] is not None:
+            found = found.copy()
+            found.fit(self.state, given["state"], "state")
+        for name, bound in self.bounds.items():
+            found.within(bound, given[name], name)
+
+    def _match(self, given: dict[str, Any]) -> Match:
         found = Match(self.name)
         for name, form, optional in self.plan:
             value = given[name]
             if value is not None or not optional:
                 found.fit(form, value, name)
-        for name, bound in self.bounds.items():
-            found.within(bound, given[name], name)
+        return found
+
+
+def _sizes(value: Any) -> Any:
+    """What `Match` looks at, of any value."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.is_cpu
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_sizes, value)
+    return type(value)
 
 
 class Match:
@@ -78,6 +114,11 @@ class Match:
     def __init__(self, place: str, **sizes: int) -> None:
         self.place, self.sizes = place, sizes
         self.device: torch.device | None = None
+
+    def copy(self) -> Match:
+        found = Match(self.place, **self.sizes)
+        found.device = self.device
+        return found
 
     def fit(self, form: Any, value: Any, name: str) -> None:
         """Raises SpecError where a value is not of the form."""
