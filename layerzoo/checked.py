@@ -31,6 +31,10 @@ POSITIVE = Bound(0.0, math.inf, "it must be positive")
 FRACTION = Bound(0.0, 1.0, "give a fraction")
 
 
+SEEN = 1000
+"""Combinations of shapes that an op remembers."""
+
+
 class Signature:
     """What an op's arguments are checked against: the forms of its annotations.
 
@@ -47,26 +51,59 @@ class Signature:
         self.state, self.bounds = state, bounds
         self.name = ""
         self.plan: list[tuple[str, Any, bool]] = []
+        self.names: list[str] = []
+        self.seen: dict[tuple[Any, ...], Match] = {}
 
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         """Decorator: take the forms of a function's annotations."""
         self.name = getattr(fn, "__name__", "")
         forms = {name: read(text) for name, text in fn.__annotations__.items() if name != "return"}
-        if self.state is not None:
-            forms["state"] = (self.state, True)
         self.plan = [(name, *form) for name, form in forms.items() if form[0] is not None]
         # A sum of two letters comes last: the others say what one of them is.
         self.plan.sort(key=lambda entry: open_sums(entry[1]))
+        self.names = [name for name, *_ in self.plan]
         return fn
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises SpecError where the arguments, by name, do not fit; `locals()` has them first."""
-        found = Match(self.name)
-        for name, form, optional in self.plan:
-            if not (optional and given[name] is None):
-                found.fit(form, given[name], name)
+        """Raises SpecError where the arguments, by name, do not fit; `locals()` has them first.
+
+        Shapes that have fitted are known again, for the sake of decoding; a cache grows, and so it
+        is looked at every time."""
+        key: list[Any] = []
+        for name in self.names:
+            value = given[name]
+            if type(value) is Tensor:
+                key += (value.shape, value.dtype, value.is_cpu)
+            else:
+                key.append(_sizes(value))
+        found = self.seen.get(known := tuple(key))
+        if found is None:
+            found = self._match(given)
+            if len(self.seen) >= SEEN:
+                self.seen.clear()
+            self.seen[known] = found
+        if self.state is not None and given["state"] is not None:
+            found = found.copy()
+            found.fit(self.state, given["state"], "state")
         for name, bound in self.bounds.items():
             found.within(bound, given[name], name)
+
+    def _match(self, given: dict[str, Any]) -> Match:
+        found = Match(self.name)
+        for name, form, optional in self.plan:
+            value = given[name]
+            if value is not None or not optional:
+                found.fit(form, value, name)
+        return found
+
+
+def _sizes(value: Any) -> Any:
+    """What `Match` looks at, of any value."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.is_cpu
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_sizes, value)
+    return type(value)
 
 
 class Match:
@@ -77,6 +114,11 @@ class Match:
     def __init__(self, place: str, **sizes: int) -> None:
         self.place, self.sizes = place, sizes
         self.device: torch.device | None = None
+
+    def copy(self) -> Match:
+        found = Match(self.place, **self.sizes)
+        found.device = self.device
+        return found
 
     def fit(self, form: Any, value: Any, name: str) -> None:
         """Raises SpecError where a value is not of the form."""
@@ -103,36 +145,32 @@ class Match:
                 return
             what = "None" if value is None else f"a {type(value).__name__}"
             raise self._error(name, f"is {what} instead of a tensor {' or '.join(form.texts)}")
-        shape, known = value.shape, len(self.sizes)
+        shape, sizes, known = value.shape, self.sizes, len(self.sizes)
         axes = form.shapes.get(len(shape))
-        if axes is None or not self._axes(axes, shape, name):
+        fits = axes is not None
+        get: Any = sizes.get
+        for axis, n in zip(axes or (), shape):  # noqa: B905 (of one length; asked at every call)
+            if axis is not None and get(axis, axis) != n and not self._new(axis, n, name):
+                fits = False
+                break
+        if not fits:
             raise self._error(name, f"shape {tuple(shape)} is {self._wanted(form, known)}")
         if value.is_floating_point() == form.integer:
             want = "integers" if form.integer else "floating-point numbers"
             raise self._error(name, f"is of {value.dtype}, expected {want}")
         if axes:
-            self.device = self.device or value.device
-            if value.device != self.device:
-                raise self._error(name, f"is on {value.device}, what is before it {self.device}")
-
-    def _axes(self, axes: tuple[Any, ...], shape: torch.Size, name: str) -> bool:
-        """Whether a tensor has these axes. It gives letters that are new their sizes."""
-        sizes = self.sizes
-        for axis, n in zip(axes, shape, strict=True):
-            known = sizes.get(axis)
-            if known is None:
-                if not self._new(axis, n, name):
-                    return False
-            elif known != n:
-                return False
-        return True
+            device = value.device
+            if self.device is None:
+                self.device = device
+            elif device != self.device:
+                raise self._error(name, f"is on {device}, what is before it {self.device}")
 
     def _new(self, axis: Any, n: int, name: str) -> bool:
-        """Whether an axis that is no letter of known size may have the size n."""
+        """Whether an axis that is not known to have size n may have it: new letters get it."""
         if type(axis) is tuple:
             return self._sum(axis, n)
-        if type(axis) is not str:
-            return axis in (None, n)
+        if type(axis) is int or axis in self.sizes:
+            return False
         if axis == "G" and (n == 0 or self.sizes["H"] % n):
             fault = f"{self.sizes['H']} query heads do not divide among {n} key heads"
             raise self._error(name, fault)

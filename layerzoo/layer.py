@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from layerzoo.checked import Match
-from layerzoo.forms import form_of, tensor
+from layerzoo.forms import Form, form_of, tensor
 from layerzoo.ops import IMPLS, Op
 from layerzoo.spec import Config, Spec, SpecError, at, suggest
 
@@ -157,7 +158,7 @@ class Layer(nn.Module):
             SpecError: x is not `[B, T, D]`, or the state is another layer's or of another batch.
         """
         found = Match(self.name)
-        found.fit(tensor(f"B T {self.dim}"), x, "x")
+        found.fit(input_form(self.dim), x, "x")
         if state is not None:
             check_state(self, found, state, lambda: self.init_state(0))
 
@@ -210,6 +211,11 @@ class Layer(nn.Module):
 
 EXECUTION = tuple(name for name, x in vars(Layer).items() if isinstance(x, Execution))
 """What is not part of a run's identity."""
+
+
+@functools.cache
+def input_form(dim: int) -> Form:
+    return tensor(f"B T {dim}")
 
 
 def check_state(owner: nn.Module, found: Match, state: State, start: Callable[[], State]) -> None:
