@@ -159,11 +159,13 @@ def attend_one(
     return (logits.softmax(-1) @ v.transpose(1, 2)).flatten(1, 2)
 
 
-def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, **how: Any) -> Tensor:
     """PyTorch's attention; inside torch.func that of its forms which has all derivatives."""
+    if scale <= 0:  # its kernels multiply what is hidden, -inf, too
+        q, scale = q * scale, 1.0
     forms = sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext()
     with forms:
-        return F.scaled_dot_product_attention(q, k, v, **how)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, **how)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -89,6 +89,19 @@ def check_file(option: str, path: str | Path | None, suffixes: Sequence[str] = (
         raise SpecError(f"{option} {path}: cannot be written: {error.strerror}") from None
 
 
+def check_folder(option: str, path: Path) -> None:
+    """Refuse, before the time is spent, a folder that cannot be made after it; make nothing.
+
+    Raises:
+        SpecError: nothing can be written where it would stand.
+    """
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise SpecError(f"{option} {path}: cannot be written: {error.strerror}") from None
+
+
 def make_folder(option: str, path: Path) -> None:
     """Make a folder, before the time is spent, and see that files can be written there.
 

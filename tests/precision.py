@@ -2,11 +2,12 @@
 twice what the low-precision reference is; both are measured against float64.
 
 What one run of a reference is wrong by is luck: another CPU adds in another order, and a few
-numbers may round to what is exact. So the error of a reference is a root mean square over draws
-that differ in nothing but their roundings, or their weights; it holds on any machine. The luck
-of what is judged remains: the error of n numbers is an estimate, off by its own deviation, about
-1 / sqrt(2 n) of it. It is granted five of these, and one unit in the last place of float32. That
-is far from a product in TF32 or bfloat16, a sum in the wrong dtype or a forgotten upcast: see
+numbers may round to what is exact. So an error is a root mean square over draws that differ in
+nothing but their roundings, or their weights, relative to that of what is exact (a draw in which
+a sum happens to cancel has a large relative error, and says little); it holds on any machine. The
+luck of what is judged remains: the error of n numbers is an estimate, off by its own deviation,
+about 1 / sqrt(2 n) of it. It is granted five of these, and one unit in the last place of float32.
+That is far from a product in TF32 or bfloat16, a sum in the wrong dtype or a forgotten upcast: see
 tests/kernels/test_precision.py.
 """
 
@@ -31,13 +32,6 @@ class Error(NamedTuple):
     size: float
     count: int
 
-    @property
-    def relative(self) -> float:
-        """Infinite where it is NaN."""
-        if not self.count:
-            return 0.0
-        return self.error / self.size if self.error == self.error else math.inf
-
 
 def errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Error]:
     """Of each leaf. One that must be zero (the gradient of a softmax over one key), or that is
@@ -55,9 +49,14 @@ def errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, E
 
 
 def pooled(draws: Sequence[Mapping[str, Error]]) -> dict[str, float]:
-    """The relative error of each leaf, root mean square over draws."""
-    names = draws[0]
-    return {n: math.hypot(*(d[n].relative for d in draws)) / len(draws) ** 0.5 for n in names}
+    """The relative error of each leaf over draws, infinite where it is NaN."""
+    found = {}
+    for name in draws[0]:
+        error = math.hypot(*(draw[name].error for draw in draws))
+        size = math.hypot(*(draw[name].size for draw in draws))
+        wrong = math.isnan(error) or (error > 0 and size == 0)
+        found[name] = math.inf if wrong else error / (size or 1.0)
+    return found
 
 
 def check(

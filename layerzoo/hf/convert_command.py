@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from layerzoo.arguments import Parser, integers, make_folder, spec_of
+from layerzoo.arguments import Parser, check_folder, integers, spec_of
 from layerzoo.data import Text
 from layerzoo.data.tokenizer import reason
 from layerzoo.spec import SpecError, at
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         raise SpecError(f"--out {options.out}: is there already; give a new folder")
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     spec = spec_of(options.memory)
-    make_folder("--out", options.out)
+    check_folder("--out", options.out)
     torch.manual_seed(options.seed)
     model = convert(
         load_source(options.source, options.gguf, dtype),
