@@ -49,7 +49,9 @@ def test_numeric_tests_pass_on(machine: str, threads: int) -> None:
     own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment = own | NEVER_MORE | MACHINES[machine] | {"TEST_THREADS": str(threads)}
     # The kernels that are compiled do not depend on the CPU.
-    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short"]
+    processes = str(2 // threads)  # more threads than cores crawl
+    command = [sys.executable, "-m", "pytest", "-n", processes, "-p", "no:cacheprovider"]
+    command += ["--tb=short"]
     command += ["--deselect", "tests/kernels/test_compile.py", *(f"tests/{n}" for n in NUMERIC)]
     made = subprocess.run(
         command, cwd=TESTS.parent, env=environment, capture_output=True, text=True
