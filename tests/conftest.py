@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,6 +15,10 @@ import pytest
 import torch
 import yaml
 
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # torch.compile's cache does not tell code for one set of instructions from that for another.
+    folder = Path(tempfile.gettempdir(), f"torchinductor-{getpass.getuser()}-{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -18,6 +18,7 @@ from layerzoo.identity import TRAINED_ON
 from layerzoo.layer import State
 from layerzoo.model import unpack
 from layerzoo.module import TaskModule, within
+from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError, at
 
 from . import modes
@@ -171,7 +172,8 @@ class Distil(TaskModule):
         M = max(1, int((batch["counted"] & (batch["labels"] != IGNORE)).sum()))
         trained = [*self.trained().values()]
         grads: list[Tensor | None] = [None] * len(trained)
-        parts = torch.zeros(3, dtype=torch.float32, device=self.device)  # in bf16-true, too
+        wide = accumulator_dtype(*trained)  # in bf16-true, too
+        parts = torch.zeros(3, dtype=wide, device=self.device)
         states: Sequence[State] = (None, None)
         for start in range(0, T, piece):
             cut = {name: x[:, start : start + piece] for name, x in batch.items()}
@@ -214,7 +216,7 @@ class Distil(TaskModule):
             l2 = distance(outputs, goals, where) / N
             with torch.autocast(self.device.type, enabled=False):
                 grads = torch.autograd.grad(loss + self.l2 * l2, trained, allow_unused=True)
-        parts = torch.stack([n * kl, m * ce, l2.detach()]).float()
+        parts = torch.stack([n * kl, m * ce, l2.detach()]).to(accumulator_dtype(*trained))
         return grads, parts, tree_map(_detached, (teacher, student))
 
     def _hidden(self, batch: Batch, state: State) -> tuple[Tensor, State, list[Tensor]]:
