@@ -149,6 +149,8 @@ class Judgement:
             return floats(lambda t: t.to(device, dtype).to(keep), x)
 
         self.given = {name: cast(name, x) for name, x in tensors.items()}
+        leaves = (x for x in tree_leaves(self.given) if isinstance(x, Tensor))
+        self.terms = max(max(x.shape, default=1) for x in leaves)
         self.want = self.run("recurrent", widened(self.given))
         self.reference = [errors(self._lowered(self.given), self.want)]
         for draw in range(1, DRAWS):
@@ -160,10 +162,10 @@ class Judgement:
         return outcome(self.call, impl, given or self.given, self.grad)
 
     def ratios(self, made: dict[str, Tensor]) -> dict[str, float]:
-        return ratios([errors(made, self.want)], self.reference)
+        return ratios([errors(made, self.want)], self.reference, self.terms)
 
     def check(self, made: dict[str, Tensor]) -> None:
-        check([errors(made, self.want)], self.reference)
+        check([errors(made, self.want)], self.reference, self.terms)
 
     def _lowered(self, given: Tensors) -> dict[str, Tensor]:
         if self.dtype == torch.float32:

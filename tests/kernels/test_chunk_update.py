@@ -135,6 +135,22 @@ def test_outputs_and_gradients(judge: Any, name: str, shape: str) -> None:
     judge(OP, call(rule), tensors(rule, **shape_of(rule, shape)), wide=WIDE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32], indirect=True)
+def test_a_library_may_add_the_terms_of_a_product_to_q_one_by_one(
+    judge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does on a CPU without vectors."""
+
+    def one_by_one(q: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        for x, y in zip(a.split(1, -1), b.split(1, -2), strict=True):
+            q = q + x @ y
+        return q
+
+    monkeypatch.setattr(torch, "baddbmm", one_by_one)
+    rule = Rule(**ALLMEM)
+    judge(OP, call(rule), tensors(rule, **shape_of(rule, "wide")), wide=WIDE)
+
+
 def run(rule: Rule, device: Any, impl: str = "triton", state: Any = None, **x: Any) -> Any:
     def cast(t: Tensor) -> Tensor:
         return t.float().to(device) if t.is_floating_point() else t
