@@ -196,6 +196,7 @@ class TaskModule(LightningModule):
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
-    """Refuse an option of the module that is out of its range."""
-    if not low <= value <= high:
-        raise SpecError(f"model.{name}: must be in [{low}, {high}], got {value}")
+    """Refuse an option of the module that is out of its range, or not finite."""
+    if not (low <= value <= high and math.isfinite(value)):
+        end = f"{high}]" if math.isfinite(high) else "inf)"
+        raise SpecError(f"model.{name}: must be in [{low}, {end}, got {value}")

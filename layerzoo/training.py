@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +44,11 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 MAX_SEED = 2**32 - 1
 """NumPy's."""
 LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "check_val_every_n_epoch": 1}
-"""Options of the trainer that Lightning does not check."""
+LEAST |= {"max_steps": -1, "max_epochs": -1, "num_sanity_val_steps": -1}
+"""Of options of the trainer, most of which Lightning does not check."""
+SHARES = {f"limit_{split}_batches": 0 for split in ("train", "val", "test", "predict")}
+SHARES |= {"overfit_batches": 0, "val_check_interval": 1}
+"""Those that are a number of batches, with the least one, or, as a float, a share of them."""
 
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
@@ -96,7 +101,30 @@ class Parser(LightningArgumentParser):
         if foreign.UNION in message:
             message = foreign.plain_union(message)
         text = re.sub(r'^Parser key "[^"]+":', "", message.strip()).strip().splitlines()[0]
+        text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
         raise SpecError(f"{place}{text}") from None
+
+
+def check_trainer(options: Mapping[str, Any]) -> None:
+    """Refuse options of the trainer that are of the right type and out of their range, before
+    anything is built.
+
+    Raises:
+        SpecError: names the option.
+    """
+    for name, value in options.items():
+        with at(f"trainer.{name}"):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SpecError(f"must be finite, got {value}")
+            if value is None:
+                continue
+            if name in LEAST and value < LEAST[name]:
+                raise SpecError(f"must be at least {LEAST[name]}, got {value}")
+            if name in SHARES and isinstance(value, int | float):
+                low, share = SHARES[name], isinstance(value, float)
+                if not (0 <= value <= 1 if share else value >= low):
+                    way = f"batches, {low} or more, or a share of them, a float in [0, 1]"
+                    raise SpecError(f"must be a number of {way}; got {value}")
 
 
 def _options(parser: jsonargparse.ArgumentParser) -> set[str]:
@@ -168,10 +196,7 @@ class TrainCLI(LightningCLI):
         seed = options["seed_everything"]
         if seed is not True and not 0 <= seed <= MAX_SEED:
             raise SpecError(f"seed_everything: must be in [0, {MAX_SEED}], got {seed}")
-        for option, least in LEAST.items():
-            value = options["trainer"].get(option)
-            if value is not None and value < least:
-                raise SpecError(f"trainer.{option}: must be at least {least}, got {value}")
+        check_trainer(options["trainer"])
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's network, of a module that has one, replaces the config's; everything else

@@ -74,7 +74,7 @@ def test_list_name_shows_equation_and_fields(
         ),
         (
             ["fit", "--config", "mqar", "--model.network.dim", "abc"],
-            "model.network.dim: Expected a <class 'int'>",
+            "model.network.dim: expected int, got abc",
         ),
         (
             ["fit", "--config", "mqar", "--model.network.layers", "[linaer]"],
@@ -116,7 +116,7 @@ def test_list_name_shows_equation_and_fields(
             "mesa: impl 'triton' cannot run: it has no Triton kernel yet",
         ),
         (["fit", "--config", "text", "--data.files", "[/no/*]", *FAST], "nothing matches '/no/*'"),
-        (["fit", "--config", "mqar", "--model.lr", "-1"], "model.lr: must be in [0, inf], got -1"),
+        (["fit", "--config", "mqar", "--model.lr", "-1"], "model.lr: must be in [0, inf), got -1"),
         (["fit", "--config", "mqar", "--data.alpha", "-500"], "alpha: must be in (0, 2]"),
         (["fit", "--config", "text", "--data.files", "[/tmp]", *FAST], "is a folder; write"),
         (["fit", "--config", "mqar", "--data", "Text"], "not an option of the chosen class"),

@@ -206,7 +206,7 @@ def test_the_matched_network_is_of_all_seeds(tmp_path: Path, monkeypatch: Any) -
 
     monkeypatch.setattr(grids, "matched", matched)
     match = "{by: parameters, to: {layer: window}}"
-    own = '{trainer.default_root_dir: "${seed_everything}"}'
+    own = '{trainer.default_root_dir: "of-${seed_everything}"}'
     grid = read(tmp_path, set=own, match=match, tune="{axes: {model.lr: [1, 2]}, seeds: [9]}")
     for cell in (*grid.cells(), *grid.tune_cells()):
         assert cell.config["model"]["network"]["dim"] == 24 and cell.matched == {"dim": 24}
@@ -369,6 +369,25 @@ ARMS = [
 
 CONFIGS = [
     ({"set": "{trainer.devices: 2} # <-"}, "trainer.devices: 2, but a cell runs on one device"),
+    *(
+        ({"set": f"{{{option}}} # <-"}, message)
+        for option, message in {
+            "trainer: 3": "trainer: expected a mapping of options, got 3",
+            "trainer: null": "trainer: expected a mapping of options, got None",
+            "trainer.limit_val_batches: []": "trainer.limit_val_batches: Expected int or float",
+            "trainer.limit_val_batches: .nan": "limit_val_batches: must be finite, got nan",
+            "trainer.limit_val_batches: -0.5": "or a share of them, a float in [0, 1]; got -0.5",
+            "trainer.limit_test_batches: 1.5": "or a share of them, a float in [0, 1]; got 1.5",
+            "trainer.val_check_interval: 0": "must be a number of batches, 1 or more, or a share",
+            "trainer.accumulate_grad_batches: 0": "must be at least 1, got 0",
+            "trainer.max_epochs: -2": "trainer.max_epochs: must be at least -1, got -2",
+            "trainer.max_epochs: many": "trainer.max_epochs: Expected int or NoneType, got many",
+            "model.lr: .inf": "model.lr: must be in [0, inf), got inf",
+            "model.betas: [0.9, 1.5]": "model.betas: must be in [0, 0.999999999], got 1.5",
+            "model.warmup: long": "model.warmup: expected float, got long",
+            "model.network.mlp: .inf": "mlp: must be finite, got inf",
+        }.items()
+    ),
     ({"base": "mqarr # <-"}, "base: --config mqarr: no such file or shipped config; did you mean"),
     ({"base": "\n  model: {}\n  data: MQAR # <-"}, "base: data: write it as class_path"),
     (
@@ -490,3 +509,11 @@ def test_a_wrong_grid_is_refused_at_its_line(
 ) -> None:
     with refused(message):
         read(tmp_path, **fields)
+
+
+def test_a_number_that_is_written_as_text_is_a_number(tmp_path: Path) -> None:
+    """As it is where a cell is trained."""
+    assert (
+        read(tmp_path, set='{trainer.max_epochs: "3"}').cells()[0].config["trainer"]
+        == (read(tmp_path, set="{trainer.max_epochs: 3}").cells()[0].config["trainer"])
+    )

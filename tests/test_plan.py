@@ -85,6 +85,11 @@ COUNTED = {"train_samples": 27, "val_samples": 10, "test_samples": 6}
         ({"max_epochs": 2, "max_steps": 99, "limit_test_batches": 0.5}, {"test_samples": 25}),
         ({"max_steps": 3, "num_sanity_val_steps": 1}, {"lengths": [16, 24]}),
         ({"max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None}, PHASES),
+        ({"max_steps": 3, "num_sanity_val_steps": None}, {}),
+        ({"max_steps": 3, "limit_val_batches": 0}, {}),
+        ({"max_steps": 0}, {}),
+        ({"max_epochs": 0}, {}),
+        ({"max_steps": 3, "limit_train_batches": 0}, {}),
     ],
 )
 def test_work_is_what_lightning_does(trainer: Any, data: Any, split: Any, tmp_path: Path) -> None:
@@ -117,6 +122,11 @@ def test_work_is_what_lightning_does(trainer: Any, data: Any, split: Any, tmp_pa
 def test_training_without_an_end_is_refused() -> None:
     with pytest.raises(SpecError, match=r"^a: trainer: training has no end; set max_steps$"):
         plan("g", [cell(trainer={"max_steps": -1, "max_epochs": -1})], probe=False)
+
+
+def test_validation_by_the_clock_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"^a: trainer.val_check_interval: 00:00:15:00, but a"):
+        plan("g", [cell(trainer={"val_check_interval": "00:00:15:00"})], probe=False)
 
 
 def test_sizes_and_totals() -> None:

@@ -17,14 +17,16 @@ from layerzoo.foreign import spec_error
 from layerzoo.identity import digest_weights
 from layerzoo.lit import LitModel, initial_weights
 from layerzoo.model import LanguageModel, ModelConfig
+from layerzoo.module import TaskModule
 from layerzoo.spec import SpecError, at, suggest
-from layerzoo.training import Parser
+from layerzoo.training import Parser, check_trainer
 
 Tree = dict[str, Any]
 
 SECTIONS = ("seed_everything", "trainer", "model", "data")
 
 _tasks: dict[str, tuple[Tree, Task]] = {}
+_options_checked: dict[str, Tree] = {}
 
 
 def resolve(config: DictConfig) -> Tree:
@@ -40,7 +42,10 @@ def resolve(config: DictConfig) -> Tree:
             raise SpecError(f"{name}: no such section; {suggest(name, SECTIONS)}")
     known = {"model": _options(LitModel), "trainer": _options(Trainer)}
     for section, options in known.items():
-        for name in config.get(section) or {}:
+        found = config.get(section, {})
+        if not OmegaConf.is_dict(found) and found != {}:
+            raise SpecError(f"{section}: expected a mapping of options, got {found}")
+        for name in found:
             if name not in options:
                 raise SpecError(f"{section}.{name}: no such option; {suggest(name, options)}")
     for name in ("devices", "num_nodes"):
@@ -58,7 +63,44 @@ def resolve(config: DictConfig) -> Tree:
         tree: Any = OmegaConf.to_container(whole, resolve=True)
     except OmegaConfBaseException as error:
         raise SpecError(str(error).splitlines()[0]) from None
-    return {**tree, "data": data}
+    return {**tree, **_checked(tree), "data": data}
+
+
+def _checked(tree: Tree) -> Tree:
+    """The sections of the trainer and of the module, as training reads them: checked, and with a
+    number for the text of one."""
+    written = {name: dict(tree[name]) for name in ("trainer", "model") if tree.get(name)}
+    options = {name: {**part} for name, part in written.items()}
+    options.get("model", {}).pop("network", None)  # `model` builds it
+    key = json.dumps(options, sort_keys=True, default=str)
+    if key not in _options_checked:
+        _options_checked[key] = _parsed(options)
+    for section, values in _options_checked[key].items():
+        written[section] |= values
+    return written
+
+
+def _parsed(options: Tree) -> Tree:
+    """The values that were written as text and are none.
+
+    Raises:
+        SpecError: an option of another type, or out of its range.
+    """
+    parser = Parser(exit_on_error=False)
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    parser.add_class_arguments(LitModel, "model", skip={"network"}, instantiate=False)
+    parsed = parser.parse_object(copy.deepcopy(options)).as_dict()
+    check_trainer(parsed["trainer"])
+    optimiser = {*_options(TaskModule)} & {*parsed["model"]}
+    TaskModule(**{name: parsed["model"][name] for name in optimiser})
+    return {
+        section: {
+            name: parsed[section][name]
+            for name, value in part.items()
+            if isinstance(value, str) and not isinstance(parsed[section][name], str)
+        }
+        for section, part in options.items()
+    }
 
 
 def _options(cls: type) -> list[str]:

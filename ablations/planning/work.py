@@ -37,15 +37,16 @@ def work(cell: Cell) -> Work:
     epoch = _limited(options.get("limit_train_batches"), len(order))
     accumulate = options.get("accumulate_grad_batches") or 1
     an_epoch = -(-epoch // accumulate)
-    updates = _updates(options, an_epoch)
-    whole, rest = divmod(updates, an_epoch)
+    updates = _updates(options, an_epoch) if epoch else 0
+    whole, rest = divmod(updates, max(1, an_epoch))
     batches = whole * epoch + min(epoch, rest * accumulate)
-    share = np.bincount(order[: min(batches, epoch)], minlength=1) / min(batches, epoch)
+    share = np.bincount(order[: min(batches, epoch)], minlength=1) / max(1, min(batches, epoch))
     tokens = Counter[int]()
     for part, of_all in zip(task.parts("train").values(), share, strict=False):
         tokens[part.length] += of_all * batches * task.batch_size * part.length
     val = _held_out(task, "val", options.get("limit_val_batches"))
-    sanity = options.get("num_sanity_val_steps", 2)
+    sanity = options.get("num_sanity_val_steps")
+    sanity = 2 if sanity is None else sanity  # Lightning's default
     last = _held_out(task, cell.split, options.get(f"limit_{cell.split}_batches"))
     held_out = Counter[int]()
     for length, count in val:
@@ -84,6 +85,10 @@ def _updates(options: Options, an_epoch: int) -> int:
 def _validations(options: Options, batches: int, epoch: int) -> int:
     """How often training stops to validate."""
     interval, every = options.get("val_check_interval"), options.get("check_val_every_n_epoch", 1)
+    if not isinstance(interval, int | float | None):  # Lightning's, of time
+        raise SpecError(f"trainer.val_check_interval: {interval}, but a cell counts batches")
+    if not batches:
+        return 0
     if every is None:  # the interval counts batches of all epochs
         return batches // interval if interval else 0
     step = interval if isinstance(interval, int) else max(1, int(epoch * (interval or 1.0)))
