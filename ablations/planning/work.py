@@ -90,7 +90,7 @@ def _validations(options: Options, batches: int, epoch: int) -> int:
     if not batches:
         return 0
     if every is None:  # the interval counts batches of all epochs
-        return batches // interval if interval else 0
+        return int(batches // interval) if interval else 0
     step = interval if isinstance(interval, int) else max(1, int(epoch * (interval or 1.0)))
     epochs, rest = divmod(batches, epoch)
     in_last = rest // step if (epochs + 1) % every == 0 else 0
