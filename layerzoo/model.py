@@ -14,7 +14,7 @@ from layerzoo.checked import Bound, Match
 from layerzoo.layer import Reach, State, StateBytes, build, check_state
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op
-from layerzoo.pattern import block_indices, check_blocks, overridden, tiled
+from layerzoo.pattern import DEEPEST, block_indices, check_blocks, overridden, tiled
 from layerzoo.spec import Config, SpecError, at
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class ModelConfig(Config):
         for name in ("conv", "mlp", "persistent"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name}: must not be negative, got {getattr(self, name)}")
+        if self.depth > DEEPEST:
+            raise SpecError(f"depth: must be in [1, {DEEPEST}], got {self.depth}")
         if self.overrides is not None:
             object.__setattr__(self, "overrides", block_indices(self.overrides))
         check_blocks(self.layers, self.pattern, self.depth, self.overrides or {})

@@ -11,6 +11,8 @@ from layerzoo.spec import SpecError, at, suggest
 
 Placed = tuple[str, Any]
 """A spec, behind the place where the user wrote it."""
+DEEPEST = 10_000
+"""Blocks of a model at most: each is listed before it is built."""
 
 
 def tiled(
@@ -72,8 +74,8 @@ def order(layers: Mapping[str, Any], pattern: str | None) -> list[str]:
         name, star, times = word.partition("*")
         if name not in layers:
             raise SpecError(f"pattern: no layer '{name}'; {suggest(name, layers)}")
-        if star and not (times.isdecimal() and int(times)):
-            raise SpecError(f"pattern: '{word}': expected a count of at least 1 after *")
+        if star and not (times.isdecimal() and len(times) < 10 and 1 <= int(times) <= DEEPEST):
+            raise SpecError(f"pattern: '{word}': expected a count in [1, {DEEPEST}] after *")
         names += [name] * int(times or 1)
     return names
 

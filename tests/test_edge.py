@@ -49,8 +49,11 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--trainer.accelerator", "abacus"], "trainer: You selected an invalid accelerator name"),
         (["--trainer.devices", "0"], "trainer: `Trainer(devices='0')`"),
         (["--trainer.strategy", "none"], "trainer: You selected an invalid strategy name"),
-        (["--trainer.max_steps", "-5"], "trainer: `max_steps` must be"),
-        (["--trainer.limit_train_batches", "-1"], "trainer: You have passed invalid value -1"),
+        (["--trainer.max_steps", "-5"], "trainer.max_steps: must be at least -1, got -5"),
+        (
+            ["--trainer.limit_train_batches", "-1"],
+            "trainer.limit_train_batches: must be a number of",
+        ),
         (["--trainer.profiler", "none"], "trainer: When passing string value for the `profiler`"),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: must be"),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: must be at least 0"),

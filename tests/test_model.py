@@ -190,9 +190,10 @@ def test_persistent_tokens_start_as_large_as_tokens(tie: bool) -> None:
         ({"layers": NAMED, "pattern": "ful"}, "pattern: no layer 'ful'; did you mean 'full'?"),
         (
             {"layers": NAMED, "pattern": "full*0"},
-            "pattern: 'full*0': expected a count of at least",
+            "pattern: 'full*0': expected a count in [1, 10000]",
         ),
-        ({"layers": NAMED, "pattern": "full*x"}, "pattern: 'full*x': expected a count of at leas"),
+        ({"layers": NAMED, "pattern": "full*x"}, "pattern: 'full*x': expected a count in [1,"),
+        ({"layers": NAMED, "pattern": f"full*{2**40}"}, f"'full*{2**40}': expected a count in ["),
         ({"pattern": "full"}, "pattern: needs layers by name, {a: .., b: ..}"),
         (
             {"layers": {**NAMED, "unused": "linaer"}, "pattern": "full"},
@@ -229,6 +230,9 @@ def test_persistent_tokens_start_as_large_as_tokens(tie: bool) -> None:
         ({"vocab_size": 0}, "vocab_size: must be at least 1, got 0"),
         ({"dim": 0}, "dim: must be at least 1, got 0"),
         ({"depth": 0}, "depth: must be at least 1, got 0"),
+        ({"depth": 2**31}, "depth: must be in [1, 10000], got 2147483648"),
+        ({"mlp": float("inf")}, "mlp: must be finite, got inf"),
+        ({"mlp": float("nan")}, "mlp: must be finite, got nan"),
         ({"conv": -1}, "conv: must not be negative, got -1"),
         ({"mlp": -0.5}, "mlp: must not be negative, got -0.5"),
         ({"tie": "yes"}, "tie: expected bool, got 'yes'"),
