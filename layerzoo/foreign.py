@@ -21,7 +21,9 @@ OWN = {
     "yaml": ("YAMLError",),
 }
 """Those exceptions, by package: they are errors of use wherever they are raised."""
-MEMORY = r"out of memory|can't allocate memory|not enough memory|[Cc]annot allocate memory"
+MEMORY = "out of memory|can't allocate memory|not enough memory|[Cc]annot allocate memory"
+MEMORY += "|size calculation overflowed|multiplication overflow|Overflow when unpacking long"
+"""What says that a tensor is too large for the machine, or for a number of its bytes."""
 
 
 def spec_error(error: BaseException | None) -> SpecError | None:

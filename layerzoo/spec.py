@@ -55,8 +55,8 @@ class Config:
     """Base of every config: a subclass statement makes a frozen, keyword-only dataclass.
 
     Values are checked against their annotations (bool, int, float, str, Literal, tuple and
-    unions of them; a float is finite) and in `check`, which a subclass overrides to refuse
-    impossible values.
+    unions of them; a float is finite, an int has 64 bits) and in `check`, which a subclass
+    overrides to refuse impossible values.
 
     Raises:
         SpecError: an unknown field, a value of the wrong type, or one that `check` refuses.
@@ -73,8 +73,11 @@ class Config:
             if isinstance(value, list):  # YAML has no tuples
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)
-            if not all(map(_finite, value if isinstance(value, tuple) else (value,))):
-                raise SpecError(f"{field.name}: must be finite, got {value!r}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise SpecError(f"{field.name}: must be finite, got {value!r}")
+                if isinstance(number, int) and number.bit_length() > 63:
+                    raise SpecError(f"{field.name}: {value} does not fit 64 bits")
             if not _matches(value, hints[field.name]):
                 want = _describe(hints[field.name])
                 raise SpecError(f"{field.name}: expected {want}, got {value!r}")
@@ -107,10 +110,6 @@ class Config:
 def required(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
-
-
-def _finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _matches(value: Any, hint: Any) -> bool:

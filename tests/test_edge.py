@@ -66,7 +66,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--data", "{class_path: no.Such}"], "data: no.Such: No module named 'no'"),
         (["--data.seed", f"{2**64 + 1}"], "MQAR: seed: 18446744073709551617 does not fit"),
         (["--data.train_samples", f"{10**12}"], "MQAR: train_samples: must be in [1, 4294967296]"),
-        (["--data.vocab_size", f"{10**20}"], "MQAR: vocab_size: 100000000000000000000 does not"),
+        (["--data.vocab_size", f"{10**20}"], "vocab_size: 100000000000000000000 does not fit"),
         (["--trainer.logger.init_args.save_dir", "/proc/x"], "trainer.logger.save_dir /proc/x"),
         (["--trainer.logger.init_args.save_dir", "file"], "cannot be written: "),
         (
@@ -80,6 +80,11 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
             ],
             "checkpoints file: cannot be written: ",
         ),
+        (["--model.network.dim", f"{2**31}"], "take a smaller batch, length or model"),
+        (["--model.network.vocab_size", f"{2**62}"], "take a smaller batch, length or model"),
+        (["--model.network.persistent", f"{2**62}"], "take a smaller batch, length or model"),
+        (["--model.network.mlp", f"{2**62}"], "take a smaller batch, length or model"),
+        (["--model.network.conv", f"{2**63}"], "conv: 9223372036854775808 does not fit 64 bits"),
         (["--model.network.dim", "99999999999"], "take a smaller batch, length or model"),
     ],
 )
