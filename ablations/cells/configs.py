@@ -81,7 +81,7 @@ def _checked(tree: Tree) -> Tree:
 
 
 def _parsed(options: Tree) -> Tree:
-    """The values that were written as text and are none.
+    """The values that were written as text and that training reads as something else.
 
     Raises:
         SpecError: an option of another type, or out of its range.
