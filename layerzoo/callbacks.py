@@ -19,6 +19,7 @@ from layerzoo.arguments import make_folder
 from layerzoo.identity import digests
 from layerzoo.json_files import write_json
 from layerzoo.layer import Layer
+from layerzoo.model import LanguageModel
 from layerzoo.module import SHOWN
 from layerzoo.provenance import versions
 from layerzoo.spec import SpecError
@@ -207,12 +208,14 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def record(model: Any, trainer: Any) -> dict[str, Any]:
-    """Sizes of a `TaskModule`'s model at its task's length, which implementations ran, where,
-    versions, and digests of what was read."""
+    """Sizes of a `TaskModule`'s model at its task's length, of a language model all fields of its
+    layers, which implementations ran, where, versions, and digests of what was read."""
     length = getattr(trainer.datamodule, "length", 1)
     device = trainer.strategy.root_device
     size = model.state_bytes(length)
+    network = {"network": model.config.to_fields()} if isinstance(model, LanguageModel) else {}
     return {
+        **network,
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_bytes": size.total,
         "state_bytes_memory": size.memory,

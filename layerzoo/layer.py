@@ -292,6 +292,13 @@ def check_spec(spec: Spec | Layer, **fields: Any) -> tuple[type[Layer], Config]:
         return cls, cls.Config.from_fields(merged)
 
 
+def full_spec(spec: Spec | Layer) -> dict[str, Any]:
+    """The spec with all fields of its config, and those of its children, in plain types: the same
+    layer whatever becomes of a default."""
+    cls, config = check_spec(spec)
+    return {"name": cls.name, **config.to_fields()}
+
+
 def build(spec: Spec | Layer, *, dim: int | None = None, **fields: Any) -> Layer:
     """Build a layer from its registered name or spec: ``build("linear", dim=256, heads=4)``,
     ``build({"name": "linear", "heads": 4}, dim=256)``. A layer that is already built is returned.

@@ -14,7 +14,7 @@ from layerzoo.checked import Bound, Match
 from layerzoo.layer import Reach, State, StateBytes, build, check_state
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op
-from layerzoo.pattern import DEEPEST, block_indices, check_blocks, overridden, tiled
+from layerzoo.pattern import DEEPEST, block_indices, check_blocks, completed, overridden, tiled
 from layerzoo.spec import Config, SpecError, at
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ class ModelConfig(Config):
         if self.overrides is not None:
             object.__setattr__(self, "overrides", block_indices(self.overrides))
         check_blocks(self.layers, self.pattern, self.depth, self.overrides or {})
+
+    def to_fields(self) -> dict[str, Any]:
+        """All fields, and those of every layer, which `from_fields` reads."""
+        fields = {**super().to_fields(), "layers": completed(self.layers)}
+        if self.overrides is not None:
+            fields["overrides"] = completed(self.overrides)
+        return fields
 
     def blocks(self) -> list[tuple[str, Any]]:
         """The spec of every block, behind the place where it was given."""

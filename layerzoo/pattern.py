@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerzoo.layer import Layer, check_spec
-from layerzoo.spec import SpecError, at, suggest
+from layerzoo.layer import Layer, check_spec, full_spec
+from layerzoo.spec import SpecError, at, plain, suggest
 
 Placed = tuple[str, Any]
 """A spec, behind the place where the user wrote it."""
@@ -106,13 +106,25 @@ def overridden(blocks: Sequence[Placed], overrides: Mapping[int, Any]) -> list[P
 
 def merged(spec: Any, change: Any) -> Any:
     """The spec with the fields of a change, or the change where it is a spec itself."""
-    if isinstance(change, (str, Layer)) or (isinstance(change, Mapping) and "name" in change):
+    if is_spec(change):
         return change
     if not isinstance(change, Mapping):
         raise SpecError(f"expected fields, or a spec, got {change!r}")
     if isinstance(spec, Layer):
         raise SpecError("the block's layer is built and takes no fields; give a spec with a name")
     return {"name": spec, **change} if isinstance(spec, str) else {**spec, **change}
+
+
+def completed(specs: Sequence[Any] | Mapping[Any, Any]) -> Any:
+    """The specs with all their fields; of overrides, those that only merge fields as they are."""
+    if not isinstance(specs, Mapping):
+        return [full_spec(spec) for spec in specs]
+    return {key: full_spec(spec) if is_spec(spec) else plain(spec) for key, spec in specs.items()}
+
+
+def is_spec(change: Any) -> bool:
+    """Whether it names a layer, and does not only give fields."""
+    return isinstance(change, (str, Layer)) or (isinstance(change, Mapping) and "name" in change)
 
 
 def block_indices(overrides: Mapping[Any, Any]) -> dict[int, Any]:

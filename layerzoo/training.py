@@ -267,7 +267,8 @@ class TrainCLI(LightningCLI):
         options = self.config[self.subcommand] if self.subcommand else self.config
         if "network" in options["model"]:
             with at("model.network"):
-                ModelConfig.from_fields(options["model"]["network"].as_dict())
+                network = ModelConfig.from_fields(options["model"]["network"].as_dict())
+                options["model"]["network"] = jsonargparse.Namespace(**network.to_fields())
 
 
 def log_folder(trainer: Any) -> Path:

@@ -105,7 +105,7 @@ def test_an_option_merged_from_an_anchor(tmp_path: Path) -> None:
     grid = read(tmp_path, axes=axes)
     assert names(grid) == ["a", "b", "1e-2"]
     network = grid.cells()[2].config["model"]["network"]
-    assert (network["layers"], network["dim"], network["depth"]) == (["linear"], 16, 1)
+    assert (network["layers"][0]["name"], network["dim"], network["depth"]) == ("linear", 16, 1)
 
 
 THREE = (
@@ -256,7 +256,7 @@ def test_tuning_runs_and_what_they_choose(tmp_path: Path) -> None:
     cells = grid.cells(choices)
     assert [cell.tuned for cell in cells] == [window.best.options, memory.best.options] * 2
     assert [cell.config["model"]["lr"] for cell in cells] == [0.01, 0.001] * 2
-    assert [cell.config["model"].get("warmup") for cell in cells] == [0, None] * 2
+    assert [cell.config["model"]["warmup"] for cell in cells] == [0, 0.05] * 2
     assert {cell.split for cell in cells} == {"test"}
     assert {cell.config["trainer"]["max_steps"] for cell in cells} == {90}
 

@@ -15,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from layerzoo.data import Task
 from layerzoo.foreign import spec_error
 from layerzoo.identity import digest_weights
+from layerzoo.layer import EXECUTION
 from layerzoo.lit import LitModel, initial_weights
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.module import TaskModule
-from layerzoo.spec import SpecError, at, suggest
+from layerzoo.spec import SpecError, at, plain, suggest
 from layerzoo.training import Parser, check_trainer
 
 Tree = dict[str, Any]
@@ -30,8 +31,9 @@ _options_checked: dict[str, Tree] = {}
 
 
 def resolve(config: DictConfig) -> Tree:
-    """A training config with its interpolations resolved, as plain containers. An interpolation
-    may name an option of the task that the config leaves at its default.
+    """A training config with its interpolations resolved, as plain containers, and with every
+    option of the module, the network, its layers and the task, so that another default later
+    changes no cell. An interpolation may name an option that the config leaves at its default.
 
     Raises:
         SpecError: an interpolation that names nothing, an unknown option, a task that refuses its
@@ -63,7 +65,35 @@ def resolve(config: DictConfig) -> Tree:
         tree: Any = OmegaConf.to_container(whole, resolve=True)
     except OmegaConfBaseException as error:
         raise SpecError(str(error).splitlines()[0]) from None
-    return {**tree, **_checked(tree), "data": data}
+    tree |= _checked(tree)
+    data = {**data, "init_args": {**plain(defaults), **(data.get("init_args") or {})}}
+    return {**tree, "model": _completed(tree), "data": data}
+
+
+def _completed(tree: Tree) -> Tree:
+    """The section of the module, with the options that it leaves at their defaults."""
+    known = inspect.signature(LitModel.__init__).parameters.values()
+    defaults = {p.name: plain(p.default) for p in known if p.default is not p.empty}
+    written = tree.get("model") or {}
+    with at("model.network"):
+        network = network_of(written).to_fields()
+    return {
+        **{n: v for n, v in defaults.items() if n not in EXECUTION},
+        **written,
+        "network": network,
+    }
+
+
+def network_of(options: Tree) -> ModelConfig:
+    """The network of the module's options.
+
+    Raises:
+        SpecError: it is none, or one of its fields is not right.
+    """
+    written = options.get("network")
+    if not isinstance(written, dict):
+        raise SpecError("expected the fields of a language model")
+    return ModelConfig.from_fields({str(name): value for name, value in written.items()})
 
 
 def _checked(tree: Tree) -> Tree:
@@ -160,9 +190,5 @@ def model(config: Tree) -> LanguageModel:
     Raises:
         SpecError: it does not build.
     """
-    written = (config.get("model") or {}).get("network")
-    if not isinstance(written, dict):
-        raise SpecError("model.network: expected the fields of a language model")
-    network = {str(name): value for name, value in written.items()}
     with at("model.network"), torch.device("meta"):
-        return LanguageModel(ModelConfig.from_fields(network))
+        return LanguageModel(network_of(config.get("model") or {}))

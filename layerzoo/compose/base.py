@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from layerzoo.layer import Layer, Reach, State, StateBytes, build, check_spec
+from layerzoo.layer import Layer, Reach, State, StateBytes, build, check_spec, full_spec
 from layerzoo.spec import Config, SpecError, at
 
 
@@ -26,6 +26,10 @@ class ChildrenConfig(Config):
         for n, child in enumerate(self.children):
             with at(f"children[{n}]"):
                 check_spec(child)
+
+    def to_fields(self) -> dict[str, Any]:
+        children = [full_spec(child) for child in self.children]
+        return {**super().to_fields(), "children": children}
 
 
 class Composition(Layer):
