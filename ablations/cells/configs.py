@@ -73,15 +73,15 @@ def resolve(config: DictConfig) -> Tree:
 def _completed(tree: Tree) -> Tree:
     """The section of the module, with the options that it leaves at their defaults."""
     known = inspect.signature(LitModel.__init__).parameters.values()
-    defaults = {p.name: plain(p.default) for p in known if p.default is not p.empty}
+    defaults = {
+        p.name: plain(p.default)
+        for p in known
+        if p.default is not p.empty and p.name not in EXECUTION
+    }
     written = tree.get("model") or {}
     with at("model.network"):
         network = network_of(written).to_fields()
-    return {
-        **{n: v for n, v in defaults.items() if n not in EXECUTION},
-        **written,
-        "network": network,
-    }
+    return {**defaults, **written, "network": network}
 
 
 def network_of(options: Tree) -> ModelConfig:
