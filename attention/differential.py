@@ -15,7 +15,7 @@ from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
-from .heads import CACHE, Attention, HeadsConfig, append, attend_causal, empty_cache
+from .heads import CACHE, Attention, append, attend_causal, empty_cache
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -92,16 +92,16 @@ class Differential(Attention, name="differential"):
     norm is an RMS norm per head
 
     Its state is the cache of all keys and values: it grows with T. A head has two queries and two
-    keys of head_dim channels (null means dim / (2 heads)), and values of twice as many.
+    keys of key_dim channels; null means dim / (2 heads).
 
     lambda_init: the paper's is 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..: 0.2 in the first.
     """
 
-    class Config(HeadsConfig):
+    class Config(Attention.Config):
         lambda_init: float = 0.8
 
         def check(self) -> None:
-            HeadsConfig.check(self)
+            super().check()
             if not 0 <= self.lambda_init < 1:
                 raise SpecError(
                     f"lambda_init: must be at least 0 and below 1, got {self.lambda_init}"
@@ -112,16 +112,16 @@ class Differential(Attention, name="differential"):
     maps = 2
     cases = (
         {"heads": 2},
-        {"heads": 4, "kv_heads": 2, "head_dim": 4, "qk_norm": True, "out_gate": True},
-        {"heads": 3, "head_dim": 5, "rotary": None, "lambda_init": 0.2},
+        {"heads": 4, "kv_heads": 2, "key_dim": 4, "qk_norm": "l2", "out_gate": "sigmoid"},
+        {"heads": 3, "key_dim": 5, "value_dim": 6, "rotary": None, "lambda_init": 0.2},
     )
 
     def __init__(self, dim: int, config: Config) -> None:
         super().__init__(dim, config)
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
-            nn.Parameter(0.1 * torch.randn(self.head_dim)) for _ in range(4)
+            nn.Parameter(0.1 * torch.randn(self.key_dim)) for _ in range(4)
         )
-        self.norm = RMSNorm(self.maps * self.head_dim, eps=1e-5)
+        self.norm = RMSNorm(self.value_dim, eps=1e-5)
 
     def mix(self) -> Tensor:
         """lambda, a number in float32 or wider."""
@@ -144,4 +144,4 @@ class Differential(Attention, name="differential"):
         return self.cache_bytes(T)
 
     def rule_flops(self, T: int) -> float:
-        return self.heads * 8 * self.head_dim * (T + 1) / 2
+        return self.pair_flops() * (T + 1) / 2

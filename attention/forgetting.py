@@ -18,7 +18,7 @@ from layerzoo.ops import Op, accumulator_dtype, once_differentiable
 from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
-from .heads import CACHE, Attention, HeadsConfig, append, attend_one, empty_cache
+from .heads import CACHE, Attention, append, attend_one, empty_cache
 from .sliding import check_window, covering
 
 if TYPE_CHECKING:
@@ -206,19 +206,19 @@ class Forgetting(Attention, name="forgetting"):
     Its state is the cache of keys, values and gates: it grows with T, or with a window holds the
     last window - 1 tokens. Positions are what the gates make of them, so that `rotary` is null.
     Deviations from the paper: b starts at a half-life, not at zero; no shift of tokens in k and v,
-    and no output norm (`qk_norm` and `out_gate` are the paper's).
+    and no output norm (`qk_norm: rms` is the paper's, `out_gate: sigmoid` its Pro block's).
 
     window: tokens that a query sees, itself counted; null is all of them. half_life: tokens after
     which a weight has halved, at the start of training.
     """
 
-    class Config(HeadsConfig):
+    class Config(Attention.Config):
         rotary: float | None = None
         window: int | None = None
         half_life: float = 2048.0
 
         def check(self) -> None:
-            HeadsConfig.check(self)
+            super().check()
             if self.window is not None:
                 check_window(self.window)
             if self.half_life <= 0:
@@ -228,8 +228,8 @@ class Forgetting(Attention, name="forgetting"):
     op = OP
     cases = (
         {"heads": 2, "half_life": 3.0},
-        {"heads": 4, "kv_heads": 2, "window": 5, "half_life": 2.0, "out_gate": True},
-        {"heads": 3, "head_dim": 4, "window": 1, "rotary": 100.0, "qk_norm": True},
+        {"heads": 4, "kv_heads": 2, "window": 5, "half_life": 2.0, "out_gate": "silu"},
+        {"heads": 3, "key_dim": 4, "window": 1, "rotary": 100.0, "qk_norm": "none"},
     )
 
     reductions = (
@@ -271,7 +271,7 @@ class Forgetting(Attention, name="forgetting"):
 
     def rule_flops(self, T: int) -> float:
         seen = sum(self.cached(i) + 1 for i in range(T))
-        return self.heads * 4 * self.head_dim * seen / max(1, T)
+        return self.pair_flops() * seen / max(1, T)
 
     def reach(self) -> Reach | None:
         return None if self.config.window is None else Reach(self.config.window - 1)

@@ -1,10 +1,9 @@
-"""What attention layers share: grouped-query projections, rotary positions, norm and gate, and
-the plain form of attention over a cache."""
+"""What attention layers share: the shell around an op over a cache, and the plain form of that."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,90 +11,51 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerzoo.forms import tensor
-from layerzoo.layer import Inner, Layer, State, StateBytes
-from layerzoo.nn import RMSNorm
+from layerzoo.layer import Inner, State, StateBytes
 from layerzoo.ops import transforming
-from layerzoo.shell import QKV
-from layerzoo.spec import SpecError, divide
-
-from .rotary import RotaryConfig
+from layerzoo.shell import QKV, Headed, OutNorm, QKNorm, Shell, place
 
 
-class HeadsConfig(RotaryConfig):
-    """Fields that every attention layer has.
-
-    heads: query heads H. kv_heads: key/value heads, a divisor of heads; null means heads.
-    head_dim: K of q, k and v; null means dim / heads.
-    rotary, rotary_scaling: see RotaryConfig.
-    qk_norm: RMS norm of q and k per head. out_gate: sigmoid gate of the output (2505.06708).
-    """
-
-    heads: int = 4
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    qk_norm: bool = False
-    out_gate: bool = False
-
-    def check(self) -> None:
-        for name in ("heads", "kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SpecError(f"{name}: must be at least 1, got {value}")
-        RotaryConfig.check(self)
-        if self.kv_heads:
-            divide(self.heads, self.kv_heads, "kv_heads")
-
-
-class Attention(Layer):
+class Attention(Headed):
     """Projections, rotary positions and output around an attention op over a cache.
 
     Keys are cached after rotation, by absolute position. The state is a dict of k, v
-    `[B, n, kv_heads, K]` and the position, a 0-d CPU integer: the number of tokens seen.
+    `[B, n, kv_heads, K | V]` and the position, a 0-d CPU integer: the number of tokens seen.
+
+    With qk_norm l2 logits are sqrt(K) tau_h <q, k>, with a learned temperature tau_h per head, 1
+    at the start: as large as with rms.
     """
 
-    Config: ClassVar[Any] = HeadsConfig
-    kind = "attention"
-    maps = 1
-    """Queries and keys of a head; its values are as wide as all of them."""
+    class Config(Shell):
+        """kv_heads: heads of keys and values, each read by heads / kv_heads queries; a divisor of
+        heads, null means heads."""
 
-    def __init__(self, dim: int, config: HeadsConfig) -> None:
-        super().__init__(dim, config)
-        self.heads = config.heads
-        self.kv_heads = config.kv_heads or config.heads
-        self.head_dim = config.head_dim or divide(
-            dim, self.maps * self.heads, "heads (or give head_dim)"
-        )
-        config.check_channels(self.head_dim, "head_dim")
-        inner, cached = (self.maps * n * self.head_dim for n in (self.heads, self.kv_heads))
-        self.q = nn.Linear(dim, inner, bias=False)
-        self.k = nn.Linear(dim, cached, bias=False)
-        self.v = nn.Linear(dim, cached, bias=False)
-        self.out = nn.Linear(inner, dim, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, eps=1e-6)
-            self.k_norm = RMSNorm(self.head_dim, eps=1e-6)
-        if config.out_gate:
-            self.gate = nn.Linear(dim, inner, bias=False)
+        kv_heads: int | None = None
+        qk_norm: QKNorm = "rms"
+        out_norm: OutNorm = "none"
+        rotary: float | None = 10000.0
+
+        grouped = "kv_heads"
+
+    kind = "attention"
+
+    def __init__(self, dim: int, config: Any) -> None:
+        super().__init__(dim, config, config.heads, config.groups, config.groups)
+        self.kv_heads = config.groups
+        if config.qk_norm == "l2":
+            self.temperature = nn.Parameter(torch.ones(self.maps * self.heads, 1))
 
     def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
         """The layer's op, on what `project` returns."""
         raise NotImplementedError
 
-    def qkv(self, x: Tensor) -> QKV:
-        """The projections of x."""
-        return self.q(x), self.k(x), self.v(x)
-
     def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> dict[str, Tensor]:
-        """x `[B, T, D]`, after the tokens of `state` -> q `[B, T, H, K]` and k, v
-        `[B, T, kv_heads, K]`, by name. qkv: of another layer."""
-        q, k, v = qkv or self.qkv(x)
-        q, k = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k))
-        v = v.unflatten(-1, (self.kv_heads, -1))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rotary:  # else the position is not read, nor a graph broken
-            start = int(state["position"])
-            q, k = (self.config.rotate(t, start) for t in (q, k))
+        """x `[B, T, D]`, after the tokens of `state` -> q `[B, T, H, K]`, k `[B, T, kv_heads, K]`
+        and v `[B, T, kv_heads, V]`, by name. qkv: of another layer."""
+        # Without rotary the position is not read, nor a graph broken.
+        q, k, v = self.split(x, place(state) if self.config.rotary else 0, qkv)
+        if self.config.qk_norm == "l2":  # an op scales by K^-1/2
+            q = q * (self.key_dim * self.temperature).to(q.dtype)
         return {"q": q, "k": k, "v": v}
 
     def inner(self, x: Tensor, state: State = None) -> Inner:
@@ -106,19 +66,20 @@ class Attention(Layer):
     ) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
         o, state = self.attend(self.project(x, state, qkv), state)
-        o = o.flatten(-2)
-        if self.config.out_gate:
-            o = o * self.gate(x).sigmoid()
-        return self.out(o), state
+        return self.merge(o, x), state
 
     def init_state(self, batch_size: int) -> State:
         weight: Any = self.k.weight
-        k = weight.new_empty(batch_size, 0, self.maps * self.kv_heads, self.head_dim)
-        return empty_cache(k, k.view(batch_size, 0, self.kv_heads, self.maps * self.head_dim))
+        k = weight.new_empty(batch_size, 0, self.maps * self.kv_heads, self.key_dim)
+        return empty_cache(k, weight.new_empty(batch_size, 0, self.kv_heads, self.value_dim))
 
     def cache_bytes(self, tokens: int) -> StateBytes:
-        channels = self.maps * self.kv_heads * self.head_dim
-        return StateBytes(4 * 2 * tokens * channels, buffers=8)
+        channels = self.kv_heads * (self.maps * self.key_dim + self.value_dim)
+        return StateBytes(4 * tokens * channels, buffers=8)
+
+    def pair_flops(self) -> float:
+        """Matrix-product FLOPs of a query that sees one key, all heads."""
+        return self.heads * 2.0 * (self.maps * self.key_dim + self.value_dim)
 
 
 def attention_alone(layer: Any, x: Tensor, state: State) -> Inner:

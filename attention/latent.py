@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,13 @@ from torch.compiler import is_compiling
 
 from layerzoo.checked import Signature
 from layerzoo.forms import tensor
-from layerzoo.layer import Inner, Layer, State, StateBytes
+from layerzoo.layer import State, StateBytes
 from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op
-from layerzoo.spec import SpecError, divide
+from layerzoo.shell import QKV, place
+from layerzoo.spec import SpecError
 
-from .heads import CACHE, append, attend_causal, attend_one, attention_alone, empty_cache
-from .rotary import RotaryConfig
+from .heads import CACHE, Attention, append, attend_causal, attend_one, empty_cache
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -100,7 +100,7 @@ def _chunked(q, c, r, up, *, scale):
     return torch.einsum("bthr,hvr->bthv", o[..., :R], up[:, K:])
 
 
-class Latent(Layer, name="latent"):
+class Latent(Attention, name="latent"):
     """Multi-head latent attention (DeepSeek-V2): keys and values are made of a small latent.
 
     c_j = norm(x_j W_c),  r_j = rotary(x_j W_r),  k_j = (U_k c_j, r_j),  v_j = U_v c_j per head,
@@ -110,59 +110,56 @@ class Latent(Layer, name="latent"):
     The state is the cache of c and r alone: kv_rank + rotary_dim numbers a token, whatever the
     number of heads. A decoded token reads the latents themselves.
 
-    head_dim: K of keys, without the position, and V of values; null means dim / heads. kv_rank: R
-    of the latent. q_rank: that of the queries; null makes them of x at once. rotary_dim: P.
+    key_dim is K, without the position. kv_rank: R of the latent. q_rank: that of the queries; null
+    makes them of x at once. rotary_dim: P. The norms are the latents': a norm of the keys that are
+    made of them would have to make them all for every token.
     """
 
-    class Config(RotaryConfig):
-        heads: int = 4
-        head_dim: int | None = None
+    class Config(Attention.Config):
+        qk_norm: Literal["none"] = "none"
         kv_rank: int = 64
         q_rank: int | None = None
         rotary_dim: int = 32
 
         def check(self) -> None:
-            RotaryConfig.check(self)
-            for name in ("heads", "head_dim", "kv_rank", "q_rank", "rotary_dim"):
+            super().check()
+            for name in ("kv_rank", "q_rank", "rotary_dim"):
                 value = getattr(self, name)
                 if value is not None and value < 1:
                     raise SpecError(f"{name}: must be at least 1, got {value}")
+            if self.kv_heads is not None:
+                raise SpecError("kv_heads: all heads share one latent; leave it out")
+            if self.key_bias:
+                raise SpecError("key_bias: keys are made of the latent, without a bias; set false")
 
-    kind = "attention"
     source = "DeepSeek-AI 2024, arXiv 2405.04434"
     op = OP
     cases = (
         {"heads": 2, "kv_rank": 7, "rotary_dim": 4},
-        {"heads": 3, "head_dim": 5, "kv_rank": 6, "q_rank": 9, "rotary_dim": 2},
-        {"heads": 4, "kv_rank": 8, "rotary_dim": 3, "rotary": None},
+        {"heads": 3, "key_dim": 5, "value_dim": 7, "kv_rank": 6, "q_rank": 9, "rotary_dim": 2},
+        {"heads": 4, "kv_rank": 8, "rotary_dim": 3, "rotary": None, "out_gate": "sigmoid"},
     )
 
-    def __init__(self, dim: int, config: Config) -> None:
-        super().__init__(dim, config)
-        self.heads, R = config.heads, config.kv_rank
-        self.head_dim = config.head_dim or divide(dim, self.heads, "heads (or give head_dim)")
-        config.check_channels(config.rotary_dim, "rotary_dim")
-        if config.q_rank:
-            self.q_down = nn.Linear(dim, config.q_rank, bias=False)
-            self.q_norm = RMSNorm(config.q_rank, eps=1e-6)
-        width = self.heads * (self.head_dim + config.rotary_dim)
-        self.q = nn.Linear(config.q_rank or dim, width, bias=False)
-        self.down = nn.Linear(dim, R + config.rotary_dim, bias=False)
-        self.norm = RMSNorm(R, eps=1e-6)
-        self.up = nn.Linear(R, self.heads * 2 * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=False)
+    def project_from(self, dim: int, queries: int, keys: int, values: int) -> None:
+        c, K = self.config, self.key_dim
+        c.check_channels(c.rotary_dim, "rotary_dim")
+        if c.q_rank:
+            self.q_down = nn.Linear(dim, c.q_rank, bias=False)
+            self.q_norm = RMSNorm(c.q_rank, eps=1e-6)
+        self.q = nn.Linear(c.q_rank or dim, queries * (K + c.rotary_dim), bias=False)
+        self.down = nn.Linear(dim, c.kv_rank + c.rotary_dim, bias=False)
+        self.norm = RMSNorm(c.kv_rank, eps=1e-6)
+        self.up = nn.Linear(c.kv_rank, keys * K + values * self.value_dim, bias=False)
 
-    def project(self, x: Tensor, state: State) -> dict[str, Tensor]:
+    def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> dict[str, Tensor]:
         """x `[B, T, D]`, after the tokens of `state` -> q, the latent and the position key."""
         c = self.config
         q = self.q(self.q_norm(self.q_down(x)) if c.q_rank else x)
-        content, turned = q.unflatten(-1, (self.heads, -1)).split(
-            (self.head_dim, c.rotary_dim), -1
-        )
+        content, turned = q.unflatten(-1, (self.heads, -1)).split((self.key_dim, c.rotary_dim), -1)
         latent, key = self.down(x).split((c.kv_rank, c.rotary_dim), -1)
         key = key[:, :, None]
         if c.rotary:
-            start = int(state["position"])
+            start = place(state)
             turned, key = c.rotate(turned, start), c.rotate(key, start)
         q = torch.cat((content, turned), -1)
         # Contiguous: a view would keep, and save, all of the tensor that it was cut from.
@@ -173,14 +170,6 @@ class Latent(Layer, name="latent"):
         q, latent, key = tensors.values()
         return latent_attention(q, latent, key, up, state=state, impl=self.impl)
 
-    def inner(self, x: Tensor, state: State = None) -> Inner:
-        return attention_alone(self, x, state)
-
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        state = self.init_state(len(x)) if state is None else state
-        o, state = self.attend(self.project(x, state), state)
-        return self.out(o.flatten(-2)), state
-
     def init_state(self, batch_size: int) -> State:
         empty = self.down.weight.new_empty(batch_size, 0, self.down.out_features)
         return empty_cache(empty[..., self.config.kv_rank :], empty[..., : self.config.kv_rank])
@@ -189,4 +178,5 @@ class Latent(Layer, name="latent"):
         return StateBytes(4 * T * (self.config.kv_rank + self.config.rotary_dim), buffers=8)
 
     def rule_flops(self, T: int) -> float:
-        return self.heads * 2 * (2 * self.head_dim + self.config.rotary_dim) * (T + 1) / 2
+        pair = self.key_dim + self.value_dim + self.config.rotary_dim
+        return self.heads * pair * (T + 1)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from layerzoo.compose import ChildrenConfig, Composition
 from layerzoo.compose.parallel import read_flops
 from layerzoo.layer import State, StateBytes
-from layerzoo.nn import rotary
+from layerzoo.memory import Memory
+from layerzoo.nn import RMSNorm, l2_normalise
 from layerzoo.ops import Op
-from layerzoo.shell import Memory
+from layerzoo.rotary import rotary
+from layerzoo.shell import QKNorm
 from layerzoo.spec import SpecError, divide
 
 from .heads import append, attend_one, dot_product_attention
@@ -60,13 +62,14 @@ class Prefix(Composition, name="prefix"):
     M is written y_1, y_2, ..;   output y_i * sigmoid(M_i(y_i)), M_i with y_1 .. y_i
 
     Rotary positions are those in the segment, i for x_i and r_i; the p have none, and are keys and
-    values themselves. A retrieved r_j is visible to x_i only from i = j on: seen from the start,
-    as the paper draws it, it would tell of tokens that have not come. The paper leaves open how y
-    and the last read meet; sigmoid keeps y's scale. The state: M of the last segment and M now,
-    and keys and values of the segment's tokens so far.
+    values themselves, as they are learned. A retrieved r_j is visible to x_i only from i = j on:
+    seen from the start, as the paper draws it, it would tell of tokens that have not come. The
+    paper leaves open how y and the last read meet; sigmoid keeps y's scale. The state: M of the
+    last segment and M now, and keys and values of the segment's tokens so far.
 
     children: the memory, a spec or built layer. heads: of the attention. segment: S.
-    persistent: P. rotary: base of the rotary embedding; null is no positions at all.
+    persistent: P. rotary: base of the rotary embedding; null is no positions at all. qk_norm: of
+    the attention's q and k, as other attention layers have it.
     """
 
     class Config(ChildrenConfig):
@@ -74,6 +77,7 @@ class Prefix(Composition, name="prefix"):
         segment: int = 64
         persistent: int = 4
         rotary: float | None = 10000.0
+        qk_norm: QKNorm = "rms"
 
         count = 1
 
@@ -99,6 +103,7 @@ class Prefix(Composition, name="prefix"):
             "segment": 4,
             "persistent": 0,
             "rotary": None,
+            "qk_norm": "l2",
         },
     )
 
@@ -114,6 +119,10 @@ class Prefix(Composition, name="prefix"):
         shape = (config.persistent, config.heads, self.head_dim)
         self.first_k = nn.Parameter(torch.randn(shape))
         self.first_v = nn.Parameter(torch.randn(shape) * dim**-0.5)
+        if config.qk_norm == "rms":
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps=1e-6) for _ in range(2))
+        elif config.qk_norm == "l2":  # as in `Attention`; K^1/2 is the length of first_k
+            self.temperature = nn.Parameter(torch.ones(config.heads, 1))
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         state = self.init_state(len(x)) if state is None else state
@@ -130,18 +139,18 @@ class Prefix(Composition, name="prefix"):
     def _piece(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Tokens of one segment."""
         memory: Any = self.memory
-        q, _ = memory.project(x)
-        retrieved = memory.merge(memory.read(q, state["retrieve"]), x)
+        q, _ = memory.project(x, state["memory"])
+        retrieved = memory.merge(memory.read(q, memory.inside(state["retrieve"])), x)
         place = int(state["position"]) % self.config.segment
-        new = {"k": self._heads(self.k(x), place), "v": self._heads(self.v(x))}
-        new |= {"memory_k": self._heads(self.k(retrieved), place)}
+        new = {"k": self._keys(x, place), "v": self._heads(self.v(x))}
+        new |= {"memory_k": self._keys(retrieved, place)}
         new |= {"memory_v": self._heads(self.v(retrieved))}
         cache = {name: append(state[name], t) for name, t in new.items()}
-        q = self._heads(self.q(x), place)
+        q = self._queries(x, place)
         scale = self.head_dim**-0.5
         o = OP(self.impl, q, *cache.values(), self.first_k, self.first_v, scale=scale)
         y = self.out(o.flatten(-2))
-        o, written = memory.mix(*memory.project(y), state["memory"])
+        o, written = memory.mix(*memory.project(y, state["memory"]), state["memory"])
         y = y * memory.merge(o, y).sigmoid()
         full = place + x.shape[1] == self.config.segment
         if full:
@@ -153,11 +162,29 @@ class Prefix(Composition, name="prefix"):
             "position": state["position"] + x.shape[1],
         }
 
-    def _heads(self, x: Tensor, place: int | None = None) -> Tensor:
-        """`[B, n, D]` -> `[B, n, H, K]`, rotated if it has a place."""
-        x = x.unflatten(-1, (self.config.heads, -1))
-        base = self.config.rotary
-        return x if place is None or base is None else rotary(x, place, base)
+    def _queries(self, x: Tensor, place: int) -> Tensor:
+        """`[B, n, D]` -> `[B, n, H, K]`, normalised and rotated."""
+        q = self._heads(self.q(x))
+        if self.config.qk_norm == "rms":
+            q = self.q_norm(q)
+        elif self.config.qk_norm == "l2":
+            q = l2_normalise(q) * (self.head_dim**0.5 * self.temperature).to(q.dtype)
+        return self._turned(q, place)
+
+    def _keys(self, x: Tensor, place: int) -> Tensor:
+        k = self._heads(self.k(x))
+        if self.config.qk_norm == "rms":
+            k = self.k_norm(k)
+        elif self.config.qk_norm == "l2":
+            k = self.head_dim**0.5 * l2_normalise(k)
+        return self._turned(k, place)
+
+    def _turned(self, x: Tensor, place: int) -> Tensor:
+        return x if self.config.rotary is None else rotary(x, place, self.config.rotary)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """`[B, n, D]` -> `[B, n, H, K]`."""
+        return x.unflatten(-1, (self.config.heads, -1))
 
     def init_state(self, batch_size: int) -> State:
         memory: Any = self.memory

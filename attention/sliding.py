@@ -17,7 +17,6 @@ from layerzoo.spec import SpecError
 from .heads import (
     CACHE,
     Attention,
-    HeadsConfig,
     append,
     attend_causal,
     attend_one,
@@ -224,20 +223,20 @@ class Sliding(Attention, name="sliding"):
     window: tokens that a query sees, itself counted. sinks: first tokens, always visible.
     """
 
-    class Config(HeadsConfig):
+    class Config(Attention.Config):
         window: int = 64
         sinks: int = 0
 
         def check(self) -> None:
-            HeadsConfig.check(self)
+            super().check()
             check_window(self.window, self.sinks)
 
     source = "Beltagy et al. 2020, arXiv 2004.05150"
     op = OP
     cases = (
         {"heads": 2, "window": 5},
-        {"heads": 4, "kv_heads": 2, "window": 4, "sinks": 3, "out_gate": True},
-        {"heads": 3, "head_dim": 5, "window": 1, "rotary": None, "qk_norm": True},
+        {"heads": 4, "kv_heads": 2, "window": 4, "sinks": 3, "out_gate": "sigmoid"},
+        {"heads": 3, "key_dim": 5, "value_dim": 7, "window": 1, "rotary": None, "qk_norm": "l2"},
     )
 
     def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
@@ -253,7 +252,7 @@ class Sliding(Attention, name="sliding"):
     def rule_flops(self, T: int) -> float:
         c = self.config
         seen = ramp(T, c.window) + ramp(T - c.window, c.sinks)  # the window, and sinks behind it
-        return self.heads * 4 * self.head_dim * seen / max(1, T)
+        return self.pair_flops() * seen / max(1, T)
 
     def reach(self) -> Reach:
         return Reach(self.config.window - 1, self.config.sinks)

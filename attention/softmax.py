@@ -15,7 +15,6 @@ from layerzoo.ops import Op
 from .heads import (
     CACHE,
     Attention,
-    HeadsConfig,
     append,
     attend_causal,
     attend_one,
@@ -84,15 +83,12 @@ class Softmax(Attention, name="softmax"):
     Its state is the cache of all keys and values: it grows with T and forgets nothing.
     """
 
-    class Config(HeadsConfig):
-        pass
-
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     op = OP
     cases = (
         {"heads": 2, "rotary_scaling": {"name": "yarn", "factor": 4.0, "original_length": 32}},
-        {"heads": 6, "kv_heads": 2, "head_dim": 4, "qk_norm": True, "out_gate": True},
-        {"heads": 3, "head_dim": 5, "rotary": None},
+        {"heads": 6, "kv_heads": 2, "key_dim": 4, "qk_norm": "l2", "out_gate": "sigmoid"},
+        {"heads": 3, "key_dim": 5, "value_dim": 7, "rotary": None, "qk_norm": "none"},
     )
 
     def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
@@ -103,4 +99,4 @@ class Softmax(Attention, name="softmax"):
         return self.cache_bytes(T)
 
     def rule_flops(self, T: int) -> float:
-        return self.heads * 4 * self.head_dim * (T + 1) / 2
+        return self.pair_flops() * (T + 1) / 2

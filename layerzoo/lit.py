@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from layerzoo.identity import TRAINED_ON, digest_weights, first_difference
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.module import TaskModule
+from layerzoo.older import of_today
 from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError, at
 
@@ -112,8 +113,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for part in (checkpoint["state_dict"], checkpoint["hyper_parameters"]):
+        for part in (checkpoint["state_dict"], hyper := checkpoint["hyper_parameters"]):
             len(part)  # both are mappings, or this is another program's file
+        if "network" in hyper:
+            hyper["network"] = of_today(hyper["network"])
     except OSError as error:
         raise SpecError(f"checkpoint {path}: cannot be read: {error.strerror}") from None
     except DAMAGED as error:

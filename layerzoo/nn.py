@@ -1,4 +1,4 @@
-"""Parts of layers and blocks: SwiGLU, rotary embedding, short convolution, normalisation."""
+"""Parts of layers and blocks: SwiGLU, short convolution, normalisation."""
 
 from __future__ import annotations
 
@@ -115,27 +115,3 @@ def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over the last dimension; finite gradient at zero."""
     wide = x.to(accumulator_dtype(x))
     return unit_length(wide, eps).to(x.dtype)
-
-
-def rotary(x: Tensor, start: int, base: float, scaling: Any = None) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated.
-
-    Args:
-        x: `[B, T, H, K]`, K even.
-        start: position of the first token.
-        base: wavelengths run from 2 pi to 2 pi base.
-        scaling: `scaling(frequencies, base)` changes them, and `scaling.magnitude()` multiplies
-            the result; `layerzoo.attention.rotary` has some.
-    """
-    T, half = x.shape[1], x.shape[-1] // 2
-    dtype = accumulator_dtype(x)
-    positions = torch.arange(start, start + T, device=x.device, dtype=dtype)
-    frequencies = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    if scaling is not None:
-        frequencies = scaling(frequencies, base)
-    angles = (positions[:, None] * frequencies)[:, None, :]
-    cos, sin = angles.cos(), angles.sin()
-    if scaling is not None:
-        cos, sin = (t * scaling.magnitude() for t in (cos, sin))
-    a, b = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

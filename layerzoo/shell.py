@@ -1,8 +1,5 @@
-"""Memory: a layer that writes the past into a state of constant size, in a shell shared by all.
-
-The shell is everything around the rule: projections, heads, norms, output gate. Its defaults are
-the same for every memory, so that a grid compares rules and not shells.
-"""
+"""The shell of a layer with heads: all that stands around its rule, the same for attention and for
+memories, so that a grid compares rules and not shells."""
 
 from __future__ import annotations
 
@@ -12,23 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerzoo.layer import Inner, Layer, State
+from layerzoo.layer import Layer
 from layerzoo.nn import RMSNorm, l2_normalise
-from layerzoo.spec import Config, SpecError, divide
-
-Write = dict[str, Tensor]
-"""What a memory stores for each token, `[B, T, ...]` tensors named as the op's arguments."""
+from layerzoo.rotary import RotaryConfig
+from layerzoo.spec import SpecError, divide
 
 QKV = tuple[Tensor, Tensor, Tensor]
+QKNorm = Literal["l2", "rms", "none"]
+OutNorm = Literal["rms", "none"]
 GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
-class Shell(Config):
-    """Fields that every memory has.
+class Shell(RotaryConfig):
+    """Fields that every layer with heads has, memory or attention.
 
-    heads: number of heads H.
-    key_dim, value_dim: per head, K and V; null means dim / heads.
-    qk_norm: of q and k, per head: l2 (unit length), rms, or none (then q is scaled by K^-1/2).
+    heads: number of read-outs H, each a row of the output projection.
+    key_dim, value_dim: per head, K of queries and keys, V of values; null means dim / heads.
+    qk_norm: of q and k, per head: l2 (unit length), rms (a learned weight per channel), or none.
     key_bias: k = x W + b, before its norm; keys that lean one way are told apart by it.
     out_norm: RMS norm of the read-out per head, or none.
     out_gate: the read-out is multiplied by this function of a projection of x, or none.
@@ -37,91 +34,95 @@ class Shell(Config):
     heads: int = 4
     key_dim: int | None = None
     value_dim: int | None = None
-    qk_norm: Literal["l2", "rms", "none"] = "l2"
+    qk_norm: QKNorm
     key_bias: bool = False
-    out_norm: Literal["rms", "none"] = "rms"
+    out_norm: OutNorm
     out_gate: Literal["none", "silu", "sigmoid"] = "none"
 
+    grouped: ClassVar[str]
+    """The field that says how many heads share; its layers define it."""
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> Any:
+        for name, way in RENAMED.items():
+            if name in fields and (name == "head_dim" or isinstance(fields[name], bool)):
+                raise SpecError(f"{name}: {way}")
+        return super().from_fields(fields)
+
     def check(self) -> None:
-        for name in ("heads", "key_dim", "value_dim"):
+        for name in ("heads", "key_dim", "value_dim", self.grouped):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f"{name}: must be at least 1, got {value}")
+        super().check()
+        if groups := getattr(self, self.grouped):
+            divide(self.heads, groups, self.grouped)
+
+    @property
+    def groups(self) -> int:
+        """Heads that share what the others repeat."""
+        return getattr(self, self.grouped) or self.heads
 
 
-class Memory(Layer):
-    """forward = project(x) -> q, write; mix(q, write, state) -> o, state; merge(o, x) -> y.
+RENAMED = {
+    "head_dim": "is now key_dim and value_dim, one for each",
+    "qk_norm": "true is now rms, and false none",
+    "out_gate": "true is now sigmoid, and false none",
+}
+"""What attention layers had before they had this shell, and the way out."""
 
-    A rule defines `rule` (as many queries as writes) and `read` (queries alone), and for its
-    gates, if any, `gates`. Compositions that read one stream and write another call `mix`.
+
+class Headed(Layer):
+    """Projections, norms, positions, gate and output of a layer with heads.
+
+    queries, keys, values: how many heads each have. maps: queries and keys of each of these.
     """
 
-    Config: ClassVar[Any] = Shell
-    kind = "memory"
+    config: Any
+    maps = 1
 
-    def __init__(self, dim: int, config: Shell) -> None:
+    def __init__(self, dim: int, config: Shell, queries: int, keys: int, values: int) -> None:
         super().__init__(dim, config)
         H = self.heads = config.heads
         even = "heads (or give key_dim and value_dim)"
-        self.key_dim = K = config.key_dim or divide(dim, H, even)
+        self.key_dim = K = config.key_dim or divide(dim, self.maps * H, even)
         self.value_dim = V = config.value_dim or divide(dim, H, even)
-        self.scale = K**-0.5 if config.qk_norm == "none" else 1.0
-        self.q = nn.Linear(dim, H * K, bias=False)
-        self.k = nn.Linear(dim, H * K, bias=False)
-        self.v = nn.Linear(dim, H * V, bias=False)
+        self.project_from(dim, self.maps * queries, self.maps * keys, values)
         self.out = nn.Linear(H * V, dim, bias=False)
         if config.key_bias:
-            self.key_bias = nn.Parameter(torch.zeros(H, K))
+            self.key_bias = nn.Parameter(torch.zeros(self.maps * keys, K))
         if config.qk_norm == "rms":
             self.q_norm, self.k_norm = RMSNorm(K, eps=1e-6), RMSNorm(K, eps=1e-6)
-            self.scale = K**-1.0  # |q| = |k| = sqrt(K) at the start: as if both were unit
         if config.out_norm == "rms":
             self.out_norm = RMSNorm(V, eps=1e-6)
         if config.out_gate != "none":
             self.gate = nn.Linear(dim, H * V, bias=False)
 
+    def project_from(self, dim: int, queries: int, keys: int, values: int) -> None:
+        """Make the projections of x, for so many heads."""
+        self.config.check_channels(self.key_dim, "key_dim")
+        self.q = nn.Linear(dim, queries * self.key_dim, bias=False)
+        self.k = nn.Linear(dim, keys * self.key_dim, bias=False)
+        self.v = nn.Linear(dim, values * self.value_dim, bias=False)
+
     def qkv(self, x: Tensor) -> QKV:
-        """The projections of x, `[B, T, H K]`, `[B, T, H K]` and `[B, T, H V]`."""
+        """The projections of x, `[B, T, heads K]` twice and `[B, T, heads V]`."""
         return self.q(x), self.k(x), self.v(x)
 
-    def project(self, x: Tensor, qkv: QKV | None = None) -> tuple[Tensor, Write]:
-        """x `[B, T, D]` -> q `[B, T, H, K]` and what each token writes. qkv: of another layer."""
-        q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in qkv or self.qkv(x))
+    def split(self, x: Tensor, start: int, qkv: QKV | None = None) -> QKV:
+        """x `[B, T, D]` from position `start` on -> q, k `[B, T, heads, K]` and v
+        `[B, T, heads, V]`, normalised and rotated. qkv: projections of another layer."""
+        q, k, v = qkv or self.qkv(x)
+        q, k = (t.unflatten(-1, (-1, self.key_dim)) for t in (q, k))
+        v = v.unflatten(-1, (-1, self.value_dim))
         if self.config.key_bias:
             k = k + self.key_bias.to(k.dtype)
         if self.config.qk_norm == "l2":
             q, k = l2_normalise(q), l2_normalise(k)
         elif self.config.qk_norm == "rms":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, {"k": k, "v": v, **self.gates(x)}
-
-    def gates(self, x: Tensor) -> Write:
-        """The rule's input-dependent gates, named as its op's arguments."""
-        return {}
-
-    def mix(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        """Run the rule on q `[B, Tq, H, K]` and write `[B, Tw, ...]`, aligned at the right end.
-
-        With fewer writes than queries the earlier queries read the incoming state; with fewer
-        queries than writes the earlier writes are not read. Either may be empty.
-        """
-        early = q.shape[1] - write["k"].shape[1]
-        if early == 0:
-            return self.rule(q, write, state)
-        if early < 0:
-            o, state = self.rule(F.pad(q, (0, 0, 0, 0, -early, 0)), write, state)
-            return o[:, -early:], state
-        head = self.read(q[:, :early], state)
-        o, state = self.rule(q[:, early:], write, state)
-        return torch.cat((head, o), dim=1), state
-
-    def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        """The memory's op: as many queries as writes, each token reads after its write."""
-        raise NotImplementedError
-
-    def read(self, q: Tensor, state: State) -> Tensor:
-        """Read q `[B, T, H, K]` from a state that does not change -> `[B, T, H, V]`."""
-        raise NotImplementedError
+        q, k = (self.config.rotate(t, start) for t in (q, k))
+        return q, k, v
 
     def merge(self, o: Tensor, x: Tensor) -> Tensor:
         """Read-out `[B, T, H, V]` -> y `[B, T, D]`."""
@@ -132,25 +133,7 @@ class Memory(Layer):
             o = o * GATES[self.config.out_gate](self.gate(x))
         return self.out(o)
 
-    def forward(
-        self, x: Tensor, state: State = None, qkv: QKV | None = None
-    ) -> tuple[Tensor, State]:
-        q, write = self.project(x, qkv)
-        state = self.init_state(x.shape[0]) if state is None else state
-        o, state = self.mix(q, write, state)
-        return self.merge(o, x), state
 
-    def inner(self, x: Tensor, state: State = None) -> Inner:
-        def fn(tensors: Write, state: State) -> tuple[Tensor, State]:
-            write = dict(tensors)
-            q = write.pop("q")
-            return self.mix(q, write, self.init_state(len(q)) if state is None else state)
-
-        q, write = self.project(x)
-        return Inner(fn, {"q": q, **write})
-
-    def accumulator(self, *shape: int) -> Tensor:
-        """A zero state tensor: float32, or float64 in a float64 layer, on the layer's device."""
-        weight: Any = self.q.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return torch.zeros(shape, dtype=dtype, device=weight.device)
+def place(state: Any) -> int:
+    """The position of the next token, of a state that holds one: 0 before the first."""
+    return 0 if state is None else int(state["position"])

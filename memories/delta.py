@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
+from layerzoo.memory import Write
 from layerzoo.ops import Op, once_differentiable
-from layerzoo.shell import Write
 
 from .chunks import (
     add_product,
@@ -26,7 +26,7 @@ from .chunks import (
     unit_lower_inverse,
 )
 from .decays import FLOOR, Pulled, decays_of
-from .matrix import MatrixConfig, MatrixMemory, per_token, zero_state
+from .matrix import MatrixConfig, MatrixMemory, per_token, strength, zero_state
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -204,18 +204,26 @@ class Delta(MatrixMemory, name="delta"):
 
     class Config(MatrixConfig):
         """beta_max: 1 or 2, beta_t = beta_max sigmoid(x_t w). Above 1 the factor I - beta k^T k
-        has a negative eigenvalue, with which a state can flip and parity can be learned
-        (arXiv 2411.12537)."""
+            has a negative eigenvalue, with which a state can flip and parity can be learned
+            (arXiv 2411.12537).
+        beta_bias: b of beta_t = beta_max sigmoid(x_t w + b) at the start; null is no b, and a
+            start of half of beta_max.
+        """
 
         beta_max: Literal[1, 2] = 1
+        beta_bias: float | None = None
 
     source = "Yang et al. 2024, arXiv 2406.06484"
     op = OP
-    cases = ({"heads": 2, "beta_max": 2}, {"heads": 3, "out_gate": "sigmoid"})
+    cases = (
+        {"heads": 2, "beta_max": 2},
+        {"heads": 3, "out_gate": "sigmoid", "beta_bias": 1.0},
+        {"heads": 4, "key_heads": 2, "rotary": 100.0},
+    )
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__(dim, config)
-        self.beta = nn.Linear(dim, self.heads, bias=False)
+        self.beta = strength(dim, self.heads, config.beta_bias)
 
     def gates(self, x: Tensor) -> Write:
         return {"beta": self.config.beta_max * self.beta(x).sigmoid(), **super().gates(x)}
@@ -255,4 +263,7 @@ class KDA(Delta, name="kda"):
         decay: Literal["none", "constant", "scalar", "vector"] = "vector"
 
     source = "Kimi Team 2025, arXiv 2510.26692"
-    cases = ({"heads": 2, "key_dim": 5, "value_dim": 7, "beta_max": 2},)
+    cases = (
+        {"heads": 2, "key_dim": 5, "value_dim": 7, "beta_max": 2},
+        {"heads": 4, "key_heads": 2, "decay_gate": "bounded", "beta_bias": -1.0},
+    )

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
+from layerzoo.memory import Write
 from layerzoo.ops import Op, once_differentiable
-from layerzoo.shell import QKV, Write
+from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
 from .chunks import (
@@ -190,8 +191,13 @@ class Linear(MatrixMemory, name="linear"):
         normaliser: bool = False
 
         def check(self) -> None:
-            MatrixConfig.check(self)
+            super().check()
             phi, decay = FEATURE_MAPS[self.feature_map], self.decay
+            if self.rotary and self.feature_map != "identity":
+                raise SpecError(
+                    f"rotary: turns q and k before feature_map '{self.feature_map}', behind which "
+                    f"their product is not one of relative positions; set rotary: null"
+                )
             if self.normaliser and not (phi.each_positive if decay == "vector" else phi.positive):
                 good = [n for n, m in FEATURE_MAPS.items() if m.each_positive]
                 raise SpecError(
@@ -221,8 +227,10 @@ class Linear(MatrixMemory, name="linear"):
         features = FEATURE_MAPS[self.config.feature_map].size(self.key_dim)
         return features, self.value_dim + self.config.normaliser
 
-    def project(self, x: Tensor, qkv: QKV | None = None) -> tuple[Tensor, Write]:
-        q, write = super().project(x, qkv)
+    def project(
+        self, x: Tensor, state: State = None, qkv: QKV | None = None
+    ) -> tuple[Tensor, Write]:
+        q, write = super().project(x, state, qkv)
         phi = FEATURE_MAPS[self.config.feature_map].phi
         q, write["k"] = (phi(t * self.inner_scale) for t in (q, write["k"]))
         if self.config.normaliser:

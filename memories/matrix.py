@@ -13,44 +13,61 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerzoo.layer import Reduction, State, StateBytes
+from layerzoo.memory import Memory, Write
 from layerzoo.nn import Constant
 from layerzoo.ops import accumulator_dtype
-from layerzoo.shell import Memory, Shell, Write
+from layerzoo.spec import SpecError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-class MatrixConfig(Shell):
+class MatrixConfig(Memory.Config):
     """Fields that every matrix memory has.
 
     decay: D_t of S_t = D_t S_{t-1}: none is 1; constant is 1 - 2^-(5+h) for head h (RetNet);
-        scalar is exp(-exp(A_h) softplus(x w + b)), one per head and token (Mamba-2);
-        vector is the same per key channel, through a projection of rank 16.
+        scalar is exp(g_t), with a gate g_t per head and token (Mamba-2); vector is the same per
+        key channel, through a projection of rank 16.
+    decay_gate: g_t of z_t = x_t W + b: softplus is -exp(A) softplus(z_t); bounded is
+        -5 sigmoid(exp(A) z_t) (Kimi K3), which is never below -5.
+    decay_rate, decay_step: the range of exp(A), uniform, and that of softplus(z) at z = b,
+        log-uniform, at the start: half of what is written is gone after ln 2 / (rate step) tokens.
+        A bounded gate starts at the same decays.
     """
 
     decay: Literal["none", "constant", "scalar", "vector"] = "none"
+    decay_gate: Literal["softplus", "bounded"] = "softplus"
+    decay_rate: tuple[float, ...] = (1.0, 1.0)
+    decay_step: tuple[float, ...] = (1e-3, 1e-1)
+
+    def check(self) -> None:
+        super().check()
+        for name in ("decay_rate", "decay_step"):
+            value = getattr(self, name)
+            if len(value) != 2 or not 0 < value[0] <= value[1]:
+                raise SpecError(f"{name}: expected a range, 0 < low <= high, got {[*value]}")
+        if self.decay_gate == "bounded" and self.decay_rate[1] * self.decay_step[1] >= LOWEST:
+            raise SpecError(
+                f"decay_gate: bounded is above -{LOWEST}, and cannot start at a rate x step of "
+                f"{self.decay_rate[1] * self.decay_step[1]:g}; lower decay_rate or decay_step"
+            )
+
+
+LOWEST = 5
+"""A bounded gate stays above minus this (Kimi K3)."""
 
 
 class LogDecay(nn.Module):
-    """log D_t = -exp(A) softplus(x W + b), per head (scalar) or per key channel (vector).
-
-    The form is Mamba-2's (arXiv 2405.21060). At the start exp(A) is uniform in `rate` and
-    softplus(b) log-uniform in `step`.
-    """
+    """log D_t of z = x W + b, per head (scalar) or per key channel (vector): -exp(A) softplus(z)
+    (Mamba-2, arXiv 2405.21060), or bounded, -5 sigmoid(exp(A) z) (Kimi Linear, 2510.26692, in the
+    form of Kimi K3)."""
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        channels: int,
-        rank: int | None = None,
-        *,
-        rate: tuple[float, float],
-        step: tuple[float, float],
+        self, dim: int, heads: int, channels: int, rank: int | None, config: MatrixConfig
     ) -> None:
         super().__init__()
         self.heads, size = heads, heads * channels
+        self.bounded = config.decay_gate == "bounded"
         if rank is None:
             self.x: nn.Module = nn.Linear(dim, size, bias=False)
         else:
@@ -58,24 +75,47 @@ class LogDecay(nn.Module):
             self.x = nn.Sequential(
                 nn.Linear(dim, rank, bias=False), nn.Linear(rank, size, bias=False)
             )
-        self.A_log = nn.Parameter(torch.empty(heads, 1).uniform_(*rate).log())
-        steps = torch.empty(size).uniform_(*map(math.log, step)).exp()
-        self.bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus^-1
+        rates = torch.empty(heads, 1).uniform_(*config.decay_rate)
+        steps = torch.empty(size).uniform_(*map(math.log, config.decay_step)).exp()
+        self.A_log = nn.Parameter(rates.log())
+        if self.bounded:
+            start = (rates * steps.view(heads, -1) / LOWEST).logit() / rates
+            self.bias = nn.Parameter(start.flatten())
+        else:
+            self.bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus^-1
+
+    def gate(self, x: Tensor) -> Float[Tensor, "B T H channels"]:
+        """z = x W + b."""
+        wide = accumulator_dtype(x)
+        return (self.x(x).to(wide) + self.bias.to(wide)).unflatten(-1, (self.heads, -1))
 
     def step(self, x: Tensor) -> Float[Tensor, "B T H channels"]:
-        """softplus(x W + b), Mamba's dt."""
-        wide = accumulator_dtype(x)
-        rate = F.softplus(self.x(x).to(wide) + self.bias.to(wide))
-        return rate.unflatten(-1, (self.heads, -1))
+        """softplus(z), Mamba's dt."""
+        return F.softplus(self.gate(x))
 
     def forward(self, x: Tensor) -> Float[Tensor, "B T H channels"]:
-        step = self.step(x)
-        return -self.A_log.to(step.dtype).exp() * step
+        gate = self.gate(x)
+        return log_decay(gate, self.A_log.to(gate.dtype), self.bounded)
+
+
+def log_decay(z: Tensor, A_log: Tensor, bounded: bool) -> Tensor:
+    """-exp(A) softplus(z), or bounded -5 sigmoid(exp(A) z)."""
+    rate = A_log.exp()
+    return -LOWEST * (rate * z).sigmoid() if bounded else -rate * F.softplus(z)
+
+
+def strength(dim: int, heads: int, bias: float | None) -> nn.Linear:
+    """What of beta is in its sigmoid: x w + b per head, b at `bias` at the start, or x w."""
+    made = nn.Linear(dim, heads, bias=bias is not None)
+    if bias is not None:
+        nn.init.constant_(made.bias, bias)
+    return made
 
 
 def silence_decay(layer: Any) -> None:
     """Set a scalar or vector decay to its neutral value, D_t = 1."""
-    nn.init.constant_(layer.log_decay.A_log, -torch.inf)
+    gate = layer.log_decay
+    nn.init.constant_(gate.bias if gate.bounded else gate.A_log, -torch.inf)
 
 
 class MatrixMemory(Memory):
@@ -85,27 +125,21 @@ class MatrixMemory(Memory):
     reductions = (
         Reduction({"decay": "scalar"}, {"decay": "none"}, silence_decay),
         Reduction({"decay": "vector"}, {"decay": "none"}, silence_decay),
+        Reduction({"decay": "vector", "decay_gate": "bounded"}, {"decay": "none"}, silence_decay),
     )
-    log_decay: Any  # a module, of a config with a decay
-    decay_rate = (1.0, 1.0)
-    decay_step = (1e-3, 1e-1)
-    """Where `LogDecay` starts. The step is Mamba-2's; the rate is not (theirs is in [1, 16]), so
-    that no head starts with a half-life below 7 tokens: with theirs recall is learned several
-    times later."""
     log_decay: Any
     """A `LogDecay`, or a `Constant`; absent without a decay."""
 
     def __init__(self, dim: int, config: MatrixConfig) -> None:
         super().__init__(dim, config)
-        start: Any = {"rate": self.decay_rate, "step": self.decay_step}
         if config.decay == "constant":
             decay = 1 - 2.0 ** (-5 - torch.arange(self.heads, dtype=torch.float64))
             self.log_decay = Constant(decay.log())
         elif config.decay == "scalar":
-            self.log_decay = LogDecay(dim, self.heads, 1, **start)
+            self.log_decay = LogDecay(dim, self.heads, 1, None, config)
         elif config.decay == "vector":
             channels, _ = self.matrix()
-            self.log_decay = LogDecay(dim, self.heads, channels, rank=16, **start)
+            self.log_decay = LogDecay(dim, self.heads, channels, 16, config)
 
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of a head's S."""
@@ -126,10 +160,10 @@ class MatrixMemory(Memory):
         o = torch.einsum("bthk,bhkv->bthv", q.to(state.dtype) * self.scale, state)
         return o.to(q.dtype)
 
-    def init_state(self, batch_size: int) -> State:
+    def rule_state(self, batch_size: int) -> State:
         return self.accumulator(batch_size, self.heads, *self.matrix())
 
-    def state_bytes(self, T: int) -> StateBytes:
+    def rule_bytes(self, T: int) -> StateBytes:
         rows, columns = self.matrix()
         return StateBytes(4 * self.heads * rows * columns)
 

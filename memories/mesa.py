@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from layerzoo.checked import LOGARITHM, POSITIVE, Signature
 from layerzoo.layer import State, StateBytes
+from layerzoo.memory import Write
 from layerzoo.ops import Op, accumulator_dtype, callable_module
-from layerzoo.shell import Write
 from layerzoo.spec import SpecError
 
 from .chunks import chunk_size, fold, pad_tokens, tiles
 from .decays import FLOOR
 from .linear import linear_attention
-from .matrix import MatrixConfig, MatrixMemory, per_token, zero_state
+from .matrix import MatrixConfig, MatrixMemory, per_token, strength, zero_state
 from .ridge import Solve, conjugate_gradient, magnitude, symmetric
 
 if TYPE_CHECKING:
@@ -142,13 +142,15 @@ class Mesa(MatrixMemory, name="mesa"):
 
     class Config(MatrixConfig):
         """steps: of conjugate gradient at each read (the paper's bound is 30); null is the exact
-        solve. decay has no `vector` here: with one, A would not stay symmetric."""
+        solve. decay has no `vector` here: with one, A would not stay symmetric. beta_bias: b of
+        beta_t = sigmoid(x_t w + b) at the start; null is no b, and a start of 1/2."""
 
         decay: Literal["none", "constant", "scalar"] = "scalar"
         steps: int | None = 30
+        beta_bias: float | None = None
 
         def check(self) -> None:
-            MatrixConfig.check(self)
+            super().check()
             if self.steps is not None and self.steps < 1:
                 raise SpecError(f"steps: must be at least 1, or null, got {self.steps}")
 
@@ -163,7 +165,7 @@ class Mesa(MatrixMemory, name="mesa"):
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__(dim, config)
-        self.beta = nn.Linear(dim, self.heads, bias=False)
+        self.beta = strength(dim, self.heads, config.beta_bias)
         start = torch.tensor(0.75).expm1().log()  # softplus^-1
         self.ridge = nn.Parameter(start.expand(self.heads, self.key_dim).clone())
 
@@ -191,11 +193,11 @@ class Mesa(MatrixMemory, name="mesa"):
             x = solve(rows, kk, self.positive_ridge().unsqueeze(-2), self.config.steps)
             return (x @ kv).transpose(1, 2).to(q.dtype)
 
-    def init_state(self, batch_size: int) -> State:
+    def rule_state(self, batch_size: int) -> State:
         K, V = self.matrix()
         return tuple(self.accumulator(batch_size, self.heads, K, n) for n in (K, V))
 
-    def state_bytes(self, T: int) -> StateBytes:
+    def rule_bytes(self, T: int) -> StateBytes:
         K, V = self.matrix()
         return StateBytes(4 * self.heads * K * (K + V))
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import State
-from layerzoo.shell import QKV, Write
+from layerzoo.memory import Write
+from layerzoo.shell import QKV
 
 from .linear import Linear
 
@@ -57,11 +58,11 @@ class GLA(Linear, name="gla"):
 
     class Config(Linear.Config):
         decay: Literal["none", "constant", "scalar", "vector"] = "vector"
+        decay_rate: tuple[float, ...] = (1 / 16, 1 / 16)
+        decay_step: tuple[float, ...] = (math.log(2), math.log(2))
 
     source = "Yang et al. 2023, arXiv 2312.06635"
-    cases = ({"heads": 2, "key_dim": 5},)
-    decay_rate = (1 / 16, 1 / 16)
-    decay_step = (math.log(2), math.log(2))
+    cases = ({"heads": 2, "key_dim": 5}, {"heads": 2, "decay_gate": "bounded"})
 
 
 class Mamba2(Linear, name="mamba2"):
@@ -71,24 +72,27 @@ class Mamba2(Linear, name="mamba2"):
     dt_t = softplus(x_t w + b)
 
     At the start exp(A) is uniform in [1, 16], softplus(b) log-uniform in [0.001, 0.1], and `skip`
-    (the paper's D, one per head) is 1. Deviations: q and k per head, not shared by all; the
-    convolution is the block's, norm and gate are the shell's.
+    (the paper's D, one per head) is 1. Deviations: q and k per head, unless key_heads is 1, which
+    shares them as the paper does; the convolution is the block's, norm and gate are the shell's.
     """
 
     class Config(Linear.Config):
         decay: Literal["scalar"] = "scalar"
+        decay_gate: Literal["softplus"] = "softplus"
+        decay_rate: tuple[float, ...] = (1.0, 16.0)
 
     source = "Dao and Gu 2024, arXiv 2405.21060"
-    cases = ({"heads": 2}, {"heads": 3, "qk_norm": "none", "out_gate": "silu"})
+    cases = ({"heads": 2}, {"heads": 3, "qk_norm": "none", "out_gate": "silu", "key_heads": 1})
     reductions = ()
-    decay_rate = (1.0, 16.0)
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__(dim, config)
         self.skip = nn.Parameter(torch.ones(self.heads, 1))
 
-    def project(self, x: Tensor, qkv: QKV | None = None) -> tuple[Tensor, Write]:
-        q, write = super().project(x, qkv)
+    def project(
+        self, x: Tensor, state: State = None, qkv: QKV | None = None
+    ) -> tuple[Tensor, Write]:
+        q, write = super().project(x, state, qkv)
         v, step = write["v"], write.pop("step")
         return q, {
             **write,

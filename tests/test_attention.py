@@ -210,7 +210,7 @@ def test_lambda() -> None:
     for name, p in layer.named_parameters():
         if name.startswith("lambda_"):
             p.data.fill_({"lambda_q1": 0.5, "lambda_k1": 0.25, "lambda_q2": 0.1}.get(name, 1.0))
-    assert layer.head_dim == 4
+    assert layer.key_dim == 4
     assert layer.mix().item() == pytest.approx(math.exp(0.5) - math.exp(0.4) + 0.2, abs=1e-6)
     o = layer.normalise(100 * torch.randn(3, 5, 2, 8))
     torch.testing.assert_close(o.square().mean(-1).sqrt(), torch.full((3, 5, 2), 0.8))
@@ -222,7 +222,9 @@ def test_differential_refuses_what_it_cannot_run() -> None:
         differential_attention(q, k, repeated(v, 4), torch.ones(()))
     with pytest.raises(SpecError, match="lambda_init: must be at least 0 and below 1, got 1"):
         build("differential", dim=8, lambda_init=1.0)
-    with pytest.raises(SpecError, match=r"differential: heads .or give head_dim.: 8 does"):
+    with pytest.raises(
+        SpecError, match=r"differential: heads .or give key_dim and value_dim.: 8 does"
+    ):
         build("differential", dim=12, heads=4)
 
 

@@ -27,7 +27,7 @@ from layerzoo.bench.peers import Arm
 from layerzoo.bench.report import digits
 from layerzoo.bench.run import Settings, flops_of
 from layerzoo.cli import main
-from layerzoo.shell import Memory
+from layerzoo.memory import Memory
 
 CPU = torch.device("cpu")
 TINY = ("--dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "8,16")

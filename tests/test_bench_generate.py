@@ -71,7 +71,10 @@ def test_end_to_end(
         (["softmax", "--tokens", "0"], "--tokens: expected a positive integer, got '0'"),
         (["softmax", "--tokenz", "3"], "--tokenz: no such option; did you mean '--tokens'?"),
         (["softmax", "--plot", "/no/x.png"], "--plot /no/x.png: cannot be written: No such file"),
-        (["softmax", "--dim", "6"], "layers[0]: softmax: heads (or give head_dim): 4 does not"),
+        (
+            ["softmax", "--dim", "6"],
+            "layers[0]: softmax: heads (or give key_dim and value_dim): 4 does",
+        ),
         (["softmax", "--tokens", "3,3"], "--tokens: 2 numbers for 1 arms"),
         ([], "bench generate: give at least one SPEC"),
     ],

@@ -197,7 +197,7 @@ def test_heads_share_one_output_projection() -> None:
     children = [{"name": "sliding", "heads": 3, "window": 4}, {"name": "delta", "heads": 1}]
     layer = build("heads", dim=24, children=children).double()
     window, memory = layer.layers
-    assert (window.head_dim, memory.key_dim, memory.value_dim) == (6, 6, 6)
+    assert (window.key_dim, memory.key_dim, memory.value_dim) == (6, 6, 6)
     outs = []
     for child in layer.layers:
         child.out.register_forward_pre_hook(lambda _, args: outs.append(args[0]))

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Layer, Reduction, build, get_layer, list_layers
+from layerzoo.memory import Memory
 from layerzoo.ops import ImplError
-from layerzoo.shell import Memory
 
 from .arithmetic import FAULTS, Arithmetic, to_bfloat16
 from .precision import DRAWS, Error, check, errors, ratios

@@ -16,9 +16,9 @@ from layerzoo.cli import main
 from layerzoo.describe.command import figures, read
 from layerzoo.describe.costs import (
     Part,
+    attending,
     cost,
     full_attention,
-    full_spec,
     layer_parts,
     on_meta,
     other_parts,
@@ -128,16 +128,14 @@ def test_every_layer_is_described(name: str) -> None:
 
 def test_full_attention_is_as_wide_as_the_layer() -> None:
     heads = {"heads": 4, "kv_heads": 2}
-    assert full_spec(SLIDING).items() >= {"name": "softmax", **heads, "rotary": 10000.0}.items()
+    assert attending(SLIDING).items() >= {"name": "softmax", **heads, "rotary": 10000.0}.items()
     memory = {"name": "linear", "heads": 3, "key_dim": 5, "value_dim": 7}
-    assert full_spec(memory) == {"name": "softmax", "heads": 3, "head_dim": 5, "rotary": None}
-    wide = {**SLIDING, "head_dim": 6, "qk_norm": True, "out_gate": True, "rotary": None}
+    widths = {"key_dim": 5, "value_dim": 7}
+    assert attending(memory) == {"name": "softmax", "heads": 3, **widths, "rotary": None}
+    wide = {**SLIDING, "key_dim": 6, "qk_norm": "l2", "out_gate": "silu", "rotary": None}
     nested = {"name": "parallel", "children": [memory, {"name": "parallel", "children": [wide]}]}
-    assert full_spec(nested) == {
-        "name": "softmax",
-        **{k: wide[k] for k in wide if k not in ("name", "window", "sinks")},
-        "rotary_scaling": None,
-    }
+    kept = {k: wide[k] for k in wide if k not in ("name", "window", "sinks")}
+    assert attending(nested) == build("softmax", dim=24, **kept).spec()
     assert title(nested) == "parallel(linear, parallel(sliding))"
     config = config_of(
         {"layers": {"a": nested, "b": "softmax"}, "pattern": "a b", "overrides": {0: SLIDING}}

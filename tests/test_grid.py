@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from layerzoo import SpecError
+from layerzoo import SpecError, get_layer
+from layerzoo.ablations.cells import configs
 from layerzoo.ablations.cells import grid as grids
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.grid import Grid, load_grid, shipped_grids
+from layerzoo.ablations.running.folder import METRICS, prepare, state
+from layerzoo.data import MQAR
+from layerzoo.json_files import write_json
+from layerzoo.layer import EXECUTION
+from layerzoo.lit import LitModel
+from layerzoo.model import ModelConfig
 from layerzoo.training import config_path
 
 LAYER = """
@@ -517,3 +525,37 @@ def test_a_number_that_is_written_as_text_is_a_number(tmp_path: Path) -> None:
         read(tmp_path, set='{trainer.max_epochs: "3"}').cells()[0].config["trainer"]
         == (read(tmp_path, set="{trainer.max_epochs: 3}").cells()[0].config["trainer"])
     )
+
+
+@pytest.mark.parametrize("owner", ["layer", "module"])
+def test_cells_of_another_default_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    """Cells from when a default was another stand beside those of now, which have yet to run."""
+    with monkeypatch.context() as then:
+        if owner == "layer":
+            start = get_layer("sliding").Config.__init__
+            then.setattr(start, "__kwdefaults__", start.__kwdefaults__ | {"qk_norm": "none"})
+        else:
+            start = LitModel.__init__
+            lr, decay, betas, _, *others = start.__defaults__ or ()
+            then.setattr(start, "__defaults__", (lr, decay, betas, 0.5, *others))  # the warm-up
+        before = read(tmp_path).cells()
+    for cell in before:
+        write_json(prepare(cell, tmp_path) / METRICS, {"recall/accuracy": 1.0})
+    changed = {"layer": {"window"}, "module": {"window", "memory"}}[owner]
+    for cell, old in zip(read(tmp_path).cells(), before, strict=True):
+        assert (cell.identity != old.identity) == (cell.arm in changed)
+        assert state(tmp_path / cell.path) == ("pending" if cell.arm in changed else "finished")
+    if owner == "layer":  # and the old ones still hold what they were
+        network = before[0].config["model"]["network"]
+        assert network["layers"][0]["qk_norm"] == "none"
+        assert ModelConfig.from_fields(network).to_fields() == network
+
+
+def test_a_cell_holds_every_option(tmp_path: Path) -> None:
+    cell = read(tmp_path).cells()[0]
+    module, task = ({*signature(cls).parameters} for cls in (LitModel, MQAR))
+    assert {*cell.config["model"]} == module - {*EXECUTION}
+    assert {*cell.config["data"]["init_args"]} >= task - {"options"}
+    assert cell.config["model"]["network"] == configs.model(cell.config).config.to_fields()

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerzoo.attention.rotary import SCALINGS
 from layerzoo.layer import build
-from layerzoo.nn import rotary
+from layerzoo.rotary import SCALINGS, rotary
 from layerzoo.spec import SpecError
 
 BASE, HALF = 10000.0, 64
@@ -113,4 +112,4 @@ def test_a_scaling_needs_positions() -> None:
     with pytest.raises(SpecError, match="rotary_scaling: needs a rotary base above 1 to scale"):
         build("softmax", dim=16, rotary=None, rotary_scaling=scaling)
     with pytest.raises(SpecError, match="rotary_scaling: ntk needs at least 4 rotated channels"):
-        build("softmax", dim=16, head_dim=2, rotary_scaling=scaling)
+        build("softmax", dim=16, key_dim=2, rotary_scaling=scaling)

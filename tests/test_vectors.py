@@ -16,6 +16,7 @@ from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
+from layerzoo.memories.matrix import log_decay
 from layerzoo.memories.mesa import mesa
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -160,3 +161,18 @@ def test_forgetting_in_pieces(name: str, dtype: torch.dtype, impl: str) -> None:
         for key, grad in zip("qkvg", torch.autograd.grad(loss, tensors), strict=True):
             want = data[f"d_{key}"]
             close(grad, want, (1e-9 if double else 1e-3) * float(want.abs().max()))
+
+
+def test_the_gates_of_a_decay() -> None:
+    data = load("kda_gates", torch.float64)
+    z, A_log, bias = (data[name].requires_grad_() for name in ("z", "A_log", "bias"))
+    gates = {
+        name: log_decay(z + bias, A_log[:, None], bounded)
+        for name, bounded in (("g", False), ("g_bounded", True))
+    }
+    assert data["lower_bound"] == -5
+    for name, gate in gates.items():
+        torch.testing.assert_close(gate, data[name], atol=1e-11, rtol=0)
+    sum((gate * data[f"w_{name}"]).sum() for name, gate in gates.items()).backward()
+    for name, leaf in (("z", z), ("A_log", A_log), ("bias", bias)):
+        torch.testing.assert_close(leaf.grad, data[f"d_{name}"], atol=1e-9, rtol=0)

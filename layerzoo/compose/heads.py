@@ -12,7 +12,7 @@ from layerzoo.spec import SpecError, at, divide
 
 from .base import ChildrenConfig, Composition
 
-WIDTHS = ("head_dim", "key_dim", "value_dim")
+WIDTHS = ("key_dim", "value_dim")
 
 
 class Heads(Composition, name="heads"):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Layer, State, StateBytes
-from layerzoo.shell import QKV, Memory, Write
+from layerzoo.memory import Memory, Write
+from layerzoo.shell import QKV
 from layerzoo.spec import SpecError, at
 
 from .base import ChildrenConfig, Composition
@@ -163,7 +164,7 @@ class Parallel(Composition, name="parallel"):
     ) -> tuple[Tensor, State, Write]:
         """A memory's output and state, and the writes that wait: those of the window's tokens.
         past: tokens before x."""
-        q, write = child.project(x, **shared)
+        q, write = child.project(x, state, **shared)
         sinks = max(0, self.sinks - past)
         write = {name: join(waits[name], w[:, sinks:]) for name, w in write.items()}
         stay = min(self.window, write["k"].shape[1])
@@ -297,5 +298,5 @@ def read_flops(memory: Any) -> float:
     """Matrix-product FLOPs of a read without a write, counted on one token."""
     q, _ = memory.project(next(memory.parameters()).new_zeros(1, 1, memory.dim))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        memory.read(q, memory.init_state(1))
+        memory.read(q, memory.rule_state(1))
     return counter.get_total_flops()

@@ -60,24 +60,24 @@ def on_meta(config: ModelConfig) -> LanguageModel:
 def full_attention(config: ModelConfig) -> ModelConfig:
     """The config with full attention in every block, with as many heads, key/value heads and
     channels as the block's first attention has, or else its first memory."""
-    layers = tuple(full_spec(spec) for _, spec in config.blocks())
+    layers = tuple(attending(spec) for _, spec in config.blocks())
     return dataclasses.replace(config, layers=layers, pattern=None, overrides=None)
 
 
-def full_spec(spec: Any) -> dict[str, Any]:
+def attending(spec: Any) -> dict[str, Any]:
     found = list(leaves(spec))
     attention = [config for cls, config in found if cls.kind == "attention"]
     if attention:
         names = {field.name for field in get_layer(FULL).Config.fields()}
         fields = {k: v for k, v in attention[0].to_fields().items() if k in names}
-        if (fields["head_dim"] or 0) % 2:  # of heads that turn other channels than their own
+        if (fields["key_dim"] or 0) % 2:  # of heads that turn other channels than their own
             fields |= {"rotary": None, "rotary_scaling": None}
         return {"name": FULL, **fields}
     for _, config in found:
         if hasattr(config, "heads"):
-            head_dim = getattr(config, "key_dim", None)
-            # Memories have no positions, and may have odd heads, which rotary ones may not.
-            return {"name": FULL, "heads": config.heads, "head_dim": head_dim, "rotary": None}
+            widths = {name: getattr(config, name, None) for name in ("key_dim", "value_dim")}
+            # Memories may have odd heads, which rotary ones may not.
+            return {"name": FULL, "heads": config.heads, **widths, "rotary": None}
     return {"name": FULL}
 
 

@@ -13,7 +13,7 @@ FLOPs: matrix products, 2 a multiply-add, forward, per token. mean: over the T t
 (prefill); last: token T alone (decoding at the end). State: after T tokens, batch 1, caches of
 attention and convolutions in {dtype}, memories in float32; buffers are what a memory needs beside
 itself (pending writes, momentum) and convolutions. full: softmax attention in every block, with
-heads, kv_heads and head_dim of the block's first attention, or else of its first memory."""
+heads, kv_heads and widths of the block's first attention, or else of its first memory."""
 
 
 def text(found: dict[str, Any]) -> str:

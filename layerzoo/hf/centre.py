@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from layerzoo.compose.parallel import spread
+from layerzoo.memory import Memory
 from layerzoo.ops import accumulator_dtype
-from layerzoo.shell import Memory
 from layerzoo.spec import SpecError
 
 from .modes import mode

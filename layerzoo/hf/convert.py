@@ -11,9 +11,9 @@ import torch
 
 from layerzoo.data.tokenizer import reason
 from layerzoo.identity import digest_files
-from layerzoo.layer import check_spec, get_layer
-from layerzoo.shell import Memory
-from layerzoo.spec import SpecError, at, plain
+from layerzoo.layer import full_spec, get_layer
+from layerzoo.memory import Memory
+from layerzoo.spec import SpecError, at
 
 from .config import LayerzooConfig
 from .model import LayerzooForCausalLM
@@ -65,7 +65,7 @@ def convert(
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     with at("memory"):
-        spec = resolved(fitted(memory, heads, head_dim))
+        spec = full_spec(fitted(memory, heads, head_dim))
     return LayerzooForCausalLM(
         LayerzooConfig(
             source=source_fields(config),
@@ -112,15 +112,6 @@ def fitted(memory: str | Mapping[str, Any], heads: int, head_dim: int) -> dict[s
         if spec.setdefault(name, value) != value:
             raise SpecError(f"{spec['name']}: {name}: the source has {value}; leave it out")
     return spec
-
-
-def resolved(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec with all fields, in plain types, so that it does not depend on defaults."""
-    cls, config = check_spec(spec)
-    fields = {"name": cls.name, **config.to_fields()}
-    if "children" in fields:
-        fields["children"] = [resolved(child) for child in fields["children"]]
-    return plain(fields)
 
 
 def source_fields(config: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import State, StateBytes
+from layerzoo.memory import Memory, Write
 from layerzoo.nn import Constant
 from layerzoo.ops import accumulator_dtype
-from layerzoo.shell import Memory, Shell, Write
 from layerzoo.spec import SpecError
 
 from .diagnostics import Log
@@ -20,10 +20,6 @@ from .op import OP, fast_weights, read_fast_weights
 from .optimisers import NEWTON_SCHULZ, Muon
 from .rule import Rule
 from .state import init_state
-
-START = {"lr": 0.0, "momentum": 0.0, "decay": -9.0}
-"""Biases of the gates at the start: half of the highest rate, momentum 1/2, decay 1/8000 a token.
-(Layers of a network that fade together fade twice as fast, down to denormals.)"""
 
 
 class Gate(nn.Module):
@@ -60,29 +56,35 @@ class FastWeights(Memory, name="fast_weights"):
     of this (second order, exact). `ttt_linear`, `ttt_mlp`, `titans`, `lact`, `allmem`, `yaad`,
     `moneta` and `memora` are points in this space.
 
-    lr_t = lr sigmoid(x_t w + b) / (s sqrt(C)), b = 0 at the start. s is the squared length of a
+    lr_t = lr sigmoid(x_t w + b) / (s sqrt(C)). s is the squared length of a
     matrix's inputs (of a key 1 with qk_norm l2, else K; of I hidden units I / 2), the largest of
     them where all matrices share a rate. The C gradients of a mini-batch add up: by C where tokens
     agree, and not at all where they are orthogonal; sqrt(C) is between. (With `row`, which is a
-    mean already, it is left out.) momentum_t = sigmoid(x_t w), decay_t = sigmoid(x_t w - 9).
+    mean already, it is left out.) momentum_t and decay_t are sigmoid(x_t w + b), each of its own.
     Matrices start normal with variance 1 / s, the last one a quarter of that, times init_scale^2;
     biases at 0. q and k enter the network alike: no qk_norm scales q here.
     """
 
-    class Config(Shell, Rule):
+    class Config(Memory.Config, Rule):
         """lr: highest rate. lr_per_matrix: a rate for every matrix. row: tokens read the writes of
         their mini-batch times max(0, 1 / i + learned), i their place in it (`update: token`).
         init_scale: of the last matrix at the start. Where little is trained, as in a converted
         model, a small one lets what is written outweigh the noise that an untrained network reads.
+        lr_bias, momentum_bias, decay_bias: the gates' b at the start: half of the highest rate, a
+        momentum of 1/2, a decay of 1/8000 a token (layers of a network that fade together fade
+        twice as fast, down to denormals).
         """
 
         lr: float = 1.0
         init_scale: float = 1.0
         lr_per_matrix: bool = False
         row: bool = False
+        lr_bias: float = 0.0
+        momentum_bias: float = 0.0
+        decay_bias: float = -9.0
 
         def check(self) -> None:
-            Shell.check(self)
+            Memory.Config.check(self)
             Rule.check(self)
             for name in ("lr", "init_scale"):
                 if getattr(self, name) <= 0:
@@ -112,17 +114,15 @@ class FastWeights(Memory, name="fast_weights"):
         first = rule.network.first
         self.squares = [key if m in first else i / 2 for m, (i, _) in enumerate(self.shapes)]
         self.weights = nn.ParameterList(self.start(m) for m in range(len(self.shapes)))
-        self.lr_gate = Gate(
-            dim, H * (len(self.shapes) if config.lr_per_matrix else 1), START["lr"]
-        )
+        rates = len(self.shapes) if config.lr_per_matrix else 1
+        self.lr_gate = Gate(dim, H * rates, config.lr_bias)
         scale = self.squares if config.lr_per_matrix else [max(self.squares)]
         together = 1.0 if config.row else rule.mini_batch**0.5
-        rates = config.lr / together / torch.tensor(scale, dtype=torch.float64)
-        self.rates = Constant(rates)
+        self.rates = Constant(config.lr / together / torch.tensor(scale, dtype=torch.float64))
         if rule.has_momentum:
-            self.momentum_gate = Gate(dim, H, START["momentum"])
+            self.momentum_gate = Gate(dim, H, config.momentum_bias)
         if rule.has_decay:
-            self.decay_gate = Gate(dim, H, START["decay"])
+            self.decay_gate = Gate(dim, H, config.decay_bias)
         if config.row:
             self.row_offset = nn.Parameter(torch.zeros(rule.mini_batch))
         if rule.network.layer_norm:
@@ -202,11 +202,11 @@ class FastWeights(Memory, name="fast_weights"):
             fast_weights(q, **write, **self.constants(), impl="chunked", watch=log)
         return log.means()
 
-    def init_state(self, batch_size: int) -> State:
+    def rule_state(self, batch_size: int) -> State:
         wide = accumulator_dtype(self.q.weight)
         return init_state(self.rule_, tuple(w.to(wide) for w in self.weights), batch_size)
 
-    def state_bytes(self, T: int) -> StateBytes:
+    def rule_bytes(self, T: int) -> StateBytes:
         state = init_state(self.rule_, tuple(w.detach() for w in self.weights), 1)
         memory = sum(4 * w.numel() for w in state.pop("weights"))
         position = 8 if state.pop("position", None) is not None else 0

@@ -9,8 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerzoo.nn import rotary
+from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import Config, SpecError, at, suggest
+
+
+def rotary(x: Tensor, start: int, base: float, scaling: Any = None) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated.
+
+    Args:
+        x: `[B, T, H, K]`, K even.
+        start: position of the first token.
+        base: wavelengths run from 2 pi to 2 pi base.
+        scaling: `scaling(frequencies, base)` changes them, and `scaling.magnitude()` multiplies
+            the result; see `SCALINGS`.
+    """
+    T, half = x.shape[1], x.shape[-1] // 2
+    dtype = accumulator_dtype(x)
+    positions = torch.arange(start, start + T, device=x.device, dtype=dtype)
+    frequencies = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    if scaling is not None:
+        frequencies = scaling(frequencies, base)
+    angles = (positions[:, None] * frequencies)[:, None, :]
+    cos, sin = angles.cos(), angles.sin()
+    if scaling is not None:
+        cos, sin = (t * scaling.magnitude() for t in (cos, sin))
+    a, b = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Scaling(Config):
@@ -115,13 +139,13 @@ SCALINGS: dict[str, type[Scaling]] = {
 
 
 class RotaryConfig(Config):
-    """rotary: base of the rotary embedding (an even number of channels); null is no positions.
+    """rotary: base of the rotary positions of q and k (an even number of channels); null is none.
     rotary_scaling: null, or {name: linear | ntk | yarn | llama3, factor: ...} and what it takes:
     yarn original_length, fast, slow and attention; llama3 original_length, low and high. The
     function is one for all lengths: none of them depends on how long a sequence is.
     """
 
-    rotary: float | None = 10000.0
+    rotary: float | None = None
     rotary_scaling: Mapping[str, Any] | None = None
 
     def check(self) -> None:

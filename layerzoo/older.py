@@ -1,0 +1,46 @@
+"""What checkpoints held when specs left fields out, read with the defaults of that time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerzoo.layer import get_layer
+
+
+def of_today(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a network with its layers as today's specs. Of a checkpoint that was saved
+    when attention had `head_dim`, and norms and gates were on or off, its layers are given what
+    they were then: no norm of q and k, unless the spec says so."""
+    found = dict(network)
+    for name in ("layers", "overrides"):
+        specs = found.get(name)
+        if isinstance(specs, Mapping):
+            found[name] = {key: _spec(spec) for key, spec in specs.items()}
+        elif specs is not None:
+            found[name] = [_spec(spec) for spec in specs]
+    return found
+
+
+def _spec(spec: Any) -> Any:
+    named: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if "children" in named:
+        named["children"] = [_spec(child) for child in named["children"]]
+    if "name" not in named:  # fields that are merged over a spec
+        return _renamed(named)
+    fields = {field.name for field in get_layer(named["name"]).Config.fields()}
+    if "key_heads" in fields:  # a memory, whose defaults were those of today
+        return named
+    before = {name: False for name in ("qk_norm", "out_gate") if name in fields}
+    return _renamed({**before, **named})
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    words = {"qk_norm": ("none", "rms"), "out_gate": ("none", "sigmoid")}
+    for name, (off, on) in words.items():
+        if isinstance(fields.get(name), bool):
+            fields[name] = on if fields[name] else off
+    if (width := fields.pop("head_dim", None)) is not None:
+        maps = getattr(get_layer(fields["name"]), "maps", 1) if "name" in fields else 1
+        fields |= {"key_dim": width, "value_dim": maps * width}
+    return fields
