@@ -15,11 +15,13 @@ Figure = Literal["parameters", "flops", "state_bytes"]
 
 
 class Sizes(NamedTuple):
-    """parameters; flops: of the forward pass, a token; state_bytes: after `length` tokens."""
+    """parameters; flops: of the forward pass, a token; state_bytes: after `length` tokens;
+    memory_bytes: of these what is no buffer."""
 
     parameters: int
     flops: float
     state_bytes: int
+    memory_bytes: int
     length: int
 
 
@@ -34,10 +36,12 @@ def measure(config: Tree, length: int | None = None) -> Sizes:
     """
     T = configs.task(config).length if length is None else length
     model = configs.model(config)
+    state = model.state_bytes(T)
     return Sizes(
         sum(p.numel() for p in model.parameters()),
         model.flops_per_token(T),
-        model.state_bytes(T).total,
+        state.total,
+        state.memory,
         T,
     )
 
