@@ -12,9 +12,8 @@ from .axes import Axis
 from .claims import Claim
 from .differences import LAYERS, Difference, Side, kinds, written
 from .report import Report
+from .sizes import NAMES as SIZES
 
-SIZES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token")
-"""As metrics.json names them."""
 TOLERANCE = 0.05
 """A difference in size, as a share, that says nothing."""
 RATE = "model.lr"
@@ -102,9 +101,11 @@ def confounds(
         values = {arm: figures[arm][name] for arm in arms if name in figures.get(arm, {})}
         if any(values.get(one) != values.get(other) for one, other in pairs):
             facts[name] = values
+    notes = [] if facts else ["The arms that are compared differ in nothing else."]
+    notes.append(_rate([sides[arm] for arm in arms], RATE in tuned.keys))
     return Confounds(
         facts,
-        [_rate([sides[arm] for arm in arms], RATE in tuned.keys)] if arms else [],
+        notes if arms else [],
         [*_hidden(hidden), *_sizes(unsized, figures)],
         [
             {"pair": [*pair], "differs": {each.name: [*each.values] for each in faults}}

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from layerzoo.attention.heads import HeadsConfig
 from layerzoo.shell import Shell
 
+from ...attention.heads import HeadsConfig
 from .arms import Arm
 from .axes import Axis, Override
 from .cell import essence
@@ -134,21 +134,21 @@ def _of_layers(a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]) -> Iterator
         yield Difference(LAYERS, names)
     common = [name for name in dict.fromkeys(names[0]) if name in names[1]]
     for one in common:
-        yield from _of_group(*([x for x in side if x[0] == one] for side in (a, b)))
-    replaced = [[x for x in side if x[0] not in common] for side in (a, b)]
-    if all(any(_has_shell(fields) for _, fields in side) for side in replaced):
-        yield from _of_group(*replaced, among=SHELL)
+        ours, others = ([x for x in side if x[0] == one] for side in (a, b))
+        for name in dict.fromkeys(name for _, fields in (*ours, *others) for name in fields):
+            if [f.get(name) for _, f in ours] != [f.get(name) for _, f in others]:
+                yield _of_field(name, ours, others)
+    ours, others = ([x for x in side if x[0] not in common] for side in (a, b))
+    if all(any(_has_shell(fields) for _, fields in side) for side in (ours, others)):
+        for name in SHELL:
+            one, other = _values(ours, name), _values(others, name)
+            if any(x not in other for x in one) or any(x not in one for x in other):
+                yield _of_field(name, ours, others)
 
 
-def _of_group(
-    a: list[tuple[str, Tree]], b: list[tuple[str, Tree]], among: Iterable[str] = ()
-) -> Iterator[Difference]:
-    """Of layers of which those of one arm stand for those of the other."""
-    for name in among or dict.fromkeys(name for _, fields in (*a, *b) for name in fields):
-        values = _values(a, name), _values(b, name)
-        if values[0] != values[1]:
-            owners = (frozenset(x for x, fields in side if name in fields) for side in (a, b))
-            yield Difference(name, values, (*owners,))
+def _of_field(name: str, a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]) -> Difference:
+    first, second = (frozenset(x for x, fields in side if name in fields) for side in (a, b))
+    return Difference(name, (_values(a, name), _values(b, name)), (first, second))
 
 
 class Written(NamedTuple):

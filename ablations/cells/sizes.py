@@ -24,6 +24,15 @@ class Sizes(NamedTuple):
     memory_bytes: int
     length: int
 
+    @property
+    def named(self) -> dict[str, float]:
+        """As metrics.json names them."""
+        figures = (self.parameters, self.state_bytes, self.memory_bytes, self.flops)
+        return dict(zip(NAMES, figures, strict=True))
+
+
+NAMES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token")
+
 
 def measure(config: Tree, length: int | None = None) -> Sizes:
     """Build the model, without memory for its weights.

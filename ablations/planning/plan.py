@@ -17,7 +17,9 @@ from layerzoo.json_files import dumps
 from layerzoo.spec import at
 
 from ..cells.cell import Cell
-from ..cells.grid import load_grid
+from ..cells.confounds import Confounds, confounds, pairs_of
+from ..cells.differences import Side
+from ..cells.grid import Grid, load_grid
 from ..cells.sizes import Sizes, sizes
 from ..running.local import default_slots
 from ..running.pace import say
@@ -56,7 +58,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a grid: its rows, and totals. seconds: from start to end, `jobs` cells at a time."""
+    """Of a grid: its rows, and totals. seconds: from start to end, `jobs` cells at a time.
+    confounds: of what it compares, None if that is not known."""
 
     grid: str
     rows: list[Row]
@@ -66,6 +69,7 @@ class Plan:
     jobs: int
     seconds: float | None
     warnings: list[str]
+    confounds: Confounds | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,24 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
     return max(ends)
 
 
+def confounds_of(grid: Grid, cells: Sequence[Cell]) -> Confounds:
+    """What else differs between the arms that a grid compares, before any cell has run."""
+    firsts = {cell.arm: cell for cell in reversed(cells)}
+    arms = {cell.arm: firsts[cell.arm] for cell in cells}
+    sides = {
+        arm: Side(cell.options, cell.config, frozenset(cell.matched.get("solved", {})))
+        for arm, cell in arms.items()
+    }
+    return confounds(
+        sides,
+        pairs_of(grid.report, grid.claims, {arm: side.options for arm, side in sides.items()}),
+        grid.axes,
+        grid.tuning.axes if grid.tuning else {},
+        {arm: sizes(cell.config).named for arm, cell in arms.items()},
+        matched=grid.match is not None,
+    )
+
+
 # Shown
 
 
@@ -181,14 +203,16 @@ def plan_command(
     """`layerzoo ablate plan`."""
     grid = load_grid(name, size)
     compared = bool(grid.claims or (grid.report and grid.report.contrasts))
+    cells = grid.cells()
     found = plan(
         grid.name,
-        grid.cells(),
+        cells,
         grid.tune_cells(),
         probe=probe,
         jobs=jobs or default_slots(1),
         compared=compared,
     )
+    found = dataclasses.replace(found, confounds=confounds_of(grid, cells))
     if as_json:
         print(dumps(dataclasses.asdict(found)))
     else:
@@ -229,8 +253,24 @@ def show(found: Plan, console: Console) -> None:
     )
     if not all(row.probed for row in found.rows):
         console.print("~ scaled by FLOPs from the nearest arm that was probed")
-    for line in found.warnings:
+    beside = found.confounds
+    if beside is not None and beside.notes:
+        if beside.facts:
+            _show_confounds(beside, console)
+        for line in beside.notes:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for line in (*found.warnings, *(beside.warnings if beside else ())):
         console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _show_confounds(beside: Confounds, console: Console) -> None:
+    heads, *rows = beside.table
+    table = Table(title="what else differs", box=SIMPLE_HEAD, padding=(0, 1))
+    for n, head in enumerate(heads):
+        table.add_column(head, justify="right" if n else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _matched(row: Row) -> str:
