@@ -21,7 +21,7 @@ NAMED = 3
 """Pairs of arms that a line names before it only counts them."""
 
 Pair = tuple[str, str]
-Figures = Mapping[str, Mapping[str, float]]
+Figures = Mapping[str, Mapping[str, Any]]
 """By arm: sizes, and what else is known of it, by name."""
 
 

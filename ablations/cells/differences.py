@@ -8,7 +8,8 @@ that one arm has beside those of the other is compared with nothing.
 Each difference is of one of three kinds; an arm's options here are those of the axes in which the
 two arms differ. A difference is *implied*, what the arms are compared for, if
 
-- every option of an axis that both arms have sets it (options that set nothing aside); or
+- an axis that both arms have is about it: every option sets it that sets anything, or it is all
+  that the only such option sets; or
 - the options of both arms write it, of a layer that both have, and they have the same layers; or
 - it is the only one, and an option of one arm writes it.
 
@@ -182,10 +183,12 @@ def written(overrides: Iterable[Override]) -> Written:
 
 
 def about(axis: Axis) -> Written:
-    """What every option of an axis sets, of those that set anything."""
-    each = [written(option.overrides) for option in axis.options.values() if option.overrides]
-    if not each:
+    """What an axis is about: what every option sets that sets anything. Of one such option alone
+    it is not known which of several keys that is."""
+    setting = [option.overrides for option in axis.options.values() if option.overrides]
+    if not setting or (len(setting) == 1 and len(setting[0]) > 1):
         return Written(frozenset(), frozenset())
+    each = [written(overrides) for overrides in setting]
     anywhere = (frozenset(field for field in one.fields if not field[0]) for one in each)
     return Written(
         frozenset.intersection(*(one.keys for one in each)), frozenset.intersection(*anywhere)

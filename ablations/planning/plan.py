@@ -17,13 +17,13 @@ from layerzoo.json_files import dumps
 from layerzoo.spec import at
 
 from ..cells.cell import Cell
-from ..cells.confounds import Confounds, confounds, pairs_of
-from ..cells.differences import Side
-from ..cells.grid import Grid, load_grid
+from ..cells.confounds import Confounds
+from ..cells.grid import load_grid
 from ..cells.sizes import Sizes, sizes
 from ..running.local import default_slots
 from ..running.pace import say
 from .cautions import cautions
+from .confounds import confounds_of, show_confounds
 from .probe import Speed, shape, speeds
 from .work import work
 
@@ -176,24 +176,6 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
     return max(ends)
 
 
-def confounds_of(grid: Grid, cells: Sequence[Cell]) -> Confounds:
-    """What else differs between the arms that a grid compares, before any cell has run."""
-    firsts = {cell.arm: cell for cell in reversed(cells)}
-    arms = {cell.arm: firsts[cell.arm] for cell in cells}
-    sides = {
-        arm: Side(cell.options, cell.config, frozenset(cell.matched.get("solved", {})))
-        for arm, cell in arms.items()
-    }
-    return confounds(
-        sides,
-        pairs_of(grid.report, grid.claims, {arm: side.options for arm, side in sides.items()}),
-        grid.axes,
-        grid.tuning.axes if grid.tuning else {},
-        {arm: sizes(cell.config).named for arm, cell in arms.items()},
-        matched=grid.match is not None,
-    )
-
-
 # Shown
 
 
@@ -253,24 +235,10 @@ def show(found: Plan, console: Console) -> None:
     )
     if not all(row.probed for row in found.rows):
         console.print("~ scaled by FLOPs from the nearest arm that was probed")
-    beside = found.confounds
-    if beside is not None and beside.notes:
-        if beside.facts:
-            _show_confounds(beside, console)
-        for line in beside.notes:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
-    for line in (*found.warnings, *(beside.warnings if beside else ())):
+    if found.confounds is not None:
+        show_confounds(found.confounds, console)
+    for line in (*found.warnings, *(found.confounds.warnings if found.confounds else ())):
         console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _show_confounds(beside: Confounds, console: Console) -> None:
-    heads, *rows = beside.table
-    table = Table(title="what else differs", box=SIMPLE_HEAD, padding=(0, 1))
-    for n, head in enumerate(heads):
-        table.add_column(head, justify="right" if n else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _matched(row: Row) -> str:

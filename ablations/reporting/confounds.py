@@ -27,13 +27,10 @@ def confounds_of(results: Results, rows: Sequence[Row]) -> Confounds:
             sides[cell.arm] = Side(cell.options, results.config(cell), solved)
     measured = {row.arm: row.cells[0].metrics for row in rows if row.cells}
     figures = {arm: {n: found[n] for n in NAMES if n in found} for arm, found in measured.items()}
-    learned = {
-        row.arm: success_rate(row.scores)
-        for row in rows
-        if row.scores and is_accuracy(row.headline)
-    }
+    scores = {row.arm: row.scores for row in rows if row.scores and is_accuracy(row.headline)}
+    learned = {arm: success_rate(values) for arm, values in scores.items()}
     for arm, share in learned.items():
-        figures[arm][LEARNED] = share
+        figures[arm][LEARNED] = f"{share * len(scores[arm]):.0f}/{len(scores[arm])}"
     pairs = pairs_of(results.report, results.claims, results.arms)
     matched = results.fields.match is not None
     found = confounds(sides, pairs, results.axes, results.tuning, figures, matched)
