@@ -190,6 +190,17 @@ def test_layers_are_compared_by_name() -> None:
     assert differences(side(one, impl="x"), side(one, impl="y")) == []
 
 
+def test_tasks_of_two_classes_differ_in_their_class_alone() -> None:
+    def of(task: str, **options: int) -> Side:
+        data = {"class_path": task, "init_args": {**options, "seed": 0, "num_workers": 1}}
+        return Side({}, {"data": data})
+
+    names = [each.name for each in differences(of("A", pairs=2), of("B", keys=3))]
+    assert names == ["data.class_path"]
+    names = [each.name for each in differences(of("A", pairs=2), of("A", pairs=3))]
+    assert names == ["data.init_args.pairs"]
+
+
 def test_values_are_shown_in_few_words() -> None:
     controls = {"class_path": "layerzoo.callbacks.Controls", "init_args": {"off": [1]}}
     for value, shown in (
