@@ -80,9 +80,11 @@ def write_results(tmp_path: Path) -> Callable[..., Path]:
         measured: Callable[[dict[str, str], int], Measured],
         about: Callable[[str], dict[str, Any]] = lambda arm: {},
         data: Mapping[str, Any] | None = None,
+        models: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Path:
-        """measured: by an arm's options and a seed. about: what cell.json has of an arm beside."""
+        """measured: by an arm's options and a seed. about: what cell.json has of an arm beside.
+        models: by arm, the section of config.yaml; there is none without."""
         root = tmp_path / "grid"
         root.mkdir()
         tree = {"name": "grid", "base": "mqar", "seeds": [0, 1, 2], **fields}
@@ -97,19 +99,22 @@ def write_results(tmp_path: Path) -> Callable[..., Path]:
                 cell |= {"options": arm, "seed": {"init": seed, "data": seed}, "split": "test"}
                 cell |= {"tuned": {}, "matched": {}, **about(arm_name(arm))}
                 cells.append(cell)
-                _write_cell(root / cell["path"], measured(arm, seed), data or {})
+                section = {"model": models[arm_name(arm)]} if models else {}
+                _write_cell(root / cell["path"], measured(arm, seed), data or {}, section)
         (root / "cells.json").write_text(json.dumps(cells))
         return root
 
     return write
 
 
-def _write_cell(folder: Path, measured: Measured, data: Mapping[str, Any]) -> None:
+def _write_cell(
+    folder: Path, measured: Measured, data: Mapping[str, Any], model: Mapping[str, Any]
+) -> None:
     if measured is None:
         return
     folder.mkdir(parents=True)
     task = {"class_path": "layerzoo.data.MQAR", "init_args": {**data}}
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": task}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": task, **model}))
     if isinstance(measured, str):
         (folder / "failed.json").write_text(json.dumps({"reason": measured}))
     elif not measured:

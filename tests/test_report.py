@@ -343,7 +343,7 @@ def test_the_html_is_one_file(whole: Path) -> None:
     page.feed(text)
     assert not page.open and "img" not in page.seen
     assert page.seen.count("svg") == len([*(whole / "report" / "figures").iterdir()]) == 3
-    assert page.seen.count("table") == 3
+    assert page.seen.count("table") == 4
     assert page.links and all(link.startswith(("#", "data:")) for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= {*page.ids}
     assert not re.search(r"@import|url\((?!#)", text)

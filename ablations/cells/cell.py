@@ -77,8 +77,16 @@ class Cell:
 
 
 def identity(config: Tree, digest: Mapping[str, str] | None = None) -> str:
-    """The hash of what makes a run: its config but for where it logs, which checkpoints it keeps
-    and how it is computed; and what it reads, if anything."""
+    """The hash of what makes a run: the essence of its config; and what it reads, if anything."""
+    tree = essence(config)
+    if digest:
+        tree["digest"] = {**digest}
+    text = json.dumps(tree, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def essence(config: Tree) -> Tree:
+    """A config but for where it logs, which checkpoints it keeps and how it is computed."""
     tree = copy.deepcopy(config)
     for section, names in HOW.items():
         for name in names:
@@ -88,10 +96,7 @@ def identity(config: Tree, digest: Mapping[str, str] | None = None) -> str:
     callbacks = [c for c in callbacks if not _is_checkpoint(c)]
     if callbacks:
         tree["trainer"]["callbacks"] = callbacks
-    if digest:
-        tree["digest"] = {**digest}
-    text = json.dumps(tree, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return tree
 
 
 def _is_checkpoint(callback: Any) -> bool:

@@ -15,12 +15,23 @@ Figure = Literal["parameters", "flops", "state_bytes"]
 
 
 class Sizes(NamedTuple):
-    """parameters; flops: of the forward pass, a token; state_bytes: after `length` tokens."""
+    """parameters; flops: of the forward pass, a token; state_bytes: after `length` tokens;
+    memory_bytes: of these what is no buffer."""
 
     parameters: int
     flops: float
     state_bytes: int
+    memory_bytes: int
     length: int
+
+    @property
+    def named(self) -> dict[str, float]:
+        """As metrics.json names them."""
+        figures = (self.parameters, self.state_bytes, self.memory_bytes, self.flops)
+        return dict(zip(NAMES, figures, strict=True))
+
+
+NAMES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token")
 
 
 def measure(config: Tree, length: int | None = None) -> Sizes:
@@ -34,10 +45,12 @@ def measure(config: Tree, length: int | None = None) -> Sizes:
     """
     T = configs.task(config).length if length is None else length
     model = configs.model(config)
+    state = model.state_bytes(T)
     return Sizes(
         sum(p.numel() for p in model.parameters()),
         model.flops_per_token(T),
-        model.state_bytes(T).total,
+        state.total,
+        state.memory,
         T,
     )
 

@@ -17,11 +17,13 @@ from layerzoo.json_files import dumps
 from layerzoo.spec import at
 
 from ..cells.cell import Cell
+from ..cells.confounds import Confounds
 from ..cells.grid import load_grid
 from ..cells.sizes import Sizes, sizes
 from ..running.local import default_slots
 from ..running.pace import say
 from .cautions import cautions
+from .confounds import confounds_of, show_confounds
 from .probe import Speed, shape, speeds
 from .work import work
 
@@ -56,7 +58,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a grid: its rows, and totals. seconds: from start to end, `jobs` cells at a time."""
+    """Of a grid: its rows, and totals. seconds: from start to end, `jobs` cells at a time.
+    confounds: of what it compares, None if that is not known."""
 
     grid: str
     rows: list[Row]
@@ -66,6 +69,7 @@ class Plan:
     jobs: int
     seconds: float | None
     warnings: list[str]
+    confounds: Confounds | None = None
 
 
 @dataclass(frozen=True)
@@ -181,14 +185,16 @@ def plan_command(
     """`layerzoo ablate plan`."""
     grid = load_grid(name, size)
     compared = bool(grid.claims or (grid.report and grid.report.contrasts))
+    cells = grid.cells()
     found = plan(
         grid.name,
-        grid.cells(),
+        cells,
         grid.tune_cells(),
         probe=probe,
         jobs=jobs or default_slots(1),
         compared=compared,
     )
+    found = dataclasses.replace(found, confounds=confounds_of(grid, cells))
     if as_json:
         print(dumps(dataclasses.asdict(found)))
     else:
@@ -229,7 +235,9 @@ def show(found: Plan, console: Console) -> None:
     )
     if not all(row.probed for row in found.rows):
         console.print("~ scaled by FLOPs from the nearest arm that was probed")
-    for line in found.warnings:
+    if found.confounds is not None:
+        show_confounds(found.confounds, console)
+    for line in (*found.warnings, *(found.confounds.warnings if found.confounds else ())):
         console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
 
 

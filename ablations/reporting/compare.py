@@ -21,7 +21,7 @@ from .findings import Findings, find
 from .html import as_html
 from .report import notes, page, scaling_notes
 from .summary import summary
-from .tables import contrasts_table, results_table, scaling_table
+from .tables import confounds_table, contrasts_table, results_table, scaling_table
 from .verdicts import claims_table
 
 REPORT = "report"
@@ -81,6 +81,12 @@ def _print(findings: Findings, console: Console) -> None:
         console.print(line, markup=False)
     for name, family in findings.contrasts.items():
         console.print(contrasts_table(name, family))
+    if table := confounds_table(findings):
+        console.print(table)
+    for line in findings.confounds.notes:
+        console.print(line, markup=False)
+    for line in findings.confounds.warnings:
+        console.print(f"warning: {line}", markup=False, soft_wrap=True)
     for law in results.report.scaling:
         console.print(scaling_table([fit for fit in findings.laws if fit.law is law]))
     for line in (line for fit in findings.laws for line in scaling_notes(fit)):

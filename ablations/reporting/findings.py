@@ -8,6 +8,8 @@ from pathlib import Path
 
 from layerzoo.spec import SpecError
 
+from ..cells.confounds import Confounds
+from .confounds import confounds_of
 from .contrasts import Compared, compared
 from .laws import Fitted, fitted
 from .results import Results, read_results
@@ -19,12 +21,13 @@ from .verdicts import Verdict, judge
 @dataclass(frozen=True)
 class Findings:
     """rows: by arm. groups: by the axes that the grid groups by. contrasts: by figure, the
-    headline first. laws: the scaling laws, fitted."""
+    headline first. confounds: what else differs. laws: the scaling laws, fitted."""
 
     results: Results
     rows: list[Row]
     groups: list[Row]
     contrasts: dict[str, list[Compared]]
+    confounds: Confounds
     laws: list[Fitted]
     verdicts: list[Verdict]
 
@@ -60,6 +63,7 @@ def find(root: Path) -> Findings:
         rows=rows,
         groups=pooled(results.cells, by, metric) if by else [],
         contrasts={},
+        confounds=confounds_of(results, rows),
         laws=fitted(results),
         verdicts=judge(results.claims, rows),
     )

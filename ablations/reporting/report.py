@@ -9,8 +9,9 @@ from .figures import Picture
 from .findings import Findings, bound_of
 from .laws import Fitted
 from .markdown import escape, markdown_table
+from .statistics import SUCCESS
 from .tables import (
-    SUCCESS,
+    confounds_table,
     continual_table,
     contrasts_table,
     results_table,
@@ -44,6 +45,7 @@ def page(findings: Findings, pictures: Mapping[str, Picture]) -> str:
     for title, section in (
         ("Results", _results(findings)),
         ("Contrasts", _contrasts(findings)),
+        ("What else differs", _confounds(findings)),
         ("Curves", iter(())),
         ("Continual learning", _continual(findings)),
         ("Scaling", _scaling(findings, pictures)),
@@ -127,6 +129,16 @@ def _contrasts(findings: Findings) -> Iterator[str]:
         yield told + CONTRASTS
         if any(row.diverged or row.failed for row in findings.rows):
             yield "An arm whose cells diverged or failed is compared at the seeds that it has."
+
+
+def _confounds(findings: Findings) -> Iterator[str]:
+    found = findings.confounds
+    if table := confounds_table(findings):
+        yield markdown_table(table)
+    if found.notes:
+        yield " ".join(map(escape, found.notes))
+    for line in found.warnings:
+        yield f"**warning: {escape(line)}**"
 
 
 def _continual(findings: Findings) -> Iterator[str]:

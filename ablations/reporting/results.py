@@ -12,8 +12,8 @@ import yaml
 from layerzoo.json_files import floats
 from layerzoo.spec import SpecError
 
-from ..cells.arms import Arm, arm_name, read_arms
-from ..cells.axes import read_axes
+from ..cells.arms import Arm, arm_name, meets, read_arms, read_where
+from ..cells.axes import Axis, read_axes
 from ..cells.cell import Seed
 from ..cells.claims import Claim, read_claims
 from ..cells.grid import grid_name
@@ -48,16 +48,20 @@ class Result:
 class Results:
     """Of a grid: what it asks, and what its cells found so far.
 
-    question: the first line of its file. fields: of its file. arms: all that it has, also those
-    that have no cells, because they are not tuned. cells: in the grid's order, seed by seed.
-    trials: the tuning runs.
+    question: the first line of its file. fields: of its file. axes: also those of tuning, in
+    `tuning`. arms: all that it has, also those that have no cells, because they are not tuned.
+    windows: of these the window arms. cells: in the grid's order, seed by seed. trials: the tuning
+    runs.
     """
 
     root: Path
     name: str
     question: str
     fields: Fields
+    axes: dict[str, Axis]
+    tuning: dict[str, Axis]
     arms: dict[str, Arm]
+    windows: list[str]
     report: Report
     claims: list[Claim]
     cells: list[Result]
@@ -109,6 +113,7 @@ def read_results(root: Path) -> Results:
     axes = read_axes(source, "axes")
     arms = read_arms(source, axes, fields.design)
     names = [arm_name(arm) for arm in arms]
+    where = read_where(source, axes, "window_arm") if fields.window_arm else None
     splits: dict[str, list[Result]] = {"test": [], "val": []}
     for cell in listed:
         splits[cell["split"]].append(_result(root, cell))
@@ -118,7 +123,10 @@ def read_results(root: Path) -> Results:
         name=grid_name(source),
         question=source.question,
         fields=fields,
+        axes=axes,
+        tuning=read_axes(source, "tune", "axes") if fields.tune else {},
         arms=dict(zip(names, arms, strict=True)),
+        windows=[] if where is None else [arm_name(arm) for arm in arms if meets(arm, where)],
         report=Report() if fields.report is None else read_report(source, axes, arms),
         claims=read_claims(source, names),
         cells=splits["test"],

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from layerzoo.metrics import SuccessRate
+
 BOOTSTRAP_PAIRS = 10
 """From so many pairs on there is a bootstrap interval; of fewer it is too narrow."""
+
+SUCCESS = 0.9
+"""Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
 
 
 class Estimate(NamedTuple):
@@ -40,6 +46,13 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate
         spread = float(np.std(values, ddof=1)) / math.sqrt(n)
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * spread
     return Estimate(mean_of(values), half, n)
+
+
+def success_rate(accuracies: Sequence[float]) -> float:
+    """The share of the runs that reach SUCCESS."""
+    metric = SuccessRate(SUCCESS)
+    metric.update(torch.tensor(accuracies, dtype=torch.float64))
+    return float(metric.compute())
 
 
 class Difference(NamedTuple):

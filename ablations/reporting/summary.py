@@ -11,8 +11,7 @@ from .contrasts import Compared
 from .findings import Findings, bound_of
 from .laws import Fitted
 from .numbers import is_accuracy
-from .statistics import Estimate
-from .tables import success_rate
+from .statistics import Estimate, success_rate
 from .verdicts import plain_verdicts
 
 NAMES = (
@@ -58,6 +57,7 @@ def summary(findings: Findings) -> dict[str, Any]:
             name: [_contrast(each) for each in family]
             for name, family in findings.contrasts.items()
         },
+        "confounds": asdict(findings.confounds),
         "scaling": [_fit(fit) for fit in findings.laws],
         "arms": arms,
     }

@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-
-from layerzoo.metrics import SuccessRate
 
 from ..running.folder import reason
 from .contrasts import Compared
@@ -17,10 +14,8 @@ from .findings import Findings
 from .laws import Fitted
 from .numbers import NOTHING, head, is_accuracy, is_share, mean_alone, probability, shown
 from .rows import Row
-from .statistics import Estimate
+from .statistics import SUCCESS, Estimate, success_rate
 
-SUCCESS = 0.9
-"""Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
 WINDOW = ("recall/beyond_window", "recall/ceiling", "chance")
 HEADS = {
     "recall/beyond_window": "beyond\nwindow (%)",
@@ -68,13 +63,6 @@ def results_table(findings: Findings, rows: Sequence[Row], name: str) -> Table:
     return out
 
 
-def success_rate(accuracies: Sequence[float]) -> float:
-    """The share of the runs that reach SUCCESS."""
-    metric = SuccessRate(SUCCESS)
-    metric.update(torch.tensor(accuracies, dtype=torch.float64))
-    return float(metric.compute())
-
-
 def _successes(row: Row) -> str:
     n = len(row.scores)
     return f"{success_rate(row.scores) * n:.0f}/{n}" if n else NOTHING
@@ -109,6 +97,17 @@ def contrasts_table(name: str, family: Sequence[Compared]) -> Table:
             ends = [shown(name, Estimate(x, float("nan")), "+") for x in found.interval or ()]
             cells.append(" to ".join(ends) or NOTHING)
         out.add_row(*cells)
+    return out
+
+
+def confounds_table(findings: Findings) -> Table | None:
+    """What else differs between the arms that are compared, a line an arm."""
+    if not findings.confounds.facts:
+        return None
+    heads, *rows = findings.confounds.table
+    out = new_table("what else differs", *heads)
+    for row in rows:
+        out.add_row(*row)
     return out
 
 

@@ -1,0 +1,207 @@
+"""What else differs between the arms that a grid compares: a table, and what is to be doubted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .arms import Arm
+from .axes import Axis
+from .claims import Claim
+from .differences import LAYERS, Difference, Side, kinds, written
+from .report import Report
+from .sizes import NAMES as SIZES
+
+TOLERANCE = 0.05
+"""A difference in size, as a share, that says nothing."""
+RATE = "model.lr"
+NAMED = 3
+"""Pairs of arms that a line names before it only counts them."""
+
+Pair = tuple[str, str]
+Figures = Mapping[str, Mapping[str, Any]]
+"""By arm: sizes, and what else is known of it, by name."""
+
+
+@dataclass(frozen=True)
+class Confounds:
+    """Of a grid. facts: name -> arm -> value, of what differs and is no difference that the axes
+    imply; of a field of layers the values of all of an arm's. notes: what holds for every arm.
+    warnings: lines that name arms, a fault and the way out. hidden: pairs, and what differs in
+    them without the grid's options saying so."""
+
+    facts: dict[str, dict[str, Any]]
+    notes: list[str]
+    warnings: list[str]
+    hidden: list[dict[str, Any]]
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Its heads, then a line an arm."""
+        arms = dict.fromkeys(arm for values in self.facts.values() for arm in values)
+        rows = [[arm, *(_cell(name, arm, v) for name, v in self.facts.items())] for arm in arms]
+        return [["arm", *map(title, self.facts)], *rows]
+
+
+def title(fact: str) -> str:
+    """A fact's name, in words."""
+    return fact.replace("_", " ").replace("flops per", "FLOPs per") if fact in SIZES else fact
+
+
+def pairs_of(
+    report: Report | None, claims: Sequence[Claim], arms: Mapping[str, Arm]
+) -> list[Pair]:
+    """The pairs of arms that a grid contrasts or claims something of; of a grid without any, those
+    that differ in one axis and agree in the others that both have."""
+    found = [pair for each in (report.contrasts if report else ()) for pair in each.pairs]
+    found += [(claim.arm, claim.minus) for claim in claims if claim.minus is not None]
+    if not found:
+        for one, other in itertools.combinations(arms, 2):
+            a, b = arms[one], arms[other]
+            if sum(a[axis] != b[axis] for axis in a.keys() & b.keys()) == 1:
+                found.append((one, other))
+    return [*dict.fromkeys(found)]
+
+
+def confounds(
+    sides: Mapping[str, Side],
+    pairs: Sequence[Pair],
+    axes: Mapping[str, Axis],
+    tuning: Mapping[str, Axis],
+    figures: Figures,
+    matched: bool,
+) -> Confounds:
+    """What differs in pairs of arms, beside what the axes imply.
+
+    Args:
+        sides: by arm; a pair is left out if one of its arms has none.
+        tuning: the axes that every arm is tuned by.
+        matched: whether the grid makes its arms equally large.
+    """
+    tuned = written(
+        each for a in tuning.values() for option in a.options.values() for each in option.overrides
+    )
+    pairs = [pair for pair in pairs if pair[0] in sides and pair[1] in sides]
+    listed: dict[str, Difference] = {}
+    hidden: list[tuple[Pair, list[Difference]]] = []
+    unsized: list[Pair] = []
+    for pair in pairs:
+        found = kinds(axes, tuned, *(sides[arm] for arm in pair))
+        listed |= {each.name: each for each, kind in found if kind != "implied"}
+        if faults := [each for each, kind in found if kind == "hidden"]:
+            hidden.append((pair, faults))
+        implied = [each for each, kind in found if kind == "implied"]
+        if not matched and not any(all(map(_numeric, each.values)) for each in implied):
+            unsized.append(pair)
+    arms = [arm for arm in sides if any(arm in pair for pair in pairs)]
+    facts = {name: _known(each, sides, arms) for name, each in listed.items()}
+    for name in dict.fromkeys(name for arm in arms for name in figures.get(arm, {})):
+        values = {arm: figures[arm][name] for arm in arms if name in figures.get(arm, {})}
+        if any(values.get(one) != values.get(other) for one, other in pairs):
+            facts[name] = values
+    notes = [] if facts else ["The arms that are compared differ in nothing else."]
+    notes.append(_rate([sides[arm] for arm in arms], RATE in tuned.keys))
+    return Confounds(
+        facts,
+        notes if arms else [],
+        [*_hidden(hidden), *_sizes(unsized, figures)],
+        [
+            {"pair": [*pair], "differs": {each.name: [*each.values] for each in faults}}
+            for pair, faults in hidden
+        ],
+    )
+
+
+def _known(each: Difference, sides: Mapping[str, Side], arms: Sequence[str]) -> dict[str, Any]:
+    """What the arms have where some differ."""
+    if each.name == LAYERS:
+        return {arm: [name for name, _ in sides[arm].layers] for arm in arms}
+    if each.owners is None:
+        return {arm: sides[arm].keys[each.name] for arm in arms if each.name in sides[arm].keys}
+    found = {arm: sides[arm].values(each.name) for arm in arms}
+    return {arm: values for arm, values in found.items() if values}
+
+
+def _hidden(found: Sequence[tuple[Pair, list[Difference]]]) -> list[str]:
+    """A line for each set of things that differ."""
+    groups: dict[tuple[str, ...], list[tuple[Pair, list[Difference]]]] = {}
+    for pair, faults in found:
+        key = tuple(sorted({each.name for each in faults}))
+        groups.setdefault(key, []).append((pair, faults))
+    lines = []
+    for group in groups.values():
+        told = [f"{each.name} ({_sides(each)})" for each in group[0][1]]
+        what = ", ".join(told[:-1]) + " and " + told[-1] if len(told) > 1 else told[0]
+        lines.append(
+            f"{names([pair for pair, _ in group])}: differ in {what}, which their options do not "
+            f"both write; make it equal, or write it in the options of both arms"
+        )
+    return lines
+
+
+def _sides(each: Difference) -> str:
+    return " against ".join(text(value) for value in each.values)
+
+
+def names(pairs: Sequence[Pair]) -> str:
+    """Of pairs; only the first few by name."""
+    more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+    return "; ".join(" - ".join(pair) for pair in pairs[:NAMED]) + more
+
+
+def _sizes(pairs: Sequence[Pair], figures: Figures) -> list[str]:
+    """A line with the largest ratio of each size in pairs that are not about sizes."""
+    told = []
+    for name in ("parameters", "state_bytes", "flops_per_token"):
+        ratios = dict[Pair, float]()
+        for pair in pairs:
+            values = sorted(figures[arm][name] for arm in pair if name in figures.get(arm, {}))
+            if len(values) == 2 and values[0] > 0:
+                ratios[pair] = values[1] / values[0]
+        most = max(ratios, key=lambda pair: ratios[pair], default=None)
+        if most is not None and ratios[most] > 1 + TOLERANCE:
+            told.append(f"{title(name)} {ratios[most]:.3g} times ({names([most])})")
+    if not told:
+        return []
+    return [
+        f"arms that are compared are not equally large: at most {', '.join(told)}; match them by "
+        f"one of these, or compare them at several sizes"
+    ]
+
+
+def _rate(sides: Sequence[Side], tuned: bool) -> str:
+    rates = dict.fromkeys(str(side.keys.get(RATE)) for side in sides)
+    if tuned:
+        return "The learning rate is tuned for every arm."
+    if len(rates) == 1:
+        return f"The learning rate is {next(iter(rates))} for every arm, and tuned for none."
+    return "The learning rate is tuned for no arm."
+
+
+def _cell(name: str, arm: str, values: Mapping[str, Any]) -> str:
+    if arm not in values:
+        return "-"
+    return f"{values[arm]:,.0f}" if name in SIZES else text(values[arm])
+
+
+def text(value: Any) -> str:
+    """A value of a config, or a list of those of several layers."""
+    if isinstance(value, list):
+        return ", ".join(map(text, value)) or "none"
+    if isinstance(value, Mapping):
+        whose = str(value.get("name", value.get("class_path", ""))).rpartition(".")[2]
+        inner = value.get("init_args", {}) if "class_path" in value else value
+        told = [f"{name}={text(x)}" for name, x in inner.items() if name != "name"]
+        return f"{whose}({', '.join(told)})" if told else whose
+    if value is None or value is False:
+        return "none"
+    return "on" if value is True else f"{value:.10g}" if _numeric(value) else str(value)
+
+
+def _numeric(value: Any) -> bool:
+    """Whether it is a number, or a list of numbers."""
+    if isinstance(value, list):
+        return all(map(_numeric, value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,235 @@
+"""What differs between two arms, and what of it the grid file says.
+
+Two arms differ where their resolved configs do, in what changes a result. Layers are compared by
+their names: of a layer that both arms have, every field; where layers of one stand in the place of
+layers of the other, the fields of the shell, of which a layer that lacks one has none. A layer
+that one arm has beside those of the other is compared with nothing.
+
+Each difference is of one of three kinds; an arm's options here are those of the axes in which the
+two arms differ. A difference is *implied*, what the arms are compared for, if
+
+- an axis that both arms have is about it: every option sets it that sets anything, or it is all
+  that the only such option sets; or
+- the options of both arms write it, of a layer that both have, and they have the same layers; or
+- it is the only one, and an option of one arm writes it.
+
+It is *told* if the options of both arms write it (where the layers of one have no such field, the
+other's alone), or if tuning or matching set it. It is *hidden* otherwise: a default made it, or an
+option of one arm beside what its axis is about. The vocabulary's size goes with the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from layerzoo.shell import Shell
+
+from ...attention.heads import HeadsConfig
+from .arms import Arm
+from .axes import Axis, Override
+from .cell import essence
+from .configs import Tree
+
+SHELL = tuple(dict.fromkeys(f.name for base in (HeadsConfig, Shell) for f in base.fields()))
+"""The fields that a layer has whatever its rule."""
+LAYERS = "model.network.layers"
+CLASS, OPTIONS, VOCABULARY = "data.class_path", "data.init_args.", "model.network.vocab_size"
+
+Kind = Literal["implied", "told", "hidden"]
+
+
+class Difference(NamedTuple):
+    """Of two arms. name: a dotted key of the config, or a field of layers. owners: of a field, the
+    layers of each arm that have it; None of a key."""
+
+    name: str
+    values: tuple[Any, Any]
+    owners: tuple[frozenset[str], frozenset[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """An arm: its options, its config, and the knobs that were turned to match its size."""
+
+    options: Arm
+    config: Tree
+    solved: frozenset[str] = frozenset()
+
+    @cached_property
+    def keys(self) -> dict[str, Any]:
+        """What the config has, by dotted key, but for layers and seeds."""
+        tree = essence(self.config)
+        tree.pop("seed_everything", None)
+        found = dict(_flat(tree, ""))
+        found.pop(f"{OPTIONS}seed", None)
+        return found
+
+    @cached_property
+    def layers(self) -> list[tuple[str, Tree]]:
+        """The name and the fields of every layer, of children too."""
+        network = (self.config.get("model") or {}).get("network") or {}
+        return [*layers_of(network.get("layers"))]
+
+    def values(self, name: str) -> list[Any]:
+        """Of a field of its layers, each once."""
+        return _values(self.layers, name)
+
+
+def layers_of(specs: Any) -> Iterator[tuple[str, Tree]]:
+    """The name and the fields of every layer in specs, of children too."""
+    if isinstance(specs, str):
+        yield specs, {}
+    elif isinstance(specs, Mapping) and "name" in specs:
+        fields = {name: x for name, x in specs.items() if name not in ("name", "children")}
+        yield specs["name"], fields
+        yield from layers_of(specs.get("children"))
+    else:
+        inner = specs.values() if isinstance(specs, Mapping) else specs or ()
+        for spec in inner:
+            yield from layers_of(spec)
+
+
+def _flat(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key != LAYERS:
+            yield from _flat({**value}, f"{key}.")
+        elif key != LAYERS:
+            yield key, value
+
+
+def _values(layers: Iterable[tuple[str, Tree]], name: str) -> list[Any]:
+    """Of a field, each once; a layer with a shell that lacks a field of it has none."""
+    found = []
+    for _, fields in layers:
+        if name in fields or (name in SHELL and _has_shell(fields)):
+            value = fields.get(name)
+            value = "none" if value is None or value is False else value
+            found += [] if value in found else [value]
+    return found
+
+
+def _has_shell(fields: Tree) -> bool:
+    return not fields.keys().isdisjoint(SHELL)
+
+
+def differences(first: Side, second: Side) -> list[Difference]:
+    """Where the configs of two arms differ."""
+    a, b = first.keys, second.keys
+    found = [
+        Difference(key, (a.get(key), b.get(key)))
+        for key in dict.fromkeys((*a, *b))
+        if a.get(key) != b.get(key)
+    ]
+    if any(each.name == CLASS for each in found):  # another task has other options
+        found = [each for each in found if not each.name.startswith(OPTIONS)]
+    return [*found, *_of_layers(first.layers, second.layers)]
+
+
+def _of_layers(a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]) -> Iterator[Difference]:
+    names = [name for name, _ in a], [name for name, _ in b]
+    if names[0] != names[1]:
+        yield Difference(LAYERS, names)
+    common = [name for name in dict.fromkeys(names[0]) if name in names[1]]
+    for one in common:
+        ours, others = ([x for x in side if x[0] == one] for side in (a, b))
+        for name in dict.fromkeys(name for _, fields in (*ours, *others) for name in fields):
+            if [f.get(name) for _, f in ours] != [f.get(name) for _, f in others]:
+                yield _of_field(name, ours, others)
+    ours, others = ([x for x in side if x[0] not in common] for side in (a, b))
+    if all(any(_has_shell(fields) for _, fields in side) for side in (ours, others)):
+        for name in SHELL:
+            one, other = _values(ours, name), _values(others, name)
+            if any(x not in other for x in one) or any(x not in one for x in other):
+                yield _of_field(name, ours, others)
+
+
+def _of_field(name: str, a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]) -> Difference:
+    first, second = (frozenset(x for x, fields in side if name in fields) for side in (a, b))
+    return Difference(name, (_values(a, name), _values(b, name)), (first, second))
+
+
+class Written(NamedTuple):
+    """What overrides set. keys: dotted, with all below them. fields: of layers, as (layer, field);
+    the layer is empty where a key names no layer, or stands for all of them."""
+
+    keys: frozenset[str]
+    fields: frozenset[tuple[str, str]]
+
+    def has(self, difference: Difference, side: int) -> bool:
+        """Whether it sets what an arm has where it differs: a field in all layers that have it."""
+        name = difference.name
+        if difference.owners is None:
+            return any(f"{name}.".startswith(f"{key}.") for key in self.keys)
+        owners = difference.owners[side]
+        return bool(owners) and all({(x, name), ("", name)} & self.fields for x in owners)
+
+
+def written(overrides: Iterable[Override]) -> Written:
+    keys, fields = set[str](), set[tuple[str, str]]()
+    for _, key, value in overrides:
+        if key.startswith(f"{LAYERS}."):
+            fields.add(("", key.rpartition(".")[2]))
+            continue
+        keys.add(key)
+        if f"{LAYERS}.".startswith(f"{key}."):
+            for part in LAYERS.split(".")[key.count(".") + 1 :]:
+                value = value.get(part) if isinstance(value, Mapping) else None
+            fields |= {(layer, name) for layer, own in layers_of(value) for name in own}
+    return Written(frozenset(keys), frozenset(fields))
+
+
+def about(axis: Axis) -> Written:
+    """What an axis is about: what every option sets that sets anything. Of one such option alone
+    it is not known which of several keys that is."""
+    setting = [option.overrides for option in axis.options.values() if option.overrides]
+    if not setting or (len(setting) == 1 and len(setting[0]) > 1):
+        return Written(frozenset(), frozenset())
+    each = [written(overrides) for overrides in setting]
+    anywhere = (frozenset(field for field in one.fields if not field[0]) for one in each)
+    return Written(
+        frozenset.intersection(*(one.keys for one in each)), frozenset.intersection(*anywhere)
+    )
+
+
+def kinds(
+    axes: Mapping[str, Axis], tuned: Written, first: Side, second: Side
+) -> list[tuple[Difference, Kind]]:
+    """What differs between two arms of a grid, and of which kind it is.
+
+    Args:
+        tuned: what the options of tuning set.
+    """
+    arms = first.options, second.options
+    differing = [axis for axis in axes if arms[0].get(axis) != arms[1].get(axis)]
+    meant = [about(axes[axis]) for axis in differing if all(axis in arm for arm in arms)]
+    own = [
+        written(
+            override
+            for axis in differing
+            if axis in arm
+            for override in axes[axis].options[arm[axis]].overrides
+        )
+        for arm in arms
+    ]
+    found = differences(first, second)
+    names = {each.name for each in found}
+
+    def kind(each: Difference) -> Kind:
+        wrote = [own[n].has(each, n) for n in (0, 1)]
+        both = all(wrote[n] or (each.owners is not None and not each.owners[n]) for n in (0, 1))
+        if (
+            any(one.has(each, n) for one in meant for n in (0, 1))
+            or (both and each.owners is not None and LAYERS not in names)
+            or (any(wrote) and len(names) == 1)
+            or (each.name == VOCABULARY and any(name.startswith("data.") for name in names))
+        ):
+            return "implied"
+        knob = each.name.rpartition(".")[2]
+        solved = knob in first.solved or knob in second.solved
+        return "told" if both or solved or tuned.has(each, 0) else "hidden"
+
+    return [(each, kind(each)) for each in found]

@@ -1,0 +1,48 @@
+"""What else differs between the arms that a grid compares, before any cell has run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..cells.cell import Cell
+from ..cells.confounds import Confounds, confounds, pairs_of
+from ..cells.differences import Side
+from ..cells.grid import Grid
+from ..cells.sizes import sizes
+
+
+def confounds_of(grid: Grid, cells: Sequence[Cell]) -> Confounds:
+    """Of a grid's reported cells; those of an arm differ in their seeds alone."""
+    firsts = dict[str, Cell]()
+    for cell in cells:
+        firsts.setdefault(cell.arm, cell)
+    sides = {
+        arm: Side(cell.options, cell.config, frozenset(cell.matched.get("solved", {})))
+        for arm, cell in firsts.items()
+    }
+    return confounds(
+        sides,
+        pairs_of(grid.report, grid.claims, {arm: side.options for arm, side in sides.items()}),
+        grid.axes,
+        grid.tuning.axes if grid.tuning else {},
+        {arm: sizes(cell.config).named for arm, cell in firsts.items()},
+        matched=grid.match is not None,
+    )
+
+
+def show_confounds(found: Confounds, console: Console) -> None:
+    """Print the table and what holds for every arm."""
+    if found.facts:
+        heads, *rows = found.table
+        table = Table(title="what else differs", box=SIMPLE_HEAD, padding=(0, 1))
+        for n, head in enumerate(heads):
+            table.add_column(head, justify="right" if n else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in found.notes:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
