@@ -55,7 +55,7 @@ def layers(*specs: str) -> str:
         (f"a: {layers(MEMORY + '}')}, b: {layers('{name: delta, heads: 2, out_norm: none}')}", []),
         (f"a: {layers(MEMORY + '}')}, b: {layers('{name: delta, heads: 1}')}", [{"out_norm"}]),
         (f"a: {layers(MEMORY + '}')}, b: {layers(SOFTMAX + '}')}", [{"qk_norm"}]),
-        (f"a: {layers(MEMORY + ', qk_norm: none}')}, b: {layers(SOFTMAX + '}')}", []),
+        (f"a: {layers(MEMORY + ', qk_norm: rms}')}, b: {layers(SOFTMAX + '}')}", []),
         # A width that only one of them writes.
         (f"a: {layers('{name: linear, heads: 2}')}, b: {layers('{name: delta}')}", [{"heads"}]),
         # A layer that is added to those of the other arm is compared with nothing.
@@ -100,17 +100,17 @@ def test_a_hidden_second_difference_is_warned_of_in_the_plan(
     assert plan_command(str(grid.source.path), probe=False, jobs=1, as_json=False) == 0
     screen = capsys.readouterr().out
     assert (
-        "warning: a - b: differ in qk_norm (l2 against none), which their options do not both "
+        "warning: a - b: differ in qk_norm (l2 against rms), which their options do not both "
         "write; make it equal, or write it in the options of both arms\n"
     ) in screen
     assert "The learning rate is 0.01 for every arm, and tuned for none.\n" in screen
     rows = [line.split() for line in screen[screen.index("what else differs") :].splitlines()]
-    assert ["a", "l2"] in [row[:2] for row in rows] and ["b", "none"] in [row[:2] for row in rows]
+    assert ["a", "l2"] in [row[:2] for row in rows] and ["b", "rms"] in [row[:2] for row in rows]
     assert plan_command(str(grid.source.path), probe=False, jobs=1, as_json=True) == 0
     found = json.loads(capsys.readouterr().out)["confounds"]
-    assert found["facts"]["qk_norm"] == {"a": ["l2"], "b": ["none"]}
+    assert found["facts"]["qk_norm"] == {"a": ["l2"], "b": ["rms"]}
     assert found["hidden"] == [
-        {"pair": ["a", "b"], "differs": {"qk_norm": [["l2"], ["none"]]}},
+        {"pair": ["a", "b"], "differs": {"qk_norm": [["l2"], ["rms"]]}},
     ]
 
 

@@ -27,13 +27,12 @@ from typing import Any, Literal, NamedTuple
 
 from layerzoo.shell import Shell
 
-from ...attention.heads import HeadsConfig
 from .arms import Arm
 from .axes import Axis, Override
 from .cell import essence
 from .configs import Tree
 
-SHELL = tuple(dict.fromkeys(f.name for base in (HeadsConfig, Shell) for f in base.fields()))
+SHELL = tuple(field.name for field in Shell.fields())
 """The fields that a layer has whatever its rule."""
 LAYERS = "model.network.layers"
 CLASS, OPTIONS, VOCABULARY = "data.class_path", "data.init_args.", "model.network.vocab_size"
