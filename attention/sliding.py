@@ -235,9 +235,9 @@ class Sliding(Attention, name="sliding"):
     sequence, not of the cache.
 
     window: tokens that a query sees, itself counted. sinks: first tokens, always visible.
-    sink_logit: a learned logit per head in the divisor of the softmax, e^sink + sum_j .., at the
-    start this, by which a head can read nothing (GPT-OSS, 2508.10925), which needs no token, as
-    `sinks` do; null is none.
+    sink_logit: a learned logit per head in the divisor of the softmax, which becomes
+    e^sink + sum_j e^.. (GPT-OSS, 2508.10925), at the start this, and is no token, as `sinks` are;
+    null is none.
     """
 
     class Config(HeadsConfig):

@@ -98,8 +98,8 @@ class Softmax(Attention, name="softmax"):
 
     Its state is the cache of all keys and values: it grows with T and forgets nothing.
 
-    sink_logit: a learned logit per head in the divisor of the softmax, e^sink + sum_j .., at the
-    start this, by which a head can read nothing (GPT-OSS, 2508.10925); null is none.
+    sink_logit: a learned logit per head in the divisor of the softmax, which becomes
+    e^sink + sum_j e^.. (GPT-OSS, 2508.10925), at the start this; null is none.
     """
 
     class Config(HeadsConfig):
