@@ -109,15 +109,26 @@ def append(past: Tensor, new: Tensor) -> Tensor:
 
 
 def attend_one(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """o = softmax(scale q k^T + bias) v for one query `[B, H, K]` over k, v `[B, n, G, K | V]`,
-    where query head h reads key head h // (H / G), and bias is `[B, H, n]`."""
+    where query head h reads key head h // (H / G), and bias is `[B, H, n]`. sink_logit `[H]` is
+    one logit more, without a value."""
     grouped = q.unflatten(1, (k.shape[2], -1))  # [B, G, H / G, K]
     logits = scale * grouped @ k.permute(0, 2, 3, 1)
     if bias is not None:
         logits = logits + bias.view_as(logits)
-    return (logits.softmax(-1) @ v.transpose(1, 2)).flatten(1, 2)
+    if sink_logit is not None:
+        sink = sink_logit.view(1, *grouped.shape[1:3], 1).expand(len(q), -1, -1, 1)
+        weights = torch.cat((logits, sink), -1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    return (weights @ v.transpose(1, 2)).flatten(1, 2)
 
 
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, **how: Any) -> Tensor:

@@ -12,10 +12,16 @@ from layerzoo.bench.peers import Arm, Tensors, Unfit, load, peer
 from layerzoo.layer import Layer, State
 
 
+def refuse_sink_logit(layer: Layer) -> None:
+    if getattr(layer.config, "sink_logit", None) is not None:
+        raise Unfit("it has no sink logit")
+
+
 @peer("sdpa", "ops", layers=("softmax",))
 @peer("sdpa", "ops", beside=("memory",))
 def sdpa(layer: Layer, tensors: Tensors) -> Arm:
     """Causal F.scaled_dot_product_attention on the same q, k, v; a decode step concatenates."""
+    refuse_sink_logit(layer)
 
     def run(tensors: Tensors, state: State) -> tuple[Tensor, State]:
         q, k, v = (tensors[name].transpose(1, 2) for name in "qkv")
@@ -44,6 +50,7 @@ def sdpa(layer: Layer, tensors: Tensors) -> Arm:
 def local_attention(layer: Any, tensors: Tensors) -> Arm:
     """LocalAttention without positions of its own. Its exact window is the tokens before the
     current one, so that ours of w is its w - 1; it has no sinks, grouped heads or cache."""
+    refuse_sink_logit(layer)
     (LocalAttention,) = load("local_attention", "LocalAttention")
     c = layer.config
     if c.sinks or c.window < 2 or tensors["q"].shape != tensors["k"].shape:
@@ -75,6 +82,7 @@ def sdpa_beside(layer: Layer, tensors: Tensors) -> Arm:
 @peer("flex_attention", "ops", layers=("sliding",), device="cuda")
 def flex(layer: Any, tensors: Tensors) -> Arm:
     """PyTorch's compiled flex_attention, with the window and the sinks as its mask."""
+    refuse_sink_logit(layer)
     flex_attention, create_block_mask = load(
         "torch.nn.attention.flex_attention", "flex_attention", "create_block_mask"
     )

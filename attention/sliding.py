@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from layerzoo.checked import Signature
-from layerzoo.layer import Reach, State, StateBytes
+from layerzoo.layer import Reach, Reduction, State, StateBytes
 from layerzoo.ops import Op, transforming
 from layerzoo.spec import SpecError
 
@@ -23,6 +23,7 @@ from .heads import (
     dot_product_attention,
     empty_cache,
 )
+from .sink_logit import attend_causal_with_sink, remove_sink, sink_parameter, with_sink
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -45,24 +46,29 @@ def sliding_attention(
     window: int,
     sinks: int = 0,
     scale: float | None = None,
+    sink_logit: Float[Tensor, " H"] | None = None,
     state: State = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], State]:
     """o_i = sum_j softmax_j(scale <q_i, k_j>) v_j over j <= i with i - j < window or j < sinks.
+
+    With a sink logit the weights are e^(scale <q_i, k_j>) / (e^sink + sum_j e^(scale <q_i, k_j>)).
 
     Args:
         q, k, v: query head h reads key/value head h // (H / G).
         window: tokens that a query sees, itself counted; may be longer than the sequence.
         sinks: the first tokens of the sequence, always visible (StreamingLLM).
         scale: default K^-1/2.
+        sink_logit: of each query head; default none, which is -inf. It is no token, as sinks are.
         state: cache {k, v, position}, default empty: the sinks, then the last window - 1 tokens.
-        impl: auto, recurrent, chunked or triton.
+        impl: auto, recurrent, chunked or triton, which takes no sink logit.
 
     Raises:
         SpecError: window < 1, sinks < 0, arguments of other shapes, or G does not divide H.
             ImplError: an impl that cannot run here.
 
-    Source: Beltagy et al. 2020, arXiv 2004.05150 (window); Xiao et al. 2023, 2309.17453 (sinks).
+    Source: Beltagy et al. 2020, arXiv 2004.05150 (window); Xiao et al. 2023, 2309.17453 (sinks);
+    OpenAI 2025, 2508.10925, section 2.2 (sink logit).
     """
     if not is_compiling():
         SIGNATURE.check(locals())
@@ -72,7 +78,8 @@ def sliding_attention(
     end = start + q.shape[1]
     k, v = append(state["k"], k), append(state["v"], v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o = OP(impl, q, k, v, window=window, sinks=sinks, start=start, scale=scale)
+    how = {"window": window, "sinks": sinks, "start": start, "scale": scale}
+    o = OP(impl, q, k, v, **how, sink_logit=sink_logit)
     k, v = trim(k, v, end, window, sinks)
     return o, {"k": k, "v": v, "position": state["position"] + q.shape[1]}
 
@@ -110,7 +117,7 @@ def cached_sinks(position: int, window: int, sinks: int) -> int:
 
 
 @OP.register("recurrent")
-def _recurrent(q, k, v, *, window, sinks, start, scale):
+def _recurrent(q, k, v, *, window, sinks, start, scale, sink_logit=None):
     apart = cached_sinks(start, window, sinks)
     past = k.shape[1] - q.shape[1] - apart  # cached tokens that are not sinks apart
     position = torch.cat((torch.arange(apart), torch.arange(start - past, start + q.shape[1])))
@@ -119,21 +126,26 @@ def _recurrent(q, k, v, *, window, sinks, start, scale):
         i = start + t
         seen = (position <= i) & ((i - position < window) | (position < sinks))
         seen = seen.nonzero().squeeze(-1).to(k.device)
-        outputs.append(attend_one(q[:, t], k[:, seen], v[:, seen], scale))
+        outputs.append(attend_one(q[:, t], k[:, seen], v[:, seen], scale, sink_logit=sink_logit))
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
 @OP.register("chunked", upcast=False, transformable=True)
-def _chunked(q, k, v, *, window, sinks, start, scale):
+def _chunked(q, k, v, *, window, sinks, start, scale, sink_logit=None):
     """Until the sinks have left the window a query sees all before it: plain causal attention.
-    The others go in blocks of queries, and those that are left over in one more block."""
-    T, reach = q.shape[1], window - 1
+    The others go in blocks of queries, and those that are left over in one more block. A sink
+    logit is one more of the sinks, before all tokens."""
+    T, reach, wide = q.shape[1], window - 1, v.shape[3]
     k, v = k.to(q.dtype), v.to(q.dtype)
+    whole = attend_causal
+    if sink_logit is not None:
+        q, k, v, scale = with_sink(q, k, v, sink_logit, scale)
+        whole, sinks, start = attend_causal_with_sink, sinks + 1, start + 1
     head = min(T, max(0, reach + sinks - start))
     outputs = []
     if head or T == 0:
         end = k.shape[1] - (T - head)
-        outputs.append(attend_causal(q[:, :head], k[:, :end], v[:, :end], scale))
+        outputs.append(whole(q[:, :head], k[:, :end], v[:, :end], scale))
     size = max(16, min(window, BLOCK))
     left = (T - head) % size
     for first, last in ((head, T - left), (T - left, T)):
@@ -143,7 +155,8 @@ def _chunked(q, k, v, *, window, sinks, start, scale):
             always, recent = ((t[:, :sinks] for t in (k, v)), (t[:, keys] for t in (k, v)))
             ks, vs = zip(always, recent, strict=True)
             outputs.append(band(q[:, first:last], ks, vs, min(size, last - first), scale))
-    return torch.cat(outputs, 1) if outputs[1:] else outputs[0]
+    o = torch.cat(outputs, 1) if outputs[1:] else outputs[0]
+    return o if sink_logit is None else o[..., :wide]
 
 
 def band(q: Tensor, k: Pair, v: Pair, size: int, scale: float) -> Tensor:
@@ -221,11 +234,15 @@ class Sliding(Attention, name="sliding"):
     sequence, not of the cache.
 
     window: tokens that a query sees, itself counted. sinks: first tokens, always visible.
+    sink_logit: a learned logit per head in the divisor of the softmax, which becomes
+    e^sink + sum_j e^.. (GPT-OSS, 2508.10925), at the start this, and is no token, as `sinks` are;
+    null is none.
     """
 
     class Config(Attention.Config):
         window: int = 64
         sinks: int = 0
+        sink_logit: float | None = None
 
         def check(self) -> None:
             super().check()
@@ -237,13 +254,24 @@ class Sliding(Attention, name="sliding"):
         {"heads": 2, "window": 5},
         {"heads": 4, "kv_heads": 2, "window": 4, "sinks": 3, "out_gate": "sigmoid"},
         {"heads": 3, "key_dim": 5, "value_dim": 7, "window": 1, "rotary": None, "qk_norm": "l2"},
+        {"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2, "sink_logit": 0.5},
     )
+    reductions = (
+        Reduction(
+            {"heads": 2, "window": 5, "sinks": 2, "sink_logit": 0.0},
+            {"name": "sliding", "heads": 2, "window": 5, "sinks": 2},
+            remove_sink,
+        ),
+    )
+
+    def __init__(self, dim: int, config: Config) -> None:
+        super().__init__(dim, config)
+        self.sink_logit = sink_parameter(config.sink_logit, self.heads)
 
     def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
         c, (q, k, v) = self.config, tensors.values()
-        return sliding_attention(
-            q, k, v, window=c.window, sinks=c.sinks, state=state, impl=self.impl
-        )
+        how = {"window": c.window, "sinks": c.sinks, "sink_logit": self.sink_logit}
+        return sliding_attention(q, k, v, **how, state=state, impl=self.impl)
 
     def state_bytes(self, T: int) -> StateBytes:
         c = self.config

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from layerzoo.checked import Signature
-from layerzoo.layer import State, StateBytes
+from layerzoo.layer import Reduction, State, StateBytes
 from layerzoo.ops import Op
 
 from .heads import (
@@ -20,6 +20,7 @@ from .heads import (
     attend_one,
     empty_cache,
 )
+from .sink_logit import attend_causal_with_sink, remove_sink, sink_parameter, with_sink
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,14 +38,18 @@ def softmax_attention(
     v: Float[Tensor, "B T G V"],
     *,
     scale: float | None = None,
+    sink_logit: Float[Tensor, " H"] | None = None,
     state: State = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], State]:
     """o_i = sum_{j <= i} softmax_j(scale <q_i, k_j>) v_j, over the cache and the new tokens.
 
+    With a sink logit the weights are e^(scale <q_i, k_j>) / (e^sink + sum_j e^(scale <q_i, k_j>)).
+
     Args:
         q, k, v: query head h reads key/value head h // (H / G).
         scale: default K^-1/2.
+        sink_logit: of each query head; default none, which is -inf.
         state: cache {k, v, position}, default empty; it grows with T.
         impl: auto, recurrent, chunked or triton.
 
@@ -52,27 +57,37 @@ def softmax_attention(
         SpecError: arguments of other shapes, or G does not divide H. ImplError: an impl that
             cannot run here.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query 2305.13245.
+    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query 2305.13245; sink logit
+    OpenAI 2025, arXiv 2508.10925, section 2.2.
     """
     if not is_compiling():
         SIGNATURE.check(locals())
     state = empty_cache(k, v) if state is None else state
     k, v = append(state["k"], k), append(state["v"], v)
-    o = OP(impl, q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o = OP(impl, q, k, v, scale=scale, sink_logit=sink_logit)
     return o, {"k": k, "v": v, "position": state["position"] + q.shape[1]}
 
 
 @OP.register("recurrent")
-def _recurrent(q, k, v, *, scale):
+def _recurrent(q, k, v, *, scale, sink_logit=None):
     past = k.shape[1] - q.shape[1]
-    outputs = [
-        attend_one(q[:, t], k[:, : past + t + 1], v[:, : past + t + 1], scale)
-        for t in range(q.shape[1])
-    ]
+    outputs = []
+    for t in range(q.shape[1]):
+        end = past + t + 1
+        keys, values = k[:, :end], v[:, :end]
+        outputs.append(attend_one(q[:, t], keys, values, scale, sink_logit=sink_logit))
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-OP.register("chunked", upcast=False, transformable=True)(attend_causal)
+@OP.register("chunked", upcast=False, transformable=True)
+def _chunked(q, k, v, *, scale, sink_logit=None):
+    if sink_logit is None:
+        return attend_causal(q, k, v, scale)
+    if q.shape[1] == 1:  # else all of the cache would be copied, to have the sink in front
+        return OP.impls["recurrent"](q, k, v, scale=scale, sink_logit=sink_logit)
+    o = attend_causal_with_sink(*with_sink(q, k, v, sink_logit, scale))
+    return o[..., : v.shape[3]]
 
 
 class Softmax(Attention, name="softmax"):
@@ -81,7 +96,13 @@ class Softmax(Attention, name="softmax"):
     o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K)) v_j
 
     Its state is the cache of all keys and values: it grows with T and forgets nothing.
+
+    sink_logit: a learned logit per head in the divisor of the softmax, which becomes
+    e^sink + sum_j e^.. (GPT-OSS, 2508.10925), at the start this; null is none.
     """
+
+    class Config(Attention.Config):
+        sink_logit: float | None = None
 
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     op = OP
@@ -89,11 +110,19 @@ class Softmax(Attention, name="softmax"):
         {"heads": 2, "rotary_scaling": {"name": "yarn", "factor": 4.0, "original_length": 32}},
         {"heads": 6, "kv_heads": 2, "key_dim": 4, "qk_norm": "l2", "out_gate": "sigmoid"},
         {"heads": 3, "key_dim": 5, "value_dim": 7, "rotary": None, "qk_norm": "none"},
+        {"heads": 4, "kv_heads": 2, "sink_logit": 0.5},
     )
+    reductions = (
+        Reduction({"heads": 2, "sink_logit": 0.0}, {"name": "softmax", "heads": 2}, remove_sink),
+    )
+
+    def __init__(self, dim: int, config: Config) -> None:
+        super().__init__(dim, config)
+        self.sink_logit = sink_parameter(config.sink_logit, self.heads)
 
     def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
         q, k, v = tensors.values()
-        return softmax_attention(q, k, v, state=state, impl=self.impl)
+        return softmax_attention(q, k, v, sink_logit=self.sink_logit, state=state, impl=self.impl)
 
     def state_bytes(self, T: int) -> StateBytes:
         return self.cache_bytes(T)

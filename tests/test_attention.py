@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -35,11 +36,23 @@ def repeated(k: Tensor, heads: int) -> Tensor:
     return k.repeat_interleave(heads // k.shape[2], 2)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Any = 0.0) -> Tensor:
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    bias: Any = 0.0,
+    scale: float | None = None,
+    sink_logit: Tensor | None = None,
+) -> Tensor:
     """Attention over all pairs, those that are not seen left out."""
     k, v = (repeated(t, q.shape[2]) for t in (k, v))
-    logits = torch.einsum("bihk,bjhk->bhij", q, k) / q.shape[-1] ** 0.5 + bias
-    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = scale * torch.einsum("bihk,bjhk->bhij", q, k) + bias
+    logits = logits.masked_fill(~seen, -torch.inf)
+    weights = logits.softmax(-1)
+    if sink_logit is not None:
+        weights = weights * (logits.logsumexp(-1) - sink_logit[:, None]).sigmoid()[..., None]
     return torch.einsum("bhij,bjhv->bihv", weights, v)
 
 
@@ -92,6 +105,91 @@ def test_sliding_is_a_dense_mask(window: int, sinks: int, T: int, impl: str) -> 
     want = dense(*tensors, window_mask(T, window, sinks))
     for sizes in ([T], [20, 1, 0, T - 21]):
         agree(in_pieces(sliding_attention, tensors, sizes, **options)[0], want, tensors)
+
+
+def attention(window: int | None, sinks: int = 0) -> Any:
+    """The op, and its mask of T tokens: without a window softmax attention."""
+    if window is None:
+        return softmax_attention, lambda T: window_mask(T, T)
+    how = {"window": window, "sinks": sinks}
+    return functools.partial(sliding_attention, **how), lambda T: window_mask(T, **how)
+
+
+SINK_LOGIT = pytest.mark.parametrize(
+    "window, sinks", [(None, 0), (1, 0), (1, 2), (5, 0), (16, 3), (47, 40), (300, 2)]
+)
+
+
+@IMPL
+@pytest.mark.parametrize("K, V, scale", [(6, 6, None), (5, 19, 0.7), (13, 4, -0.3), (6, 6, 0.0)])
+@SINK_LOGIT
+def test_a_sink_logit_is_one_more_term_of_the_divisor(
+    window: int | None, sinks: int, K: int, V: int, scale: float | None, impl: str
+) -> None:
+    T, (op, mask) = 47, attention(window, sinks)
+    tensors = qkv(T, K=K, V=V)
+    sink = (2 * randn(4)).requires_grad_()
+    want = dense(*tensors, mask(T), scale=scale, sink_logit=sink)
+    for sizes in ([T], [20, 1, 0, T - 21], [1, 1, T - 2]):
+        got, state = in_pieces(op, tensors, sizes, scale=scale, sink_logit=sink, impl=impl)
+        agree(got, want, [*tensors, sink])
+        plain = in_pieces(op, tensors, sizes, scale=scale, impl=impl)[1]
+        assert all(torch.equal(state[name], plain[name]) for name in plain)
+
+
+@IMPL
+@pytest.mark.parametrize("size", [1, 300])
+@SINK_LOGIT
+def test_a_sink_logit_of_minus_infinity_is_none(
+    window: int | None, sinks: int, size: float, impl: str
+) -> None:
+    """Also where the other logits are very small, and in one head alone."""
+    T, (op, mask) = 40, attention(window, sinks)
+    tensors = qkv(T)
+    sink = torch.tensor([-torch.inf, 0.5, -torch.inf, -1e20], dtype=torch.float64)
+    sink.requires_grad_()
+    q, k, v = tensors
+    want = dense(size * q, size * k, v, mask(T), sink_logit=sink)
+    got, _ = in_pieces(op, [size * q, size * k, v], [T - 1, 1], sink_logit=sink, impl=impl)
+    agree(got, want, tensors, 1e-12 * size)
+    (grad,) = torch.autograd.grad(got.square().sum(), sink)
+    assert grad[[0, 2, 3]].tolist() == [0, 0, 0] and (grad[1] != 0) == (size == 1)
+
+
+@IMPL
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_sink_logit_keeps_its_bits_in_low_precision(
+    window: int | None, dtype: torch.dtype, autocast: bool, T: int, impl: str
+) -> None:
+    """Two logits that bfloat16 rounds to 7 and 7.03, and none, among logits of 7."""
+    op, mask = attention(window)
+    q, k, v = torch.ones(1, T, 3, 4), torch.ones(1, T, 3, 4), torch.ones(1, T, 3, 4)
+    sink = torch.tensor([7.014, 7.017, -torch.inf], requires_grad=True)
+    want = dense(q.double(), k.double(), v.double(), mask(T), scale=1.75, sink_logit=sink.double())
+    (exact,) = torch.autograd.grad(want.sum(), sink)
+    if not autocast:
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        got, _ = op(q, k, v, scale=1.75, sink_logit=sink, impl=impl)
+    atol = 0.75 * torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+    (grad,) = torch.autograd.grad(got.float().sum(), sink)
+    torch.testing.assert_close(grad, exact, rtol=atol, atol=0)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sliding"])
+def test_a_sink_logit_is_a_parameter(name: str) -> None:
+    plain: Any = build(name, dim=8)
+    layer: Any = build(name, dim=8, heads=2, kv_heads=1, sink_logit=-1.5)
+    assert layer.sink_logit.tolist() == [-1.5, -1.5] and layer.sink_logit.requires_grad
+    assert layer.state_dict().keys() - plain.state_dict().keys() == {"sink_logit"}
+    x = torch.randn(1, 5, 8)
+    layer.v.weight.data.copy_(torch.eye(8)[:4])
+    layer.sink_logit.data.fill_(1e3)
+    assert torch.equal(layer(x)[0], torch.zeros(1, 5, 8))  # a head that reads nothing
 
 
 @IMPL

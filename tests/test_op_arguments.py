@@ -71,6 +71,14 @@ OPS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "softmax": (attention.softmax_attention, GROUPED),
     "sliding": (attention.sliding_attention, {**GROUPED, "window": 10}),
+    "softmax, sink logit": (
+        attention.softmax_attention,
+        {**GROUPED, "sink_logit": unit(H)},
+    ),
+    "sliding, sink logit": (
+        attention.sliding_attention,
+        {**GROUPED, "window": 10, "sink_logit": unit(H)},
+    ),
     "forgetting": (
         attention.forgetting_attention,
         {

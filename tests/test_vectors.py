@@ -27,7 +27,8 @@ MATRIX = [f"{rule}_{case}" for rule in (*LINEAR, *DELTA) for case in ("plain", "
 SLIDING = ["swa_nosink", "swa_sink"]
 FORGETTING = ["fox_full", "fox_window"]
 MESA = ["mesa_plain", "mesa_init"]
-ALL = MATRIX + SLIDING + FORGETTING + MESA
+SINK_LOGIT = ["sink_logit", "sink_logit_window"]
+ALL = MATRIX + SLIDING + FORGETTING + MESA + SINK_LOGIT
 
 
 def load(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def load(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def inputs(data: dict[str, Any]) -> list[str]:
     names = ("q", "k", "v", "g", "log_decay", "beta", "lamb", "initial_state")
-    names += ("initial_state_kk", "initial_state_kv")
+    names += ("initial_state_kk", "initial_state_kv", "sink_logit")
     return [name for name in names if name in data]
 
 
@@ -53,6 +54,11 @@ def run(name: str, data: dict[str, Any], impl: str) -> dict[str, Tensor]:
     if rule == "mesa":
         return run_mesa(data, impl, steps=None)
     q, k, v, scale = (data[key] for key in ("q", "k", "v", "scale"))
+    if name in SINK_LOGIT:
+        how = {"scale": scale, "sink_logit": data["sink_logit"], "impl": impl}
+        if data["window"] < 0:
+            return {"o": softmax_attention(q, k, v, **how)[0]}
+        return {"o": sliding_attention(q, k, v, window=data["window"], **how)[0]}
     if rule == "swa":
         window, sinks = data["window"], data["sinks"]
         o, _ = sliding_attention(q, k, v, window=window, sinks=sinks, scale=scale, impl=impl)

@@ -24,8 +24,18 @@ FEW = 16
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int, sinks: int, start: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    start: int,
+    scale: float,
+    sink_logit: Tensor | None = None,
 ) -> str | None:
+    if sink_logit is not None:
+        return "it takes no sink logit; use 'chunked' or 'auto'"
     reason = launch.refusal(q, k, v)
     if reason:
         return reason
@@ -39,7 +49,15 @@ def supports(
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int, sinks: int, start: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    start: int,
+    scale: float,
+    sink_logit: None = None,
 ) -> Tensor:
     """q [B, T, H, K]; k, v [B, n, G, K | V], the cache and then the T new tokens."""
     k, v = (t if t.dtype == q.dtype else t.to(q.dtype) for t in (k, v))

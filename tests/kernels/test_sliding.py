@@ -131,6 +131,15 @@ def test_reasons_to_refuse(device: torch.device) -> None:
         attend(5, sinks=4, start=5)("triton", **x)
 
 
+def test_a_sink_logit_goes_to_chunked(device: torch.device) -> None:
+    x = {name: t.to(device, torch.float32) for name, t in tensors(T=4).items()}
+    how: Any = {"window": 3, "sink_logit": torch.zeros(2, device=device)}
+    with pytest.raises(ImplError, match="'triton' cannot run: it takes no sink logit; use"):
+        sliding_attention(**x, **how, impl="triton")
+    want, _ = sliding_attention(**x, **how, impl="chunked")
+    torch.testing.assert_close(sliding_attention(**x, **how)[0], want, rtol=0, atol=0)
+
+
 def leaves(device: torch.device, **shape: int) -> list[Tensor]:
     return [t.to(device, torch.float32).requires_grad_() for t in tensors(**shape).values()]
 
