@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,10 @@ class Mamba2(Linear, name="mamba2"):
 
     class Config(Linear.Config):
         decay: Literal["scalar"] = "scalar"
+
+        reasons: ClassVar[Any] = {
+            "decay": "the size of a write and the decay are made of the same dt"
+        }
 
     source = "Dao and Gu 2024, arXiv 2405.21060"
     cases = ({"heads": 2}, {"heads": 3, "qk_norm": "none", "out_gate": "silu"})
