@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -205,9 +205,15 @@ class Delta(MatrixMemory, name="delta"):
     class Config(MatrixConfig):
         """beta_max: 1 or 2, beta_t = beta_max sigmoid(x_t w). Above 1 the factor I - beta k^T k
         has a negative eigenvalue, with which a state can flip and parity can be learned
-        (arXiv 2411.12537)."""
+        (arXiv 2411.12537). qk_norm has l2 alone here: the rule is stable for
+        beta_t |k_t|^2 <= 2."""
 
+        qk_norm: Literal["l2"] = "l2"
         beta_max: Literal[1, 2] = 1
+
+        reasons: ClassVar[Any] = {
+            "qk_norm": "a delta rule needs keys of unit length, or its state grows without bound"
+        }
 
     source = "Yang et al. 2024, arXiv 2406.06484"
     op = OP
