@@ -102,6 +102,14 @@ LINEAR = {"name": "linear", "heads": 2}
             {"name": "linear", "decay": "scaler"},
             "linear: decay: expected one of 'none', 'constant', 'scalar', 'vector', got 'scaler'",
         ),
+        (
+            {"name": "kda", "qk_norm": "rms"},
+            "kda: qk_norm: expected one of 'l2', got 'rms': a delta rule needs keys of ",
+        ),
+        (
+            {"name": "mesa", "decay": "vector"},
+            "mesa: decay: expected one of 'none', 'constant', 'scalar', got 'vector': with a ",
+        ),
         ({"name": "softmax", "heads": 5}, "softmax: heads (or give head_dim): 5 does not divide"),
         ({"name": "softmax", "heads": 8}, "softmax: rotary: needs an even head_dim, got 3; or"),
         ({"name": "softmax", "rotary": 0}, "softmax: rotary: must be positive or null, got 0"),
