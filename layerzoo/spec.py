@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,12 +63,16 @@ class Config:
         SpecError: an unknown field, a value of the wrong type, or one that `check` refuses.
     """
 
+    # Without an annotation, which jsonargparse would look up in the subclass's module.
+    reasons = types.MappingProxyType[str, str]({})
+    """Of fields that take fewer values than in the base class: why."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
             if isinstance(value, list):  # YAML has no tuples
@@ -80,7 +85,9 @@ class Config:
                     raise SpecError(f"{field.name}: {value} does not fit 64 bits")
             if not _matches(value, hints[field.name]):
                 want = _describe(hints[field.name])
-                raise SpecError(f"{field.name}: expected {want}, got {value!r}")
+                why = self.reasons.get(field.name)
+                got = f"{value!r}: {why}" if why else repr(value)
+                raise SpecError(f"{field.name}: expected {want}, got {got}")
         self.check()
 
     def check(self) -> None:
@@ -110,6 +117,11 @@ class Config:
 def required(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
+
+
+@functools.cache
+def _hints(config: type[Config]) -> dict[str, Any]:
+    return get_type_hints(config)
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -208,10 +208,16 @@ class Delta(MatrixMemory, name="delta"):
             (arXiv 2411.12537).
         beta_bias: b of beta_t = beta_max sigmoid(x_t w + b) at the start; null is no b, and a
             start of half of beta_max.
+        qk_norm has l2 alone here: the rule is stable for beta_t |k_t|^2 <= 2.
         """
 
+        qk_norm: Literal["l2"] = "l2"
         beta_max: Literal[1, 2] = 1
         beta_bias: float | None = None
+
+        reasons: ClassVar[Any] = {
+            "qk_norm": "a delta rule needs keys of unit length, or its state grows without bound"
+        }
 
     source = "Yang et al. 2024, arXiv 2406.06484"
     op = OP

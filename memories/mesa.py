@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,10 @@ class Mesa(MatrixMemory, name="mesa"):
         decay: Literal["none", "constant", "scalar"] = "scalar"
         steps: int | None = 30
         beta_bias: float | None = None
+
+        reasons: ClassVar[Any] = {
+            "decay": "with a decay per key channel A would not stay symmetric"
+        }
 
         def check(self) -> None:
             super().check()

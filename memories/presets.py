@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,10 @@ class Mamba2(Linear, name="mamba2"):
         decay: Literal["scalar"] = "scalar"
         decay_gate: Literal["softplus"] = "softplus"
         decay_rate: tuple[float, ...] = (1.0, 16.0)
+
+        reasons: ClassVar[Any] = {
+            "decay": "the size of a write and the decay are made of the same dt"
+        }
 
     source = "Dao and Gu 2024, arXiv 2405.21060"
     cases = ({"heads": 2}, {"heads": 3, "qk_norm": "none", "out_gate": "silu", "key_heads": 1})

@@ -218,6 +218,48 @@ def test_refused_by_name(fields: Any, message: str) -> None:
         build("fast_weights", dim=16, **fields)
 
 
+UNBOUNDED: Any = [
+    ({"objective": "lp", "network": "linear"}, "objective 'lp' needs"),
+    ({"objective": {"name": "lp", "p": 2.5}}, "objective 'lp' needs"),
+    ({"objective": "dot"}, "objective 'dot' of network 'mlp' needs"),
+    ({"objective": "dot", "network": "glu", "forgetting": "decay"}, "objective 'dot' of"),
+    ({"qk_norm": "none", "network": "linear"}, "qk_norm: 'none' needs"),
+    ({"qk_norm": "none", "objective": "huber"}, "qk_norm: 'none' needs"),
+    ({"qk_norm": "rms", "network": "glu"}, "qk_norm: 'rms' of network 'glu' needs"),
+    ({"lr_per_matrix": True, "network": "glu"}, "lr_per_matrix: of network 'glu' needs"),
+]
+BOUNDS: Any = [
+    {"forgetting": "norm"},
+    {"forgetting": "kl", "place": "view", "update": "chunk"},
+    {"optimiser": "muon", "update": "chunk"},
+]
+
+
+@pytest.mark.parametrize("fields, message", UNBOUNDED)
+def test_layer_refuses_what_grows_without_bound(fields: Any, message: str) -> None:
+    """And takes it with a bound on the weights, the step or the error."""
+    with pytest.raises(SpecError, match=f"^fast_weights: {message}.* a network with layer_norm, "):
+        build("fast_weights", dim=16, **fields)
+    for bound in BOUNDS:
+        build("fast_weights", dim=16, **{**fields, **bound})
+    network = {"name": fields.get("network", "mlp"), "layer_norm": True}
+    build("fast_weights", dim=16, **{**fields, "network": network})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"objective": {"name": "lp", "p": 2.0}},
+        {"objective": "dot", "network": "linear", "qk_norm": "none"},
+        {"objective": "huber", "network": "linear", "qk_norm": "none"},
+        {"objective": "huber", "network": "glu", "qk_norm": "rms", "lr_per_matrix": True},
+        {"network": "glu"},
+    ],
+)
+def test_layer_takes_what_a_rate_makes_stable(fields: Any) -> None:
+    build("fast_weights", dim=16, **fields)
+
+
 def test_layer_refuses() -> None:
     with pytest.raises(SpecError, match=r"row: .*update 'chunk'"):
         build("lact", dim=16, row=True)

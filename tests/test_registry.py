@@ -107,6 +107,13 @@ LINEAR = {"name": "linear", "heads": 2}
             "softmax: heads (or give key_dim and value_dim): 5 does",
         ),
         ({"name": "softmax", "heads": 8}, "softmax: rotary: needs an even key_dim, got 3; or"),
+            {"name": "kda", "qk_norm": "rms"},
+            "kda: qk_norm: expected one of 'l2', got 'rms': a delta rule needs keys of ",
+        ),
+        (
+            {"name": "mesa", "decay": "vector"},
+            "mesa: decay: expected one of 'none', 'constant', 'scalar', got 'vector': with a ",
+        ),
         ({"name": "softmax", "rotary": 0}, "softmax: rotary: must be positive or null, got 0"),
         ({"name": "softmax", "qk_norm": 1}, "softmax: qk_norm: expected one of 'l2', 'rms', "),
         ({"name": "softmax", "qk_norm": True}, "softmax: qk_norm: true is now rms, and false"),

@@ -15,6 +15,7 @@ from layerzoo.nn import Constant
 from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError
 
+from .bounds import check_bounded
 from .diagnostics import Log
 from .op import OP, fast_weights, read_fast_weights
 from .optimisers import NEWTON_SCHULZ, Muon
@@ -93,6 +94,7 @@ class FastWeights(Memory, name="fast_weights"):
                 raise SpecError(
                     "row: weighs the tokens inside a mini-batch, which update 'chunk' does not"
                 )
+            check_bounded(self, self.qk_norm, self.lr_per_matrix)
 
         def rule(self) -> Rule:
             return Rule(**{field.name: getattr(self, field.name) for field in Rule.fields()})

@@ -12,7 +12,11 @@ from .options import Option
 
 class Objective(Option):
     """A new objective is one function, `loss`. Its derivative is autograd's, or `error`, written
-    out, where that is faster."""
+    out, where that is faster. order: with which power of a large error that grows."""
+
+    @property
+    def order(self) -> float:
+        return 1.0
 
     def loss(self, y: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError
@@ -28,6 +32,10 @@ class Objective(Option):
 
 class Dot(Objective, name="dot"):
     """L = -<y, v>: every write adds, nothing is corrected (LaCT)."""
+
+    @property
+    def order(self) -> float:
+        return 0.0
 
     def loss(self, y: Tensor, v: Tensor) -> Tensor:
         return -(y * v).sum(-1)
@@ -51,6 +59,10 @@ class Huber(Objective, name="huber"):
 
     delta: float = 1.0
 
+    @property
+    def order(self) -> float:
+        return 0.0
+
     def check(self) -> None:
         if self.delta <= 0:
             raise SpecError(f"delta: must be positive, got {self.delta}")
@@ -68,6 +80,10 @@ class Lp(Objective, name="lp"):
     """L = sum of |y - v|^p, p >= 2 (below, the second derivative at zero error is infinite)."""
 
     p: float = 3.0
+
+    @property
+    def order(self) -> float:
+        return self.p - 1
 
     def check(self) -> None:
         if self.p < 2:
