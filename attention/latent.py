@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -117,9 +117,15 @@ class Latent(Attention, name="latent"):
 
     class Config(Attention.Config):
         qk_norm: Literal["none"] = "none"
+        key_bias: Literal[False] = False
         kv_rank: int = 64
         q_rank: int | None = None
         rotary_dim: int = 32
+
+        reasons: ClassVar[Any] = {
+            "qk_norm": "its norms are the latents', for keys are not made for every token",
+            "key_bias": "keys are made of the latent",
+        }
 
         def check(self) -> None:
             super().check()
@@ -129,8 +135,6 @@ class Latent(Attention, name="latent"):
                     raise SpecError(f"{name}: must be at least 1, got {value}")
             if self.kv_heads is not None:
                 raise SpecError("kv_heads: all heads share one latent; leave it out")
-            if self.key_bias:
-                raise SpecError("key_bias: keys are made of the latent, without a bias; set false")
 
     source = "DeepSeek-AI 2024, arXiv 2405.04434"
     op = OP

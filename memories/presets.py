@@ -82,7 +82,8 @@ class Mamba2(Linear, name="mamba2"):
         decay_rate: tuple[float, ...] = (1.0, 16.0)
 
         reasons: ClassVar[Any] = {
-            "decay": "the size of a write and the decay are made of the same dt"
+            "decay": "the size of a write and the decay are made of the same dt",
+            "decay_gate": "dt, which the decay is made of, is a softplus",
         }
 
     source = "Dao and Gu 2024, arXiv 2405.21060"

@@ -107,6 +107,7 @@ LINEAR = {"name": "linear", "heads": 2}
             "softmax: heads (or give key_dim and value_dim): 5 does",
         ),
         ({"name": "softmax", "heads": 8}, "softmax: rotary: needs an even key_dim, got 3; or"),
+        (
             {"name": "kda", "qk_norm": "rms"},
             "kda: qk_norm: expected one of 'l2', got 'rms': a delta rule needs keys of ",
         ),
