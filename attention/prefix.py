@@ -139,9 +139,10 @@ class Prefix(Composition, name="prefix"):
     def _piece(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Tokens of one segment."""
         memory: Any = self.memory
-        q, _ = memory.project(x, state["memory"])
+        start = int(state["position"])
+        q, _ = memory.project(x, start)
         retrieved = memory.merge(memory.read(q, memory.inside(state["retrieve"])), x)
-        place = int(state["position"]) % self.config.segment
+        place = start % self.config.segment
         new = {"k": self._keys(x, place), "v": self._heads(self.v(x))}
         new |= {"memory_k": self._keys(retrieved, place)}
         new |= {"memory_v": self._heads(self.v(retrieved))}
@@ -150,7 +151,7 @@ class Prefix(Composition, name="prefix"):
         scale = self.head_dim**-0.5
         o = OP(self.impl, q, *cache.values(), self.first_k, self.first_v, scale=scale)
         y = self.out(o.flatten(-2))
-        o, written = memory.mix(*memory.project(y, state["memory"]), state["memory"])
+        o, written = memory.mix(*memory.project(y, start), state["memory"])
         y = y * memory.merge(o, y).sigmoid()
         full = place + x.shape[1] == self.config.segment
         if full:

@@ -22,7 +22,7 @@ class Memory(Headed):
     A rule defines `rule` (as many queries as writes) and `read` (queries alone), both on the state
     that `rule_state` makes, `rule_bytes`, and for its gates, if any, `gates`. Compositions that
     read one stream and write another call `mix`. The layer's state is the rule's; with rotary
-    positions {rule, position}, of which the position counts the queries.
+    positions {rule, position}, where the position counts the writes.
     """
 
     class Config(Shell):
@@ -56,12 +56,10 @@ class Memory(Headed):
             config.qk_norm
         ]
 
-    def project(
-        self, x: Tensor, state: State = None, qkv: QKV | None = None
-    ) -> tuple[Tensor, Write]:
-        """x `[B, T, D]`, after the tokens of `state`, -> q `[B, T, H, K]` and what each token
-        writes. state: read only for its position. qkv: of another layer."""
-        q, k, v = self.split(x, place(state) if self.config.rotary else 0, qkv)
+    def project(self, x: Tensor, start: int = 0, qkv: QKV | None = None) -> tuple[Tensor, Write]:
+        """x `[B, T, D]` from position `start` on -> q `[B, T, H, K]` and what each token writes.
+        qkv: of another layer."""
+        q, k, v = self.split(x, start, qkv)
         if (shared := self.heads // self.config.groups) > 1:
             q, k = (t.repeat_interleave(shared, 2) for t in (q, k))
         return q, {"k": k, "v": v, **self.gates(x)}
@@ -79,7 +77,7 @@ class Memory(Headed):
         o, rule = self._aligned(q, write, self.inside(state))
         if not self.config.rotary:
             return o, rule
-        return o, {"rule": rule, "position": state["position"] + q.shape[1]}
+        return o, {"rule": rule, "position": state["position"] + write["k"].shape[1]}
 
     def _aligned(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
         early = q.shape[1] - write["k"].shape[1]
@@ -104,7 +102,8 @@ class Memory(Headed):
         self, x: Tensor, state: State = None, qkv: QKV | None = None
     ) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
-        q, write = self.project(x, state, qkv)
+        # Without rotary the position is not read, nor a graph broken.
+        q, write = self.project(x, place(state) if self.config.rotary else 0, qkv)
         o, state = self.mix(q, write, state)
         return self.merge(o, x), state
 
@@ -114,7 +113,7 @@ class Memory(Headed):
             q = write.pop("q")
             return self.mix(q, write, self.init_state(len(q)) if state is None else state)
 
-        q, write = self.project(x, state)
+        q, write = self.project(x, place(state) if self.config.rotary else 0)
         return Inner(fn, {"q": q, **write})
 
     def inside(self, state: State) -> State:

@@ -227,10 +227,8 @@ class Linear(MatrixMemory, name="linear"):
         features = FEATURE_MAPS[self.config.feature_map].size(self.key_dim)
         return features, self.value_dim + self.config.normaliser
 
-    def project(
-        self, x: Tensor, state: State = None, qkv: QKV | None = None
-    ) -> tuple[Tensor, Write]:
-        q, write = super().project(x, state, qkv)
+    def project(self, x: Tensor, start: int = 0, qkv: QKV | None = None) -> tuple[Tensor, Write]:
+        q, write = super().project(x, start, qkv)
         phi = FEATURE_MAPS[self.config.feature_map].phi
         q, write["k"] = (phi(t * self.inner_scale) for t in (q, write["k"]))
         if self.config.normaliser:

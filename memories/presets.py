@@ -94,10 +94,8 @@ class Mamba2(Linear, name="mamba2"):
         super().__init__(dim, config)
         self.skip = nn.Parameter(torch.ones(self.heads, 1))
 
-    def project(
-        self, x: Tensor, state: State = None, qkv: QKV | None = None
-    ) -> tuple[Tensor, Write]:
-        q, write = super().project(x, state, qkv)
+    def project(self, x: Tensor, start: int = 0, qkv: QKV | None = None) -> tuple[Tensor, Write]:
+        q, write = super().project(x, start, qkv)
         v, step = write["v"], write.pop("step")
         return q, {
             **write,

@@ -243,6 +243,7 @@ def test_controls_switch_while_testing() -> None:
 def test_prefix_is_attention_over_memory_and_segment() -> None:
     """Token by token from the modules: what is retrieved, what is seen, what is written."""
     spec: Any = {"children": [{"name": "linear", "heads": 2}], "heads": 2, "rotary": None}
+    spec |= {"qk_norm": "none"}
     layer = build("prefix", dim=24, segment=7, persistent=3, **spec).double()
     memory = layer.layers[0]
     now = last = memory.init_state(2)

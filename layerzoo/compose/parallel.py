@@ -164,7 +164,7 @@ class Parallel(Composition, name="parallel"):
     ) -> tuple[Tensor, State, Write]:
         """A memory's output and state, and the writes that wait: those of the window's tokens.
         past: tokens before x."""
-        q, write = child.project(x, state, **shared)
+        q, write = child.project(x, past, **shared)
         sinks = max(0, self.sinks - past)
         write = {name: join(waits[name], w[:, sinks:]) for name, w in write.items()}
         stay = min(self.window, write["k"].shape[1])
