@@ -102,9 +102,6 @@ def test_a_memory_with_positions_knows_how_far_back_a_key_is(name: str) -> None:
     assert int(state["position"]) == 7
     assert layer.state_bytes(7).buffers == plain.state_bytes(7).buffers + 8
     later, _ = layer.project(x(), 7)
-        layer(x(20))[0],
-        torch.cat((layer(x(20)[:, :7])[0], layer(x(20)[:, 7:], layer(x(20)[:, :7])[1])[0]), 1),
-    )
     torch.testing.assert_close(later, layer.config.rotate(q0, 7))
 
 
