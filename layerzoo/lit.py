@@ -116,7 +116,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         for part in (checkpoint["state_dict"], hyper := checkpoint["hyper_parameters"]):
             len(part)  # both are mappings, or this is another program's file
         if "network" in hyper:
-            hyper["network"] = of_today(hyper["network"])
+            with at(f"checkpoint {path}: network"):
+                hyper["network"] = of_today(hyper["network"])
     except OSError as error:
         raise SpecError(f"checkpoint {path}: cannot be read: {error.strerror}") from None
     except DAMAGED as error:
@@ -136,8 +137,7 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     checkpoint = read_checkpoint(path)
     if "network" not in checkpoint["hyper_parameters"]:
         raise SpecError(f"checkpoint {path}: is not of a language model, but of another module")
-    with at(f"checkpoint {path}"):
-        config = ModelConfig.from_fields(checkpoint["hyper_parameters"]["network"])
+    config = ModelConfig.from_fields(checkpoint["hyper_parameters"]["network"])
     prefix = "model."
     return config, {
         name.removeprefix(prefix): value

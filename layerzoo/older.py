@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerzoo.layer import get_layer
+from layerzoo.model import ModelConfig
 
 
 def of_today(network: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a network with its layers as today's specs. Of a checkpoint that was saved
-    when attention had `head_dim`, and norms and gates were on or off, its layers are given what
-    they were then: no norm of q and k, unless the spec says so."""
+    """All fields of a network. Of a checkpoint that was saved when attention had `head_dim`, and
+    norms and gates were on or off, its layers are given what they were then: no norm of q and k,
+    unless the spec says so.
+
+    Raises:
+        SpecError: a layer or a field that is unknown, or a value that is refused.
+    """
     found = dict(network)
     for name in ("layers", "overrides"):
         specs = found.get(name)
@@ -19,7 +24,7 @@ def of_today(network: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = {key: _spec(spec) for key, spec in specs.items()}
         elif specs is not None:
             found[name] = [_spec(spec) for spec in specs]
-    return found
+    return ModelConfig.from_fields(found).to_fields()
 
 
 def _spec(spec: Any) -> Any:
