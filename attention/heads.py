@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from layerzoo.forms import tensor
 from layerzoo.layer import Inner, State, StateBytes
 from layerzoo.ops import transforming
-from layerzoo.shell import QKV, Headed, OutNorm, QKNorm, Shell, place
+from layerzoo.shell import QKV, Headed, Shell, place
 
 
 class Attention(Headed):
@@ -31,8 +31,8 @@ class Attention(Headed):
         heads, null means heads."""
 
         kv_heads: int | None = None
-        qk_norm: QKNorm = "rms"
-        out_norm: OutNorm = "none"
+        qk_norm: Literal["l2", "rms", "none"] = "rms"
+        out_norm: Literal["rms", "none"] = "none"
         rotary: float | None = 10000.0
 
         grouped = "kv_heads"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from layerzoo.memory import Memory
 from layerzoo.nn import RMSNorm, l2_normalise
 from layerzoo.ops import Op
 from layerzoo.rotary import rotary
-from layerzoo.shell import QKNorm
 from layerzoo.spec import SpecError, divide
 
 from .heads import append, attend_one, dot_product_attention
@@ -77,7 +76,7 @@ class Prefix(Composition, name="prefix"):
         segment: int = 64
         persistent: int = 4
         rotary: float | None = 10000.0
-        qk_norm: QKNorm = "rms"
+        qk_norm: Literal["l2", "rms", "none"] = "rms"
 
         count = 1
 

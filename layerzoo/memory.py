@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo.layer import Inner, State, StateBytes
-from layerzoo.shell import QKV, Headed, OutNorm, QKNorm, Shell, place
+from layerzoo.shell import QKV, Headed, Shell, place
 from layerzoo.spec import SpecError
 
 Write = dict[str, Tensor]
@@ -33,8 +33,8 @@ class Memory(Headed):
         """
 
         key_heads: int | None = None
-        qk_norm: QKNorm = "l2"
-        out_norm: OutNorm = "rms"
+        qk_norm: Literal["l2", "rms", "none"] = "l2"
+        out_norm: Literal["rms", "none"] = "rms"
 
         grouped = "key_heads"
 

@@ -15,8 +15,6 @@ from layerzoo.rotary import RotaryConfig
 from layerzoo.spec import SpecError, divide
 
 QKV = tuple[Tensor, Tensor, Tensor]
-QKNorm = Literal["l2", "rms", "none"]
-OutNorm = Literal["rms", "none"]
 GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -34,9 +32,9 @@ class Shell(RotaryConfig):
     heads: int = 4
     key_dim: int | None = None
     value_dim: int | None = None
-    qk_norm: QKNorm
+    qk_norm: Literal["l2", "rms", "none"]
     key_bias: bool = False
-    out_norm: OutNorm
+    out_norm: Literal["rms", "none"]
     out_gate: Literal["none", "silu", "sigmoid"] = "none"
 
     grouped: ClassVar[str]
