@@ -14,6 +14,7 @@ import yaml
 
 from layerzoo import SpecError
 from layerzoo.ablations.cells import configs
+from layerzoo.ablations.cells.cell import identity
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.ablations.command import main
 from layerzoo.ablations.run import How, run
@@ -149,8 +150,9 @@ def test_a_task_is_not_kept_when_what_it_read_has_changed() -> None:
 
 def test_cells_that_read_nothing_are_what_they_were() -> None:
     plain = load_grid("quickstart").cells()[0]
-    assert plain.digest == {} and plain.path == "sliding/seed-0-e68025c3"
+    assert plain.digest == {} and plain.identity == identity(plain.config)
     assert load_grid("quickstart", digests=True).cells()[0] == plain
+    assert identity(plain.config, {"data.files": "another"}) != plain.identity
 
 
 def test_a_plan_reads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:

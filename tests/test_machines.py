@@ -35,6 +35,7 @@ NUMERIC = (
 NEVER_MORE = {  # NumPy multiplies in OpenBLAS, and Triton's interpreter in NumPy
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
+    "OMP_WAIT_POLICY": "passive",  # threads that wait take no core from those that work
 }
 MACHINES = {
     "no vectors": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},

@@ -326,5 +326,7 @@ def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["jobs"] == 3 and found["warnings"] == [] and found["seconds"] is None
     arms = OmegaConf.load("ablations/grids/quickstart.yaml").axes.layer
-    assert [row["arm"] for row in found["rows"]] == [*arms]
-    assert found["cells"] == 3 * len(arms) and found["updates"] == 500 * found["cells"]
+    assert [(row["arm"], row["tuning"]) for row in found["rows"]] == [
+        (arm, tuning) for tuning in (True, False) for arm in arms
+    ]
+    assert found["cells"] == 9 * len(arms) and found["updates"] == 500 * found["cells"]
