@@ -29,6 +29,7 @@ NUMERIC = (
     "test_ops.py",
     "test_resume.py",
     "test_rotary.py",
+    "test_shell.py",
     "test_training.py",
     "test_vectors.py",
 )
