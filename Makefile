@@ -19,7 +19,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/pytest -n 2
 
-# The slow tests too, and those of the Ray executor: two hours.
+# The slow tests too, and those of the Ray executor: more than an hour.
 test-all: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/pytest -m ''

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from layerzoo.forms import tensor
 from layerzoo.layer import Inner, State, StateBytes
 from layerzoo.ops import transforming
-from layerzoo.shell import QKV, Headed, Shell, place
+from layerzoo.shell import QKV, Headed, Shell, next_position
 
 
 class Attention(Headed):
@@ -53,7 +53,7 @@ class Attention(Headed):
         """x `[B, T, D]`, after the tokens of `state` -> q `[B, T, H, K]`, k `[B, T, kv_heads, K]`
         and v `[B, T, kv_heads, V]`, by name. qkv: of another layer."""
         # Without rotary the position is not read, nor a graph broken.
-        q, k, v = self.split(x, place(state) if self.config.rotary else 0, qkv)
+        q, k, v = self.split(x, next_position(state) if self.config.rotary else 0, qkv)
         if self.config.qk_norm == "l2":  # an op scales by K^-1/2
             q = q * (self.key_dim * self.temperature).to(q.dtype)
         return {"q": q, "k": k, "v": v}

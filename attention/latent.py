@@ -13,7 +13,7 @@ from layerzoo.forms import tensor
 from layerzoo.layer import State, StateBytes
 from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op
-from layerzoo.shell import QKV, place
+from layerzoo.shell import QKV, next_position
 from layerzoo.spec import SpecError
 
 from .heads import CACHE, Attention, append, attend_causal, attend_one, empty_cache
@@ -144,7 +144,7 @@ class Latent(Attention, name="latent"):
         {"heads": 4, "kv_rank": 8, "rotary_dim": 3, "rotary": None, "out_gate": "sigmoid"},
     )
 
-    def project_from(self, dim: int, queries: int, keys: int, values: int) -> None:
+    def make_projections(self, dim: int, queries: int, keys: int, values: int) -> None:
         c, K = self.config, self.key_dim
         c.check_channels(c.rotary_dim, "rotary_dim")
         if c.q_rank:
@@ -163,7 +163,7 @@ class Latent(Attention, name="latent"):
         latent, key = self.down(x).split((c.kv_rank, c.rotary_dim), -1)
         key = key[:, :, None]
         if c.rotary:
-            start = place(state)
+            start = next_position(state)
             turned, key = c.rotate(turned, start), c.rotate(key, start)
         q = torch.cat((content, turned), -1)
         # Contiguous: a view would keep, and save, all of the tensor that it was cut from.

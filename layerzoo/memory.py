@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo.layer import Inner, State, StateBytes
-from layerzoo.shell import QKV, Headed, Shell, place
+from layerzoo.shell import QKV, Headed, Shell, next_position
 from layerzoo.spec import SpecError
 
 Write = dict[str, Tensor]
@@ -103,7 +103,7 @@ class Memory(Headed):
     ) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
         # Without rotary the position is not read, nor a graph broken.
-        q, write = self.project(x, place(state) if self.config.rotary else 0, qkv)
+        q, write = self.project(x, next_position(state) if self.config.rotary else 0, qkv)
         o, state = self.mix(q, write, state)
         return self.merge(o, x), state
 
@@ -113,7 +113,7 @@ class Memory(Headed):
             q = write.pop("q")
             return self.mix(q, write, self.init_state(len(q)) if state is None else state)
 
-        q, write = self.project(x, place(state) if self.config.rotary else 0)
+        q, write = self.project(x, next_position(state) if self.config.rotary else 0)
         return Inner(fn, {"q": q, **write})
 
     def inside(self, state: State) -> State:

@@ -85,7 +85,7 @@ class Headed(Layer):
         even = "heads (or give key_dim and value_dim)"
         self.key_dim = K = config.key_dim or divide(dim, self.maps * H, even)
         self.value_dim = V = config.value_dim or divide(dim, H, even)
-        self.project_from(dim, self.maps * queries, self.maps * keys, values)
+        self.make_projections(dim, self.maps * queries, self.maps * keys, values)
         self.out = nn.Linear(H * V, dim, bias=False)
         if config.key_bias:
             self.key_bias = nn.Parameter(torch.zeros(self.maps * keys, K))
@@ -96,7 +96,7 @@ class Headed(Layer):
         if config.out_gate != "none":
             self.gate = nn.Linear(dim, H * V, bias=False)
 
-    def project_from(self, dim: int, queries: int, keys: int, values: int) -> None:
+    def make_projections(self, dim: int, queries: int, keys: int, values: int) -> None:
         """Make the projections of x, for so many heads."""
         self.config.check_channels(self.key_dim, "key_dim")
         self.q = nn.Linear(dim, queries * self.key_dim, bias=False)
@@ -132,6 +132,6 @@ class Headed(Layer):
         return self.out(o)
 
 
-def place(state: Any) -> int:
+def next_position(state: Any) -> int:
     """The position of the next token, of a state that holds one: 0 before the first."""
     return 0 if state is None else int(state["position"])
