@@ -1,4 +1,4 @@
-"""What attention layers share: the shell around an op over a cache, and the plain form of that."""
+"""The base of the attention layers, their cache, and plain causal attention."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from layerzoo.shell import QKV, Headed, Shell, next_position
 
 
 class Attention(Headed):
-    """Projections, rotary positions and output around an attention op over a cache.
+    """A layer with heads whose op reads a cache of keys and values.
 
-    Keys are cached after rotation, by absolute position. The state is a dict of k, v
-    `[B, n, kv_heads, K | V]` and the position, a 0-d CPU integer: the number of tokens seen.
+    `forward` runs three steps: tensors = project(x, state);  o, state = attend(tensors, state);
+    y = merge(o, x).
 
-    With qk_norm l2 logits are sqrt(K) tau_h <q, k>, with a learned temperature tau_h per head, 1
-    at the start: as large as with rms.
+    Keys are cached after rotation, by absolute position. The state holds k `[B, n, kv_heads, K]`,
+    v `[B, n, kv_heads, V]`, and the position, which is the number of tokens seen, a 0-d integer on
+    the CPU.
+
+    With qk_norm l2 the logits are sqrt(K) tau_h <q, k>. The temperature tau_h of a head is learned
+    and starts at 1, which makes logits as large as with rms.
     """
 
     class Config(Shell):
-        """kv_heads: heads of keys and values, each read by heads / kv_heads queries; a divisor of
-        heads, null means heads."""
+        """kv_heads: number of heads of keys and values, a divisor of heads; null means heads.
+        Each is read by heads / kv_heads queries."""
 
         kv_heads: int | None = None
         qk_norm: Literal["l2", "rms", "none"] = "rms"
@@ -46,15 +50,19 @@ class Attention(Headed):
             self.temperature = nn.Parameter(torch.ones(self.maps * self.heads, 1))
 
     def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
-        """The layer's op, on what `project` returns."""
+        """Run the layer's op on what `project` returns."""
         raise NotImplementedError
 
     def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> dict[str, Tensor]:
-        """x `[B, T, D]`, after the tokens of `state` -> q `[B, T, H, K]`, k `[B, T, kv_heads, K]`
-        and v `[B, T, kv_heads, V]`, by name. qkv: of another layer."""
-        # Without rotary the position is not read, nor a graph broken.
+        """Project x `[B, T, D]`, which follows the tokens of `state`, to q `[B, T, H, K]`, k
+        `[B, T, kv_heads, K]` and v `[B, T, kv_heads, V]`, by name.
+
+        Args:
+            qkv: projections that another layer has made; they replace this layer's own.
+        """
+        # int() of a position breaks a compiled graph, so it is read only where rotary needs it.
         q, k, v = self.split(x, next_position(state) if self.config.rotary else 0, qkv)
-        if self.config.qk_norm == "l2":  # an op scales by K^-1/2
+        if self.config.qk_norm == "l2":  # the op scales by K^-1/2
             q = q * (self.key_dim * self.temperature).to(q.dtype)
         return {"q": q, "k": k, "v": v}
 
@@ -78,12 +86,12 @@ class Attention(Headed):
         return StateBytes(4 * tokens * channels, buffers=8)
 
     def pair_flops(self) -> float:
-        """Matrix-product FLOPs of a query that sees one key, all heads."""
+        """FLOPs of the matrix products for one query and one key, over all heads."""
         return self.heads * 2.0 * (self.maps * self.key_dim + self.value_dim)
 
 
 def attention_alone(layer: Any, x: Tensor, state: State) -> Inner:
-    """What a layer runs between `project` and its output: `attend`."""
+    """`Layer.inner` of an attention layer: `attend`, and the tensors that x gives it."""
 
     def fn(tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:
         state = layer.init_state(len(tensors["q"])) if state is None else state
@@ -94,17 +102,17 @@ def attention_alone(layer: Any, x: Tensor, state: State) -> Inner:
 
 
 CACHE = {"k": tensor("B n G K"), "v": tensor("B n G V"), "position": tensor("", integer=True)}
-"""The form of a cache."""
+"""The tensors of a cache, for `Signature`."""
 
 
 def empty_cache(k: Tensor, v: Tensor) -> State:
-    """A cache without tokens, like k and v in all but length."""
+    """A cache without tokens, of the dtype, device and other sizes of k and v."""
     k, v = k[:, :0].detach(), v[:, :0].detach()
     return {"k": k, "v": v, "position": torch.zeros((), dtype=torch.int64, device="cpu")}
 
 
 def append(past: Tensor, new: Tensor) -> Tensor:
-    """A longer cache in the dtype of what it holds; `past` stays as it is."""
+    """The cache `past` with `new` behind it, in the dtype of `past`, which is not changed."""
     return torch.cat((past, new.to(past.dtype)), 1) if past.shape[1] else new
 
 
@@ -116,9 +124,14 @@ def attend_one(
     bias: Tensor | None = None,
     sink_logit: Tensor | None = None,
 ) -> Tensor:
-    """o = softmax(scale q k^T + bias) v for one query `[B, H, K]` over k, v `[B, n, G, K | V]`,
-    where query head h reads key head h // (H / G), and bias is `[B, H, n]`. sink_logit `[H]` is
-    one logit more, without a value."""
+    """o = softmax(scale q k^T + bias) v for one query.
+
+    Args:
+        q: `[B, H, K]`; query head h reads key head h // (H / G).
+        k, v: `[B, n, G, K]` and `[B, n, G, V]`.
+        bias: `[B, H, n]`.
+        sink_logit: `[H]`, one more logit in the softmax, whose value is 0.
+    """
     grouped = q.unflatten(1, (k.shape[2], -1))  # [B, G, H / G, K]
     logits = scale * grouped @ k.permute(0, 2, 3, 1)
     if bias is not None:
@@ -132,8 +145,8 @@ def attend_one(
 
 
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, **how: Any) -> Tensor:
-    """PyTorch's attention; inside torch.func that of its forms which has all derivatives."""
-    if scale <= 0:  # its kernels multiply what is hidden, -inf, too
+    """PyTorch's attention. Under torch.func it takes the form that has all derivatives."""
+    if scale <= 0:  # kernels multiply hidden logits, -inf, by the scale
         q, scale = q * scale, 1.0
     forms = sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext()
     with forms:
@@ -141,8 +154,15 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, **how: 
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of the last T of n tokens to all before them: q `[B, T, H, K]`, k, v
-    `[B, n, G, K | V]` -> `[B, T, H, V]`, in q's dtype and through PyTorch's attention."""
+    """Causal attention of the last T of n tokens, through PyTorch's attention and in q's dtype.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k, v: `[B, n, G, K]` and `[B, n, G, V]`, with n >= T.
+
+    Returns:
+        `[B, T, H, V]`.
+    """
     new, total, wide = q.shape[1], k.shape[1], v.shape[3]
     if new == 0:
         return q.new_zeros(*q.shape[:3], wide)

@@ -42,11 +42,11 @@ def latent_attention(
     c, the rotated position key r that all heads share, and (U_k, U_v) = up.
 
     Args:
-        q: K channels against the keys of the head, then P against the position key.
-        latent, position_key: what is cached of a token, whatever the number of heads.
-        up: of each head, K rows that make its keys of a latent, then V that make its values.
-        scale: default (K + P)^-1/2.
-        state: cache {k, v, position}, of the position keys and the latents; it grows with T.
+        q: K channels that meet the keys of the head, then P that meet the position key.
+        latent, position_key: the two vectors that are cached for a token, shared by all heads.
+        up: for each head K rows that turn a latent into a key, then V that turn it into a value.
+        scale: of the logits; (K + P)^-1/2 by default.
+        state: cache {k, v, position} of position keys and latents, which grows with T.
         impl: auto, recurrent, chunked or triton.
 
     Raises:
@@ -110,9 +110,13 @@ class Latent(Attention, name="latent"):
     The state is the cache of c and r alone: kv_rank + rotary_dim numbers a token, whatever the
     number of heads. A decoded token reads the latents themselves.
 
-    key_dim is K, without the position. kv_rank: R of the latent. q_rank: that of the queries; null
-    makes them of x at once. rotary_dim: P. The norms are the latents': a norm of the keys that are
-    made of them would have to make them all for every token.
+    key_dim: channels K of a key without its position.
+    kv_rank: channels R of the latent.
+    q_rank: channels of the latent from which queries are made; null makes them from x.
+    rotary_dim: channels P of the position key.
+
+    There is no qk_norm: it would make the keys of all cached tokens again for every new token. The
+    latents are normalised instead.
     """
 
     class Config(Attention.Config):
@@ -123,7 +127,7 @@ class Latent(Attention, name="latent"):
         rotary_dim: int = 32
 
         reasons: ClassVar[Any] = {
-            "qk_norm": "its norms are the latents', for keys are not made for every token",
+            "qk_norm": "its norms are those of the latents, for keys are not made for every token",
             "key_bias": "keys are made of the latent",
         }
 
@@ -156,7 +160,8 @@ class Latent(Attention, name="latent"):
         self.up = nn.Linear(c.kv_rank, keys * K + values * self.value_dim, bias=False)
 
     def project(self, x: Tensor, state: State, qkv: QKV | None = None) -> dict[str, Tensor]:
-        """x `[B, T, D]`, after the tokens of `state` -> q, the latent and the position key."""
+        """Project x `[B, T, D]`, which follows the tokens of `state`, to queries, latent and
+        position key."""
         c = self.config
         q = self.q(self.q_norm(self.q_down(x)) if c.q_rank else x)
         content, turned = q.unflatten(-1, (self.heads, -1)).split((self.key_dim, c.rotary_dim), -1)
@@ -166,7 +171,7 @@ class Latent(Attention, name="latent"):
             start = next_position(state)
             turned, key = c.rotate(turned, start), c.rotate(key, start)
         q = torch.cat((content, turned), -1)
-        # Contiguous: a view would keep, and save, all of the tensor that it was cut from.
+        # A view would keep the whole tensor in memory, and in a saved state.
         return {"q": q, "latent": self.norm(latent), "position_key": key[:, :, 0].contiguous()}
 
     def attend(self, tensors: dict[str, Tensor], state: State) -> tuple[Tensor, State]:

@@ -1,7 +1,9 @@
 """A learned logit in the divisor of softmax attention, and how PyTorch's attention takes it.
 
-p_tj = e^(scale <q_t, k_j>) / (e^sink + sum_j' e^(scale <q_t, k_j'>)): it is a key in front of all
-others that every query sees, of this logit and of value 0.
+p_tj = e^(scale <q_t, k_j>) / (e^sink + sum_j' e^(scale <q_t, k_j'>))
+
+This is plain attention with one more key in front, which every query sees, whose logit is `sink`
+and whose value is 0.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from layerzoo.ops import accumulator_dtype
 from .heads import attend_causal
 
 PARTS = 3
-"""So many channels hold a logit, each with 8 of its bits: bfloat16 has no more."""
+"""Channels that hold a logit. Each has 8 of its 24 bits, since bfloat16 has no more."""
 LOWEST = -1e30
 LOWEST_HALF = -3e4
-"""What stands for -inf, which times 0 would be NaN; float16 ends at -65504."""
+"""These stand for -inf, because -inf times 0 is NaN. The second one fits into float16."""
 
 
 def sink_parameter(start: float | None, heads: int) -> nn.Parameter | None:
-    """A logit for each head, all the same at the start; None is none."""
+    """A learned logit per head, which starts at `start`; None without a start."""
     return None if start is None else nn.Parameter(torch.full((heads,), float(start)))
 
 
@@ -36,12 +38,20 @@ def remove_sink(layer: Any) -> None:
 def with_sink(
     q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """q `[B, T, H, K]`, k, v `[B, n, G, K | V]` -> q, k, v and a scale with which plain attention
-    has the logit `[H]` in its divisor: k and v with the sink in front, `n + 1` tokens, and all
-    with more channels, a multiple of 8, as kernels want them. The output's first V channels count.
+    """Change q, k, v and the scale so that plain attention of them has the logit in its divisor.
 
-    The logit differs from query head to query head, and a key may not: so it is in channels of q
-    that only the first key reads.
+    k and v get one more token in front, the sink. All three get more channels, up to a multiple of
+    8, which kernels want. Each query head has its own logit, but query heads may share a key. So
+    the logit stands in additional channels of q, and the sink is the only key that reads them.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k, v: `[B, n, G, K]` and `[B, n, G, V]`.
+        sink_logit: `[H]`.
+
+    Returns:
+        The new q, k `[B, n + 1, ...]`, v `[B, n + 1, ...]` and scale. Only the first V channels of
+        the attention's output mean anything.
     """
     if scale <= 0:
         q, scale = q * scale, 1.0
@@ -58,22 +68,26 @@ def with_sink(
 
 
 def lowest(q: Tensor) -> float:
+    """The logit that stands for -inf in the dtype in which attention will run."""
     kind = "cpu" if q.device.type == "meta" else q.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return LOWEST_HALF if torch.float16 in (q.dtype, autocast) else LOWEST
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three tensors whose sum is x, also after each has been rounded to bfloat16, if x is of
-    float32. The first one has the gradient."""
+    """Split a float32 x into three tensors whose sum is x even if each is rounded to bfloat16. The
+    first carries the gradient."""
     rest = x.detach() - x.detach().bfloat16()
     low = rest.bfloat16().to(x.dtype)
     return x - rest, low, rest - low
 
 
 def attend_causal_with_sink(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """`attend_causal` of what `with_sink` made. If all tokens are new, the sink asks, too, so that
-    there are as many queries as keys, and PyTorch needs no mask for what is causal."""
+    """`attend_causal` on the tensors that `with_sink` made.
+
+    If there are no cached tokens, a query is added for the sink. Then there are as many queries as
+    keys, and PyTorch's causal attention needs no mask.
+    """
     T, n = q.shape[1], k.shape[1]
     if 1 < n == T + 1:
         q = F.pad(q, (0, 0, 0, 0, 1, 0))

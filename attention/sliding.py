@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OP = Op("sliding_attention", kernel="sliding")
 Pair = tuple[Tensor, Tensor]
 BLOCK = 128
-"""Queries of a block: more would compute more that is masked, fewer would copy more keys."""
+"""Queries of a block. More would compute more masked logits, fewer would copy more keys."""
 
 
 SIGNATURE = Signature(CACHE)
@@ -56,16 +56,16 @@ def sliding_attention(
 
     Args:
         q, k, v: query head h reads key/value head h // (H / G).
-        window: tokens that a query sees, itself counted; may be longer than the sequence.
-        sinks: the first tokens of the sequence, always visible (StreamingLLM).
-        scale: default K^-1/2.
-        sink_logit: of each query head; default none, which is -inf. It is no token, as sinks are.
-        state: cache {k, v, position}, default empty: the sinks, then the last window - 1 tokens.
-        impl: auto, recurrent, chunked or triton, which takes no sink logit.
+        window: number of tokens that a query sees, itself included. It may exceed the sequence.
+        sinks: so many of the first tokens are always visible (StreamingLLM).
+        scale: of the logits; K^-1/2 by default.
+        sink_logit: one more logit per query head, which belongs to no token; none by default.
+        state: cache {k, v, position} of the sinks and the last window - 1 tokens; None is empty.
+        impl: auto, recurrent, chunked or triton. triton takes no sink logit.
 
     Raises:
         SpecError: window < 1, sinks < 0, arguments of other shapes, or G does not divide H.
-            ImplError: an impl that cannot run here.
+        ImplError: the impl cannot run here.
 
     Source: Beltagy et al. 2020, arXiv 2004.05150 (window); Xiao et al. 2023, 2309.17453 (sinks);
     OpenAI 2025, 2508.10925, section 2.2 (sink logit).
@@ -85,8 +85,10 @@ def sliding_attention(
 
 
 def trim(k: Tensor, v: Tensor, end: int, window: int, sinks: int) -> Pair:
-    """What a cache keeps after `end` tokens, of which it holds the last ones behind its sinks: the
-    sinks that have left the window, and the last window - 1 tokens."""
+    """Drop the tokens of a cache that no later query sees, after `end` tokens of the sequence.
+
+    What stays are the sinks that have left the window, then the last window - 1 tokens.
+    """
     head, tail = cached_sinks(end, window, sinks), min(window - 1, end)
     if head + tail >= k.shape[1]:
         return k, v
@@ -102,7 +104,7 @@ def check_window(window: int, sinks: int = 0) -> None:
 
 
 def covering(name: str, window: int, sinks: int, T: int) -> list[str]:
-    """A caution if the window of a layer hides nothing in sequences of T tokens."""
+    """A caution if the window hides nothing in sequences of T tokens."""
     if window + sinks < T:
         return []
     return [
@@ -112,7 +114,7 @@ def covering(name: str, window: int, sinks: int, T: int) -> list[str]:
 
 
 def cached_sinks(position: int, window: int, sinks: int) -> int:
-    """How many sinks have left the window before `position`, and so stand apart in the cache."""
+    """How many sinks have left the window before `position`. The cache keeps those in front."""
     return max(0, min(sinks, position - (window - 1)))
 
 
@@ -132,9 +134,9 @@ def _recurrent(q, k, v, *, window, sinks, start, scale, sink_logit=None):
 
 @OP.register("chunked", upcast=False, transformable=True)
 def _chunked(q, k, v, *, window, sinks, start, scale, sink_logit=None):
-    """Until the sinks have left the window a query sees all before it: plain causal attention.
-    The others go in blocks of queries, and those that are left over in one more block. A sink
-    logit is one more of the sinks, before all tokens."""
+    """Queries before the sinks have left the window see all tokens, so that is plain causal
+    attention. The other queries go in equal blocks, and the rest in a shorter block. A sink logit
+    becomes one more sink in front of all tokens."""
     T, reach, wide = q.shape[1], window - 1, v.shape[3]
     k, v = k.to(q.dtype), v.to(q.dtype)
     whole = attend_causal
@@ -160,12 +162,15 @@ def _chunked(q, k, v, *, window, sinks, start, scale, sink_logit=None):
 
 
 def band(q: Tensor, k: Pair, v: Pair, size: int, scale: float) -> Tensor:
-    """Attention of N blocks of `size` queries `[B, N size, H, K]`, folded into the batch:
-    each to the sinks, and to the window that ends with it. k, v are pairs of the sinks and of the
-    N size + window - 1 recent tokens.
+    """Attention of each query to the sinks and to the window that ends with it, in blocks.
 
-    All blocks have the same mask. Their keys overlap, and are a view where there are no sinks and
-    the batch is one row.
+    The N blocks are folded into the batch, because all have the same mask. Their keys overlap.
+    They are a view if there are no sinks and one sequence in the batch, otherwise a copy.
+
+    Args:
+        q: `[B, N size, H, K]`.
+        k, v: pairs of the sinks and of the N size + window - 1 recent tokens.
+        size: queries of a block.
     """
     sinks, reach = k[0].shape[1], k[1].shape[1] - q.shape[1]
     blocks = q.shape[1] // size
@@ -192,7 +197,7 @@ def band(q: Tensor, k: Pair, v: Pair, size: int, scale: float) -> Tensor:
 
 
 def overlapping(t: Tensor, step: int, width: int) -> Tensor:
-    """`[B, n, H, K]` -> `[B, N, H, width, K]`: block b begins at token b step."""
+    """`[B, n, H, K]` -> `[B, N, H, width, K]`, where block b begins at token b * step."""
     if not transforming():
         return Overlapping.apply(t, step, width)
     first = torch.arange(0, t.shape[1] - width + 1, step, device=t.device)
@@ -200,7 +205,7 @@ def overlapping(t: Tensor, step: int, width: int) -> Tensor:
 
 
 class Overlapping(torch.autograd.Function):
-    """A view. Its gradients are added up piece by piece: those of `unfold` are token by token."""
+    """A view whose backward pass adds up whole blocks, where `unfold` adds up single tokens."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -219,7 +224,7 @@ class Overlapping(torch.autograd.Function):
 
 
 def ramp(n: int, top: int) -> int:
-    """sum of min(j, top) over j = 1..n"""
+    """The sum of min(j, top) over j = 1..n."""
     rising = max(0, min(n, top))
     return rising * (rising + 1) // 2 + max(0, n - top) * top
 
@@ -229,14 +234,14 @@ class Sliding(Attention, name="sliding"):
 
     o_i = sum_j softmax_j(<q_i, k_j> / sqrt(K)) v_j,   j <= i and (i - j < window or j < sinks)
 
-    The window counts the current token. The state is bounded: the last window - 1 keys and
-    values, and the sinks. Deviation from StreamingLLM: rotary positions are those of the
-    sequence, not of the cache.
+    The window counts the current token. The state is bounded: it holds the last window - 1 keys
+    and values, and the sinks. Unlike StreamingLLM, rotary positions count tokens of the sequence
+    and not of the cache.
 
-    window: tokens that a query sees, itself counted. sinks: first tokens, always visible.
-    sink_logit: a learned logit per head in the divisor of the softmax, which becomes
-    e^sink + sum_j e^.. (GPT-OSS, 2508.10925), at the start this, and is no token, as `sinks` are;
-    null is none.
+    window: number of tokens that a query sees, itself included.
+    sinks: so many of the first tokens are always visible.
+    sink_logit: the start of a learned logit per head that belongs to no token. The divisor of the
+        softmax becomes e^sink + sum_j e^<q_i, k_j> (GPT-OSS, 2508.10925). null means no logit.
     """
 
     class Config(Attention.Config):

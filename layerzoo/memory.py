@@ -13,23 +13,30 @@ from layerzoo.shell import QKV, Headed, Shell, next_position
 from layerzoo.spec import SpecError
 
 Write = dict[str, Tensor]
-"""What a memory stores for each token, `[B, T, ...]` tensors named as the op's arguments."""
+"""What a memory writes: tensors `[B, T, ...]`, named as the arguments of its op."""
 
 
 class Memory(Headed):
-    """forward = project(x) -> q, write; mix(q, write, state) -> o, state; merge(o, x) -> y.
+    """A layer that writes every token into a state of constant size, and reads from it.
 
-    A rule defines `rule` (as many queries as writes) and `read` (queries alone), both on the state
-    that `rule_state` makes, `rule_bytes`, and for its gates, if any, `gates`. Compositions that
-    read one stream and write another call `mix`. The layer's state is the rule's; with rotary
-    positions {rule, position}, where the position counts the writes.
+    `forward` runs three steps: q, write = project(x);  o, state = mix(q, write, state);
+    y = merge(o, x).
+
+    A subclass defines five methods. `rule` writes and reads, with as many queries as writes.
+    `read` only reads. `rule_state` makes the state of both, and `rule_bytes` gives its size.
+    `gates` makes the gates, if the rule has any. A composition that reads one stream and writes
+    another calls `mix`.
+
+    The state of the layer is the state of the rule. With rotary positions it is {rule, position},
+    and the position counts the tokens that were written.
     """
 
     class Config(Shell):
-        """key_heads: heads of queries and keys, each shared by heads / key_heads values with
-        states and gates of their own (Qwen3-Next); a divisor of heads, null means heads.
+        """key_heads: number of heads of queries and keys, a divisor of heads; null means heads.
+            Each is shared by heads / key_heads values, which have states and gates of their own
+            (Qwen3-Next).
 
-        With qk_norm none, q is scaled by K^-1/2; with rms, q k by 1 / K.
+        What is read is scaled by K^-1/2 with qk_norm none, and by 1 / K with rms.
         """
 
         key_heads: int | None = None
@@ -51,28 +58,33 @@ class Memory(Headed):
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__(dim, config, config.groups, config.groups, config.heads)
-        # With rms |q| = |k| = sqrt(K) at the start: as if both were unit.
+        # With rms |q| = |k| = sqrt(K) at the start, so 1 / K makes <q, k> as large as with l2.
         self.scale = {"l2": 1.0, "rms": 1 / self.key_dim, "none": self.key_dim**-0.5}[
             config.qk_norm
         ]
 
     def project(self, x: Tensor, start: int = 0, qkv: QKV | None = None) -> tuple[Tensor, Write]:
-        """x `[B, T, D]` from position `start` on -> q `[B, T, H, K]` and what each token writes.
-        qkv: of another layer."""
+        """Project x `[B, T, D]` to the queries q `[B, T, H, K]` and to what each token writes.
+
+        Args:
+            start: position of the first token.
+            qkv: projections that another layer has made; they replace this layer's own.
+        """
         q, k, v = self.split(x, start, qkv)
         if (shared := self.heads // self.config.groups) > 1:
             q, k = (t.repeat_interleave(shared, 2) for t in (q, k))
         return q, {"k": k, "v": v, **self.gates(x)}
 
     def gates(self, x: Tensor) -> Write:
-        """The rule's input-dependent gates, named as its op's arguments."""
+        """The gates that depend on x, named as the arguments of the op."""
         return {}
 
     def mix(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        """Run the rule on q `[B, Tq, H, K]` and write `[B, Tw, ...]`, aligned at the right end.
+        """Run the rule on q `[B, Tq, H, K]` and write `[B, Tw, ...]`, whose last tokens coincide.
 
-        With fewer writes than queries the earlier queries read the incoming state; with fewer
-        queries than writes the earlier writes are not read. Either may be empty.
+        If there are fewer writes than queries, the first queries read the incoming state. If
+        there are fewer queries than writes, the first writes are not read at once. Both may be
+        empty.
         """
         o, rule = self._aligned(q, write, self.inside(state))
         if not self.config.rotary:
@@ -91,18 +103,18 @@ class Memory(Headed):
         return torch.cat((head, o), dim=1), state
 
     def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        """The memory's op: as many queries as writes, each token reads after its write."""
+        """Run the op on as many queries as writes. Each token is written, then read."""
         raise NotImplementedError
 
     def read(self, q: Tensor, state: State) -> Tensor:
-        """Read q `[B, T, H, K]` from a rule's state, which does not change -> `[B, T, H, V]`."""
+        """Read the rule's state with q `[B, T, H, K]`, and leave it as it is -> `[B, T, H, V]`."""
         raise NotImplementedError
 
     def forward(
         self, x: Tensor, state: State = None, qkv: QKV | None = None
     ) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0]) if state is None else state
-        # Without rotary the position is not read, nor a graph broken.
+        # int() of a position breaks a compiled graph, so it is read only where rotary needs it.
         q, write = self.project(x, next_position(state) if self.config.rotary else 0, qkv)
         o, state = self.mix(q, write, state)
         return self.merge(o, x), state
@@ -117,7 +129,7 @@ class Memory(Headed):
         return Inner(fn, {"q": q, **write})
 
     def inside(self, state: State) -> State:
-        """The rule's part of a state."""
+        """The state of the rule within the state of the layer."""
         return state["rule"] if self.config.rotary else state
 
     def init_state(self, batch_size: int) -> State:
@@ -127,7 +139,7 @@ class Memory(Headed):
         return {"rule": rule, "position": torch.zeros((), dtype=torch.int64, device="cpu")}
 
     def rule_state(self, batch_size: int) -> State:
-        """The rule's state before the first token."""
+        """The state of the rule before the first token."""
         raise NotImplementedError
 
     def state_bytes(self, T: int) -> StateBytes:
@@ -135,11 +147,11 @@ class Memory(Headed):
         return StateBytes(memory, buffers + (8 if self.config.rotary else 0))
 
     def rule_bytes(self, T: int) -> StateBytes:
-        """Bytes of the rule's state after T tokens, for batch size 1 in float32."""
+        """Bytes of the state of the rule after T tokens, for one sequence in float32."""
         raise NotImplementedError
 
     def accumulator(self, *shape: int) -> Tensor:
-        """A zero state tensor: float32, or float64 in a float64 layer, on the layer's device."""
+        """Zeros for a state, on the layer's device: float64 in a float64 layer, else float32."""
         weight: Any = self.q.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return torch.zeros(shape, dtype=dtype, device=weight.device)

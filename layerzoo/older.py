@@ -1,4 +1,4 @@
-"""What checkpoints held when specs left fields out, read with the defaults of that time."""
+"""Reads networks of older checkpoints, whose specs left out fields that had their defaults."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from layerzoo.model import ModelConfig
 
 
 def of_today(network: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of a network. Of a checkpoint that was saved when attention had `head_dim`, and
-    norms and gates were on or off, its layers are given what they were then: no norm of q and k,
-    unless the spec says so.
+    """Complete the fields of a network with the defaults of the time when it was saved.
+
+    A checkpoint of before attention had the shell has `head_dim`, and true or false for its norm
+    and gate. Those become today's fields. Attention had no norm of q and k by default then.
 
     Raises:
         SpecError: a layer or a field that is unknown, or a value that is refused.

@@ -1,4 +1,4 @@
-"""Rotary positions and their scalings, by which a model reads longer sequences than it learned."""
+"""Rotary positions, and the scalings with which a model reads sequences longer than it learned."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def rotary(x: Tensor, start: int, base: float, scaling: Any = None) -> Tensor:
 
 
 class Scaling(Config):
-    """What a scaling does to the frequencies theta_n = base^(-2n / K), n < K / 2, by `factor`."""
+    """A map of the frequencies theta_n = base^(-2n / K), n < K / 2.
+
+    factor: how many times longer the sequences may be; at least 1.
+    """
 
     factor: float
 
@@ -54,7 +57,7 @@ class Scaling(Config):
         raise NotImplementedError
 
     def magnitude(self) -> float:
-        """What rotated queries and keys are multiplied by."""
+        """The number that rotated queries and keys are multiplied by."""
         return 1.0
 
 
@@ -139,10 +142,13 @@ SCALINGS: dict[str, type[Scaling]] = {
 
 
 class RotaryConfig(Config):
-    """rotary: base of the rotary positions of q and k (an even number of channels); null is none.
-    rotary_scaling: null, or {name: linear | ntk | yarn | llama3, factor: ...} and what it takes:
-    yarn original_length, fast, slow and attention; llama3 original_length, low and high. The
-    function is one for all lengths: none of them depends on how long a sequence is.
+    """Rotary positions of q and k.
+
+    rotary: base of the wavelengths, for keys of an even number of channels; null means no rotary
+        positions.
+    rotary_scaling: null, or a mapping with name (linear, ntk, yarn or llama3) and factor. yarn
+        also takes original_length, fast, slow and attention; llama3 takes original_length, low
+        and high. No scaling depends on the length of the sequence that is read.
     """
 
     rotary: float | None = None
@@ -157,7 +163,7 @@ class RotaryConfig(Config):
         """The scaling that the fields name.
 
         Raises:
-            SpecError: an unknown name or field, an impossible value, or a scaling of no positions.
+            SpecError: an unknown name or field, an impossible value, or no positions to scale.
         """
         if self.rotary_scaling is None:
             return None
@@ -178,5 +184,5 @@ class RotaryConfig(Config):
                 scaling(torch.ones(channels // 2), self.rotary)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
-        """x `[B, T, H, K]` from position `start` on, rotated."""
+        """Rotate x `[B, T, H, K]`, whose first token is at position `start`."""
         return rotary(x, start, self.rotary, self.scaling()) if self.rotary else x

@@ -1,5 +1,7 @@
-"""The shell of a layer with heads: all that stands around its rule, the same for attention and for
-memories, so that a grid compares rules and not shells."""
+"""The shell of a layer with heads: projections, norms, positions, gate and output.
+
+Attention and memories share it, so that a grid compares rules and not shells.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 class Shell(RotaryConfig):
     """Fields that every layer with heads has, memory or attention.
 
-    heads: number of read-outs H, each a row of the output projection.
-    key_dim, value_dim: per head, K of queries and keys, V of values; null means dim / heads.
-    qk_norm: of q and k, per head: l2 (unit length), rms (a learned weight per channel), or none.
-    key_bias: k = x W + b, before its norm; keys that lean one way are told apart by it.
-    out_norm: RMS norm of the read-out per head, or none.
-    out_gate: the read-out is multiplied by this function of a projection of x, or none.
+    heads: number of heads H that read.
+    key_dim, value_dim: channels K of a query and key, and V of a value, per head; null means
+        dim / heads.
+    qk_norm: norm of q and k per head. l2 gives them unit length, rms has a learned weight per
+        channel, none leaves them as they are.
+    key_bias: adds a learned vector to each key before its norm, so that keys which point in nearly
+        the same direction can be told apart.
+    out_norm: rms normalises what each head reads; none does not.
+    out_gate: multiplies what is read by this function of a projection of x; none does not.
     """
 
     heads: int = 4
@@ -38,7 +43,8 @@ class Shell(RotaryConfig):
     out_gate: Literal["none", "silu", "sigmoid"] = "none"
 
     grouped: ClassVar[str]
-    """The field that says how many heads share; its layers define it."""
+    """The name of the field that sets how many heads are not repeated: key_heads in a memory,
+    kv_heads in attention."""
 
     @classmethod
     def from_fields(cls, fields: Any) -> Any:
@@ -58,7 +64,7 @@ class Shell(RotaryConfig):
 
     @property
     def groups(self) -> int:
-        """Heads that share what the others repeat."""
+        """How many heads of the grouped kind are projected; the other heads repeat them."""
         return getattr(self, self.grouped) or self.heads
 
 
@@ -67,13 +73,22 @@ RENAMED = {
     "qk_norm": "true is now rms, and false none",
     "out_gate": "true is now sigmoid, and false none",
 }
-"""What attention layers had before they had this shell, and the way out."""
+"""Fields that attention layers once had, or whose values have changed, and what to write now."""
 
 
 class Headed(Layer):
-    """Projections, norms, positions, gate and output of a layer with heads.
+    """A layer with heads: the modules and the arithmetic of its shell.
 
-    queries, keys, values: how many heads each have. maps: queries and keys of each of these.
+    Args:
+        dim: width D of x.
+        config: its fields.
+        queries, keys, values: how many heads of each are projected.
+
+    Attributes:
+        maps: how many queries and keys a head has; two in differential attention.
+
+    Raises:
+        SpecError: `dim` cannot be divided among the heads.
     """
 
     config: Any
@@ -97,7 +112,7 @@ class Headed(Layer):
             self.gate = nn.Linear(dim, H * V, bias=False)
 
     def make_projections(self, dim: int, queries: int, keys: int, values: int) -> None:
-        """Make the projections of x, for so many heads."""
+        """Make the linear maps from x to so many heads of queries, keys and values."""
         self.config.check_channels(self.key_dim, "key_dim")
         self.q = nn.Linear(dim, queries * self.key_dim, bias=False)
         self.k = nn.Linear(dim, keys * self.key_dim, bias=False)
@@ -108,8 +123,13 @@ class Headed(Layer):
         return self.q(x), self.k(x), self.v(x)
 
     def split(self, x: Tensor, start: int, qkv: QKV | None = None) -> QKV:
-        """x `[B, T, D]` from position `start` on -> q, k `[B, T, heads, K]` and v
-        `[B, T, heads, V]`, normalised and rotated. qkv: projections of another layer."""
+        """Project, normalise and rotate: x `[B, T, D]` -> q, k `[B, T, heads, K]`, v
+        `[B, T, heads, V]`.
+
+        Args:
+            start: position of the first token.
+            qkv: projections that another layer has made; they replace this layer's own.
+        """
         q, k, v = qkv or self.qkv(x)
         q, k = (t.unflatten(-1, (-1, self.key_dim)) for t in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
@@ -133,5 +153,5 @@ class Headed(Layer):
 
 
 def next_position(state: Any) -> int:
-    """The position of the next token, of a state that holds one: 0 before the first."""
+    """The position of the next token, which the state counts; 0 without a state."""
     return 0 if state is None else int(state["position"])

@@ -1,6 +1,6 @@
-"""Memories whose state is one matrix per head, S `[B, H, K, V]`, read by o = scale q S.
+"""Memories whose state is one matrix S `[K, V]` per head, which is read by o = scale q S.
 
-Their config, decays D_t (S_t = D_t S_{t-1} + ...), state and read-out.
+Here are their config, their decays D_t (S_t = D_t S_{t-1} + ...), their state and their read-out.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 class MatrixConfig(Memory.Config):
     """Fields that every matrix memory has.
 
-    decay: D_t of S_t = D_t S_{t-1}: none is 1; constant is 1 - 2^-(5+h) for head h (RetNet);
-        scalar is exp(g_t), with a gate g_t per head and token (Mamba-2); vector is the same per
-        key channel, through a projection of rank 16.
-    decay_gate: g_t of z_t = x_t W + b: softplus is -exp(A) softplus(z_t); bounded is
-        -5 sigmoid(exp(A) z_t) (Kimi K3), which is never below -5.
-    decay_rate, decay_step: the range of exp(A), uniform, and that of softplus(z) at z = b,
-        log-uniform, at the start: half of what is written is gone after ln 2 / (rate step) tokens.
-        A bounded gate starts at the same decays.
+    decay: the factor D_t in S_t = D_t S_{t-1}. none is 1. constant is 1 - 2^-(5+h) in head h
+        (RetNet). scalar is exp(g_t), with a gate g_t per head and token (Mamba-2). vector has a
+        gate per key channel and token, through a projection of rank 16.
+    decay_gate: how g_t follows from z_t = x_t W + b. softplus is -exp(A) softplus(z_t). bounded is
+        -5 sigmoid(exp(A) z_t), which is never below -5 (Kimi K3).
+    decay_rate: range from which exp(A) is drawn at the start, uniformly.
+    decay_step: range from which softplus(b) is drawn at the start, uniformly in its logarithm.
+        Half of what is written is gone after ln 2 / (rate step) tokens. A bounded gate starts
+        with the same decays.
     """
 
     decay: Literal["none", "constant", "scalar", "vector"] = "none"
@@ -58,9 +59,16 @@ LOWEST = 5
 
 
 class LogDecay(nn.Module):
-    """log D_t of z = x W + b, per head (scalar) or per key channel (vector): -exp(A) softplus(z)
-    (Mamba-2, arXiv 2405.21060), or bounded, -5 sigmoid(exp(A) z) (Kimi Linear, 2510.26692, in the
-    form of Kimi K3)."""
+    """log D_t = -exp(A) softplus(z_t) or, bounded, -5 sigmoid(exp(A) z_t), where z_t = x_t W + b.
+
+    Args:
+        dim: width of x.
+        heads, channels: log D_t is `[B, T, heads, channels]`; one channel is a decay per head.
+        rank: of W; None is a full matrix.
+        config: the gate and its start.
+
+    Source: Mamba-2, arXiv 2405.21060; Kimi Linear, 2510.26692, for the bounded gate of Kimi K3.
+    """
 
     def __init__(
         self, dim: int, heads: int, channels: int, rank: int | None, config: MatrixConfig
@@ -90,7 +98,7 @@ class LogDecay(nn.Module):
         return (self.x(x).to(wide) + self.bias.to(wide)).unflatten(-1, (self.heads, -1))
 
     def step(self, x: Tensor) -> Float[Tensor, "B T H channels"]:
-        """softplus(z), Mamba's dt."""
+        """softplus(z), which Mamba calls dt."""
         return F.softplus(self.gate(x))
 
     def forward(self, x: Tensor) -> Float[Tensor, "B T H channels"]:
@@ -105,7 +113,7 @@ def log_decay(z: Tensor, A_log: Tensor, bounded: bool) -> Tensor:
 
 
 def strength(dim: int, heads: int, bias: float | None) -> nn.Linear:
-    """What of beta is in its sigmoid: x w + b per head, b at `bias` at the start, or x w."""
+    """The argument of beta's sigmoid per head: x w + b, where b starts at `bias`; None is x w."""
     made = nn.Linear(dim, heads, bias=bias is not None)
     if bias is not None:
         nn.init.constant_(made.bias, bias)
@@ -113,13 +121,13 @@ def strength(dim: int, heads: int, bias: float | None) -> nn.Linear:
 
 
 def silence_decay(layer: Any) -> None:
-    """Set a scalar or vector decay to its neutral value, D_t = 1."""
+    """Set a scalar or vector decay to D_t = 1, which changes nothing."""
     gate = layer.log_decay
     nn.init.constant_(gate.bias if gate.bounded else gate.A_log, -torch.inf)
 
 
 class MatrixMemory(Memory):
-    """Shell, decay, state and read-out of the matrix memories; a rule adds its op."""
+    """The part that all matrix memories share: decay, state and read-out. A rule adds its op."""
 
     Config: ClassVar[Any] = MatrixConfig
     reductions = (
@@ -142,7 +150,7 @@ class MatrixMemory(Memory):
             self.log_decay = LogDecay(dim, self.heads, channels, 16, config)
 
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of a head's S."""
+        """The rows and columns of S."""
         return self.key_dim, self.value_dim
 
     def gates(self, x: Tensor) -> Write:
@@ -152,7 +160,7 @@ class MatrixMemory(Memory):
         return {"log_decay": log_decay[..., 0] if self.config.decay == "scalar" else log_decay}
 
     def constants(self) -> dict[str, Any]:
-        """The op's arguments that no token writes."""
+        """The arguments of the op that do not depend on the tokens."""
         decay = {"log_decay": self.log_decay()} if self.config.decay == "constant" else {}
         return {**decay, "scale": self.scale, "impl": self.impl}
 
@@ -174,7 +182,7 @@ def zero_state(k: Tensor, v: Tensor) -> Float[Tensor, "B H K V"]:
 
 
 def per_token(log_decay: Tensor | None, k: Tensor) -> Float[Tensor, "B T H K|1"]:
-    """Any of the decays as `[B, T, H, K]` or `[B, T, H, 1]`."""
+    """Any form of decay as `[B, T, H, K]` or `[B, T, H, 1]`."""
     B, T, H, _ = k.shape
     if log_decay is None:
         return k.new_zeros(()).expand(B, T, H, 1)

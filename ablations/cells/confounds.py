@@ -1,4 +1,4 @@
-"""What else differs between the arms that a grid compares: a table, and what is to be doubted."""
+"""What else differs between the arms that a grid compares: a table, and warnings."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from .report import Report
 from .sizes import NAMES as SIZES
 
 TOLERANCE = 0.05
-"""A difference in size, as a share, that says nothing."""
+"""Sizes that differ by at most this share count as equal."""
 RATE = "model.lr"
 NAMED = 3
-"""Pairs of arms that a line names before it only counts them."""
+"""A line names so many pairs of arms, and counts the others."""
 
 Pair = tuple[str, str]
 Figures = Mapping[str, Mapping[str, Any]]
-"""By arm: sizes, and what else is known of it, by name."""
+"""arm -> name -> figure: its sizes, and what was measured of it."""
 
 
 @dataclass(frozen=True)
 class Confounds:
-    """Of a grid. facts: name -> arm -> value, of what differs and is no difference that the axes
-    imply; of a field of layers the values of all of an arm's. notes: what holds for every arm.
-    warnings: lines that name arms, a fault and the way out. hidden: pairs, and what differs in
-    them without the grid's options saying so."""
+    """What differs between the compared arms of a grid beside what its axes imply.
+
+    facts: name -> arm -> value. The value of a layer's field is a list, one of each in the arm.
+    notes: sentences that hold for every arm.
+    warnings: lines that name arms, a fault and the way out.
+    hidden: pairs of arms with the differences that their options do not write.
+    """
 
     facts: dict[str, dict[str, Any]]
     notes: list[str]
@@ -39,22 +42,22 @@ class Confounds:
 
     @property
     def table(self) -> list[list[str]]:
-        """Its heads, then a line an arm."""
+        """The head row, then one row per arm."""
         arms = dict.fromkeys(arm for values in self.facts.values() for arm in values)
         rows = [[arm, *(_cell(name, arm, v) for name, v in self.facts.items())] for arm in arms]
         return [["arm", *map(title, self.facts)], *rows]
 
 
 def title(fact: str) -> str:
-    """A fact's name, in words."""
+    """The name of a fact in words."""
     return fact.replace("_", " ").replace("flops per", "FLOPs per") if fact in SIZES else fact
 
 
 def pairs_of(
     report: Report | None, claims: Sequence[Claim], arms: Mapping[str, Arm]
 ) -> list[Pair]:
-    """The pairs of arms that a grid contrasts or claims something of; of a grid without any, those
-    that differ in one axis and agree in the others that both have."""
+    """The pairs of arms that a grid's contrasts and claims compare. If it has none, the pairs that
+    differ on one axis and agree on the others that both have."""
     found = [pair for each in (report.contrasts if report else ()) for pair in each.pairs]
     found += [(claim.arm, claim.minus) for claim in claims if claim.minus is not None]
     if not found:
@@ -73,11 +76,14 @@ def confounds(
     figures: Figures,
     matched: bool,
 ) -> Confounds:
-    """What differs in pairs of arms, beside what the axes imply.
+    """Find what differs within pairs of arms beside what the axes imply.
 
     Args:
-        sides: by arm; a pair is left out if one of its arms has none.
-        tuning: the axes that every arm is tuned by.
+        sides: the arms by name. A pair is left out if one of its arms is missing here.
+        pairs: the arms that are compared.
+        axes: those of the grid.
+        tuning: the axes by which every arm is tuned.
+        figures: sizes and measured figures by arm.
         matched: whether the grid makes its arms equally large.
     """
     tuned = written(
@@ -115,7 +121,7 @@ def confounds(
 
 
 def _known(each: Difference, sides: Mapping[str, Side], arms: Sequence[str]) -> dict[str, Any]:
-    """What the arms have where some differ."""
+    """The value of each arm where some arms differ."""
     if each.name == LAYERS:
         return {arm: [name for name, _ in sides[arm].layers] for arm in arms}
     if each.owners is None:
@@ -125,7 +131,7 @@ def _known(each: Difference, sides: Mapping[str, Side], arms: Sequence[str]) -> 
 
 
 def _hidden(found: Sequence[tuple[Pair, list[Difference]]]) -> list[str]:
-    """A line for each set of things that differ."""
+    """One line per set of names that differ, with the pairs that differ in it."""
     groups: dict[tuple[str, ...], list[tuple[Pair, list[Difference]]]] = {}
     for pair, faults in found:
         key = tuple(sorted({each.name for each in faults}))
@@ -146,13 +152,13 @@ def _sides(each: Difference) -> str:
 
 
 def names(pairs: Sequence[Pair]) -> str:
-    """Of pairs; only the first few by name."""
+    """The first few pairs by name, and how many more there are."""
     more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
     return "; ".join(" - ".join(pair) for pair in pairs[:NAMED]) + more
 
 
 def _sizes(pairs: Sequence[Pair], figures: Figures) -> list[str]:
-    """A line with the largest ratio of each size in pairs that are not about sizes."""
+    """A line with the largest ratio of each size, over pairs that are not about sizes."""
     told = []
     for name in ("parameters", "state_bytes", "flops_per_token"):
         ratios = dict[Pair, float]()
@@ -187,7 +193,7 @@ def _cell(name: str, arm: str, values: Mapping[str, Any]) -> str:
 
 
 def text(value: Any) -> str:
-    """A value of a config, or a list of those of several layers."""
+    """A value of a config, or a list of such values, as it is shown."""
     if isinstance(value, list):
         return ", ".join(map(text, value)) or "none"
     if isinstance(value, Mapping):

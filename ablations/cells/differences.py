@@ -1,21 +1,25 @@
-"""What differs between two arms, and what of it the grid file says.
+"""What differs between two arms, and which of it the grid file explains.
 
-Two arms differ where their resolved configs do, in what changes a result. Layers are compared by
-their names: of a layer that both arms have, every field; where layers of one stand in the place of
-layers of the other, the fields of the shell, of which a layer that lacks one has none. A layer
-that one arm has beside those of the other is compared with nothing.
+Two arms differ where their resolved configs hold different values that change a result. Layers are
+compared by name. All fields are compared of a layer that both arms have. Where layers of one arm
+replace layers of the other, the fields of the shell are compared, and a field that a layer lacks
+counts as none. A layer that one arm has in addition is not compared.
 
-Each difference is of one of three kinds; an arm's options here are those of the axes in which the
-two arms differ. A difference is *implied*, what the arms are compared for, if
+A difference is of one of three kinds. Here the options of an arm are those that it has on the axes
+on which the two arms differ.
 
-- an axis that both arms have is about it: every option sets it that sets anything, or it is all
-  that the only such option sets; or
-- the options of both arms write it, of a layer that both have, and they have the same layers; or
-- it is the only one, and an option of one arm writes it.
+*Implied*: the arms are compared for it. One of these holds:
 
-It is *told* if the options of both arms write it (where the layers of one have no such field, the
-other's alone), or if tuning or matching set it. It is *hidden* otherwise: a default made it, or an
-option of one arm beside what its axis is about. The vocabulary's size goes with the task.
+- An axis that both arms have is about it. An axis is about what all its options set, apart from
+  options that set nothing. If only one option sets anything, it has to set one thing alone.
+- The arms have the same layers, and the options of both arms write this field.
+- It is the only difference, and an option of one arm writes it.
+- It is the vocabulary's size, and the task differs, too.
+
+*Told*: the options of both arms write it, or tuning or matching sets it. If the layers of one arm
+have no such field, it is enough that the options of the other write it.
+
+*Hidden*: neither. A default made it, or one option sets more than its axis is about.
 """
 
 from __future__ import annotations
@@ -41,8 +45,12 @@ Kind = Literal["implied", "told", "hidden"]
 
 
 class Difference(NamedTuple):
-    """Of two arms. name: a dotted key of the config, or a field of layers. owners: of a field, the
-    layers of each arm that have it; None of a key."""
+    """A value that two arms do not share.
+
+    name: a dotted key of the config, or a field of layers.
+    values: the value in each arm; of a field, a list with the values of its layers.
+    owners: the layers of each arm that have the field; None if the name is a key of the config.
+    """
 
     name: str
     values: tuple[Any, Any]
@@ -51,7 +59,12 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """An arm: its options, its config, and the knobs that were turned to match its size."""
+    """One arm of a comparison.
+
+    options: its option on each axis.
+    config: its resolved config.
+    solved: the knobs that were turned to match its size.
+    """
 
     options: Arm
     config: Tree
@@ -59,7 +72,7 @@ class Side:
 
     @cached_property
     def keys(self) -> dict[str, Any]:
-        """What the config has, by dotted key, but for layers and seeds."""
+        """The values of the config by dotted key, without layers and seeds."""
         tree = essence(self.config)
         tree.pop("seed_everything", None)
         found = dict(_flat(tree, ""))
@@ -68,17 +81,17 @@ class Side:
 
     @cached_property
     def layers(self) -> list[tuple[str, Tree]]:
-        """The name and the fields of every layer, of children too."""
+        """The name and the fields of every layer, children included."""
         network = (self.config.get("model") or {}).get("network") or {}
         return [*layers_of(network.get("layers"))]
 
     def values(self, name: str) -> list[Any]:
-        """Of a field of its layers, each once."""
+        """The values of a field in its layers, each once."""
         return _values(self.layers, name)
 
 
 def layers_of(specs: Any) -> Iterator[tuple[str, Tree]]:
-    """The name and the fields of every layer in specs, of children too."""
+    """The name and the fields of every layer in specs, children included."""
     if isinstance(specs, str):
         yield specs, {}
     elif isinstance(specs, Mapping) and "name" in specs:
@@ -101,7 +114,8 @@ def _flat(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _values(layers: Iterable[tuple[str, Tree]], name: str) -> list[Any]:
-    """Of a field, each once; a layer with a shell that lacks a field of it has none."""
+    """The values of a field, each once. A layer with a shell has none of a shell's field that it
+    lacks."""
     found = []
     for _, fields in layers:
         if name in fields or (name in SHELL and _has_shell(fields)):
@@ -152,14 +166,18 @@ def _of_field(name: str, a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]) -
 
 
 class Written(NamedTuple):
-    """What overrides set. keys: dotted, with all below them. fields: of layers, as (layer, field);
-    the layer is empty where a key names no layer, or stands for all of them."""
+    """What overrides set.
+
+    keys: dotted keys of the config; each stands for all that is below it, too.
+    fields: pairs (layer, field); the layer is empty if the override names no layer.
+    """
 
     keys: frozenset[str]
     fields: frozenset[tuple[str, str]]
 
     def has(self, difference: Difference, side: int) -> bool:
-        """Whether it sets what an arm has where it differs: a field in all layers that have it."""
+        """Whether it sets the value of one arm (side 0 or 1). A field has to be set in every layer
+        that has it."""
         name = difference.name
         if difference.owners is None:
             return any(f"{name}.".startswith(f"{key}.") for key in self.keys)
@@ -182,8 +200,8 @@ def written(overrides: Iterable[Override]) -> Written:
 
 
 def about(axis: Axis) -> Written:
-    """What an axis is about: what every option sets that sets anything. Of one such option alone
-    it is not known which of several keys that is."""
+    """What an axis is about: all its options set it, apart from options that set nothing. If only
+    one option sets anything, and that sets several keys, no one knows which of them is meant."""
     setting = [option.overrides for option in axis.options.values() if option.overrides]
     if not setting or (len(setting) == 1 and len(setting[0]) > 1):
         return Written(frozenset(), frozenset())
@@ -197,10 +215,12 @@ def about(axis: Axis) -> Written:
 def kinds(
     axes: Mapping[str, Axis], tuned: Written, first: Side, second: Side
 ) -> list[tuple[Difference, Kind]]:
-    """What differs between two arms of a grid, and of which kind it is.
+    """What differs between two arms of a grid, each with its kind.
 
     Args:
-        tuned: what the options of tuning set.
+        axes: those of the grid.
+        tuned: what the grid's tuning sets.
+        first, second: the arms.
     """
     arms = first.options, second.options
     differing = [axis for axis in axes if arms[0].get(axis) != arms[1].get(axis)]

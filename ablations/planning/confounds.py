@@ -16,7 +16,7 @@ from ..cells.sizes import sizes
 
 
 def confounds_of(grid: Grid, cells: Sequence[Cell]) -> Confounds:
-    """Of a grid's reported cells; those of an arm differ in their seeds alone."""
+    """The confounds of a grid, from its reported cells: cells of one arm differ in seeds alone."""
     firsts = dict[str, Cell]()
     for cell in cells:
         firsts.setdefault(cell.arm, cell)
@@ -35,7 +35,7 @@ def confounds_of(grid: Grid, cells: Sequence[Cell]) -> Confounds:
 
 
 def show_confounds(found: Confounds, console: Console) -> None:
-    """Print the table and what holds for every arm."""
+    """Print the table, then the notes."""
     if found.facts:
         heads, *rows = found.table
         table = Table(title="what else differs", box=SIMPLE_HEAD, padding=(0, 1))

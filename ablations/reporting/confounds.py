@@ -1,4 +1,4 @@
-"""What else differs between the arms that a report compares, by what their folders hold."""
+"""What else differs between the arms that a report compares, read from the cells' folders."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .statistics import SUCCESS, success_rate
 
 LEARNED = f"seeds that reach {SUCCESS:.0%}"
 ENOUGH = 0.5
-"""An arm has learned if so many of its seeds, as a share, reach SUCCESS."""
+"""An arm has learned if at least this share of its seeds reaches SUCCESS."""
 
 
 def confounds_of(results: Results, rows: Sequence[Row]) -> Confounds:
-    """Of the arms that have a cell whose config is there."""
+    """The confounds of all arms that have a cell with a config in its folder."""
     sides: dict[str, Side] = {}
     for cell in results.cells:
         if cell.arm not in sides and (results.root / cell.path / CONFIG).is_file():
@@ -41,7 +41,7 @@ def confounds_of(results: Results, rows: Sequence[Row]) -> Confounds:
 def _unlearned(
     pairs: Sequence[Pair], learned: Mapping[str, float], windows: Sequence[str]
 ) -> list[str]:
-    """A line that names the arms that did not learn, where those they are compared with did."""
+    """A line that names arms that did not learn and are compared with arms that did."""
     arms: dict[str, None] = {}
     for pair in pairs:
         if not all(arm in learned for arm in pair):

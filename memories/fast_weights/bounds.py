@@ -1,4 +1,4 @@
-"""Which rules keep their weights bounded, whatever is written."""
+"""Which rules of fast weights keep their weights bounded, whatever is written."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from .optimisers import Muon
 from .rule import Rule
 
 BOUND = "a network with layer_norm, forgetting norm, lq or kl, or optimiser muon"
-"""What bounds the error, the weights or the step."""
+"""Each of these bounds the error, the weights or the step."""
 
 
 def check_bounded(rule: Rule, qk_norm: str, lr_per_matrix: bool) -> None:
-    """Refuse what no rate makes stable.
+    """Refuse a rule that no learning rate makes stable.
 
-    A step on a linear network and the l2 objective is stable up to a rate of 2 / |k|^2, as a delta
-    rule is. A loss that is steeper has no such rate, nor has one without a minimum where matrices
-    multiply each other; and keys of any length leave none. A glu, a product of two maps of the
-    key, has one for keys of unit length only, and for its matrices together.
+    A step on a linear network with the l2 objective is stable up to a rate of 2 / |k|^2, as in a
+    delta rule. There is no such rate in four cases. The loss grows faster than a square. The loss
+    has no minimum, and the network multiplies matrices with each other. Keys may have any length.
+    The network is a glu, which multiplies two maps of the key, and its keys are not of unit length
+    or its matrices have rates of their own.
 
     Raises:
         SpecError: the weights grow without bound.
