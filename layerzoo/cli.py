@@ -153,12 +153,17 @@ def bench_command(argv: Sequence[str]) -> int:
     return importlib.import_module("layerzoo.bench.command").main(argv)
 
 
+def check_command(argv: Sequence[str]) -> int:
+    return importlib.import_module("layerzoo.testing.command").main(argv)
+
+
 COMMANDS = {
     "fit": (train_command, "train a model from a config"),
     "validate": (train_command, "evaluate a checkpoint on the validation split"),
     "test": (train_command, "evaluate a checkpoint on the test split"),
     "predict": (train_command, "save a checkpoint's predictions on the test split"),
     "list": (list_command, "list the layers, or --tasks; `list NAME` shows all of one"),
+    "check": (check_command, "check the laws of a layer or a task, or of those in a file"),
     "describe": (describe_command, "count a model's parameters, FLOPs and state at any length"),
     "generate": (generate_command, "continue a prompt, or a state, with a checkpoint"),
     "convert": (convert_command, "put a memory beside the attention of a pretrained model"),

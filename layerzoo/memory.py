@@ -103,7 +103,8 @@ class Memory(Headed):
         return torch.cat((head, o), dim=1), state
 
     def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        """Run the op on as many queries as writes. Each token is written, then read."""
+        """Run the op on as many queries as writes. Whether a token reads what it has just written
+        is up to the rule."""
         raise NotImplementedError
 
     def read(self, q: Tensor, state: State) -> Tensor:

@@ -18,8 +18,7 @@ from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
 from layerzoo.memories.matrix import MatrixMemory
 from layerzoo.ops import ImplError, Op
-
-from .precision import DRAWS, check, errors
+from layerzoo.testing.precision import DRAWS, check, errors
 
 T, H, K, V = 40, 2, 4, 5
 IMPLS = ("recurrent", "chunked")

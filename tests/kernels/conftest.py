@@ -16,8 +16,8 @@ from layerzoo.kernels import launch
 from layerzoo.memories import delta
 from layerzoo.memories.chunks import unit_lower_inverse
 from layerzoo.ops import Op
+from layerzoo.testing.precision import DRAWS, check, errors, ratios
 
-from ..precision import DRAWS, check, errors, ratios
 from . import bfloat16
 
 GPU = torch.cuda.is_available()

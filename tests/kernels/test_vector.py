@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from layerzoo.kernels import launch, vector
 from layerzoo.memories.decays import FLOOR, ChannelDecays, Pulled
+from layerzoo.testing.precision import DRAWS, check, errors
 
-from ..precision import DRAWS, check, errors
 from .conftest import GPU, rescaled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
