@@ -8,7 +8,10 @@ from .fast_weights import GLU, FastWeights
 
 
 class AllMem(FastWeights, name="allmem"):
-    """M(x) = x + (silu(x W0) * (x W2)) W1 on L = |M(k) - v|^2 / 2, one write a chunk. In order:
+    """AllMem's memory: a gated network, written once a mini-batch, whose norm is restored before
+    every write.
+
+    M(x) = x + (silu(x W0) * (x W2)) W1 on L = |M(k) - v|^2 / 2, one write a chunk. In order:
 
     1. o_t = M_W(q_t) for the tokens of the chunk, with W as the last write left it;
     2. W <- norm(W): every output's weights return to the norm that they had at the start;

@@ -9,7 +9,9 @@ from .fast_weights.forgetting import Norm
 
 
 class LaCT(FastWeights, name="lact"):
-    """M(x) = (silu(x W0) * (x W2)) W1, hidden width 2 K, on L = -<M(k), v>, one write a chunk.
+    """LaCT: a gated network, written once a large mini-batch, whose norm is restored after it.
+
+    M(x) = (silu(x W0) * (x W2)) W1, hidden width 2 K, on L = -<M(k), v>, one write a chunk.
 
     S = mean(momentum) S - sum_j lr_j g_j,   W = norm(W + S),   o_t = M_W(q_t) before the write
 

@@ -9,7 +9,9 @@ from .fast_weights.forgetting import KL
 
 
 class Memora(FastWeights, name="memora"):
-    """M(x) = x + LN(gelu(x W1) W2) on L = |M(k) - v|^2 / 2, with a KL divergence to the old
+    """Memora: an MLP whose weights are distributions, held near the old ones by a KL divergence.
+
+    M(x) = x + LN(gelu(x W1) W2) on L = |M(k) - v|^2 / 2, with a KL divergence to the old
     weights as the price of a write:
 
     A <- (product of 1 - decay_t) A - sum_t lr_t g_t,   W = softmax(A) over the inputs of an output

@@ -9,7 +9,9 @@ from .fast_weights.forgetting import Lq
 
 
 class Moneta(FastWeights, name="moneta"):
-    """M(x) = x + LN(gelu(x W1) W2) on L = sum |M(k) - v|^p, p = 3.
+    """Moneta: an MLP with an l_p objective, whose weights an l_q norm bounds.
+
+    M(x) = x + LN(gelu(x W1) W2) on L = sum |M(k) - v|^p, p = 3.
 
     A <- (product of 1 - decay_t) A - sum_t lr_t g_t,   W = A / max(|A|_q, 1)^(q - 2),   q = 4
 

@@ -11,7 +11,9 @@ from .fast_weights.layer import silence
 
 
 class Titans(FastWeights, name="titans"):
-    """M(x) = gelu(x W1) W2, hidden width 4 K, on L = |M(k) - v|^2 / 2.
+    """Titans' neural memory: an MLP trained with momentum, whose weights decay.
+
+    M(x) = gelu(x W1) W2, hidden width 4 K, on L = |M(k) - v|^2 / 2.
 
     S_t = momentum_t S_(t-1) - lr_t g_t,   W_t = (1 - decay_t) W_(t-1) + S_t,   o_t = M_(W_t)(q_t)
 

@@ -8,7 +8,9 @@ from .fast_weights import FastWeights, Linear
 
 
 class TTTLinear(FastWeights, name="ttt_linear"):
-    """M(x) = x + LN(x W + b), one gradient step a token on L = |M(k) - v|^2 / 2.
+    """TTT-Linear: a linear map with LayerNorm, trained on its reconstruction error.
+
+    M(x) = x + LN(x W + b), one gradient step a token on L = |M(k) - v|^2 / 2.
 
     W_i = W_0 - row_i sum_(j <= i) lr_j g_j,  o_i = M_(W_i)(q_i),  row_i = max(0, 1 / i + learned)
 

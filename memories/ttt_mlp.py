@@ -8,7 +8,9 @@ from .fast_weights import MLP, FastWeights
 
 
 class TTTMLP(FastWeights, name="ttt_mlp"):
-    """M(x) = x + LN(gelu(x W1 + b1) W2 + b2), hidden width 4 K, GELU by tanh; all as `ttt_linear`.
+    """TTT-MLP: TTT-Linear with an MLP of two layers inside.
+
+    M(x) = x + LN(gelu(x W1 + b1) W2 + b2), hidden width 4 K, GELU by tanh; all as `ttt_linear`.
 
     W_i = W_0 - row_i sum_(j <= i) lr_j g_j,  o_i = M_(W_i)(q_i),  row_i = max(0, 1 / i + learned)
 

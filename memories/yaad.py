@@ -8,7 +8,10 @@ from .fast_weights import MLP, FastWeights
 
 
 class Yaad(FastWeights, name="yaad"):
-    """M(x) = x + LN(gelu(x W1) W2) on the Huber loss of M(k) - v, so that an outlier moves the
+    """Yaad: an MLP with the Huber loss as objective, so that an outlier writes no more than a
+    bounded step.
+
+    M(x) = x + LN(gelu(x W1) W2) on the Huber loss of M(k) - v, so that an outlier moves the
     weights no further than its sign.
 
     W_t = (1 - decay_t) W_(t-1) - lr_t g_t,   o_t = M_(W_t)(q_t)

@@ -9,8 +9,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 from layerzoo.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +33,11 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
     assert packed == {n if n.startswith("layerzoo/") else f"layerzoo/{n}" for n in tree}
 
 
-def test_the_readme_lists_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list"]) == 0
-    listing = capsys.readouterr().out
-    assert f"```\n{listing}```" in (ROOT / "README.md").read_text()
+def test_the_page_of_the_layers_is_as_the_command_writes_it(tmp_path: Path) -> None:
+    page = tmp_path / "layers.md"
+    assert main(["list", "--write", str(page)]) == 0
+    written = page.read_text() == (ROOT / "docs" / "layers.md").read_text()
+    assert written, "docs/layers.md is older; run: layerzoo list --write docs/layers.md"
 
 
 def test_the_readme_names_files_that_exist() -> None:
