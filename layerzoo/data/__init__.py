@@ -1,41 +1,25 @@
-"""Tasks: one file per family; each is a LightningDataModule (see `layerzoo.data.task.Task`)."""
+"""Tasks. Each is a LightningDataModule, see `layerzoo.data.task.Task`.
 
-from layerzoo.data.continual import Continual
-from layerzoo.data.copying import Copying, Induction
-from layerzoo.data.mad import Memorization, SelectiveCopying
-from layerzoo.data.mad_compression import Compression
-from layerzoo.data.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
-from layerzoo.data.mqar import MQAR
-from layerzoo.data.needle import Needle
-from layerzoo.data.overwrite import Overwrite
+Every task of a module in this folder is found here under its name, as in `layerzoo.data.MQAR`.
+"""
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
 from layerzoo.data.recall import RecallTask
-from layerzoo.data.recall_text import RecallText
-from layerzoo.data.state_tracking import StateTracking
 from layerzoo.data.task import Task, list_tasks
-from layerzoo.data.text import Text
-from layerzoo.data.tracking import VariableTracking
-from layerzoo.data.words import CommonWords, FrequentWords
 
-__all__ = [
-    "MQAR",
-    "CommonWords",
-    "Compression",
-    "Continual",
-    "Copying",
-    "FrequentWords",
-    "FuzzyRecall",
-    "InContextRecall",
-    "Induction",
-    "Memorization",
-    "Needle",
-    "NoisyRecall",
-    "Overwrite",
-    "RecallTask",
-    "RecallText",
-    "SelectiveCopying",
-    "StateTracking",
-    "Task",
-    "Text",
-    "VariableTracking",
-    "list_tasks",
-]
+__all__ = ["RecallTask", "Task", "list_tasks"]
+
+for _info in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_info.name)
+
+for _task in list_tasks():
+    if _task.__module__.startswith(f"{__name__}."):
+        globals()[_task.__name__] = _task
+        __all__ += [_task.__name__]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
