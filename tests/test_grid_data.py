@@ -22,6 +22,8 @@ from layerzoo.ablations.running.folder import prepare, read_json, state
 from layerzoo.ablations.running.worker import run_cell
 from layerzoo.training import main as train
 
+from .extras import need
+
 NETWORK = {"vocab_size": 256, "dim": 16, "depth": 1, "layers": [{"name": "linear", "heads": 1}]}
 
 
@@ -106,8 +108,8 @@ def test_the_working_directory_is_no_identity(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_tokenizer_and_a_dataset_are_read_too() -> None:
-    library = pytest.importorskip("tokenizers", reason="it is of the hf extra")
-    pytest.importorskip("datasets", reason="it is of the hf extra")
+    library = need("tokenizers")
+    need("datasets")
 
     def tokenizer(*words: str) -> None:
         vocab = {word: n for n, word in enumerate(words)}
@@ -134,7 +136,7 @@ def test_a_tokenizer_and_a_dataset_are_read_too() -> None:
 
 
 def test_a_task_is_not_kept_when_what_it_read_has_changed() -> None:
-    library = pytest.importorskip("tokenizers", reason="it is of the hf extra")
+    library = need("tokenizers")
 
     def tokenizer(count: int) -> None:
         vocab = {f"{n}": n for n in range(count)}

@@ -22,6 +22,8 @@ from layerzoo.ablations.running.executor import Outcome
 from layerzoo.ablations.running.on_ray import RayExecutor, _room
 from layerzoo.spec import SpecError
 
+from .extras import need
+
 FINISHED = Outcome("finished")
 
 
@@ -59,7 +61,7 @@ def cell(folder: Path) -> Outcome:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head, which runs nothing, and two nodes with a CPU each, one of them with a GPU too."""
-    pytest.importorskip("ray", reason="ray is of the ray extra: pip install '.[ray]'")
+    need("ray")
     from ray import cloudpickle
     from ray.cluster_utils import Cluster
 
@@ -216,7 +218,7 @@ def test_another_version(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="ray is of the ray extra: pip install '.[ray]'")
+    need("ray")
     way = "start one with 'ray start --head', or run with --executor local"
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(list))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))

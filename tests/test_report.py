@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from rich.console import Console
 
@@ -23,6 +24,8 @@ from layerzoo.ablations.reporting.markdown import escape
 from layerzoo.ablations.reporting.numbers import is_share, probability, shown
 from layerzoo.ablations.reporting.statistics import Estimate
 from layerzoo.ablations.reporting.tables import without_folders
+
+from .extras import need
 
 WriteResults = Callable[..., Path]
 T3 = 4.302652729911275
@@ -287,10 +290,16 @@ def test_data_has_a_line_a_cell_in_full_precision(write_results: WriteResults) -
     assert [row["state"] for row in rows] == ["finished", "diverged"] * 2
     assert [row["seed_init"] for row in rows] == ["0", "0", "5", "5"]
     assert float(rows[2]["recall/accuracy"]) == 1 / 3 + 5 and rows[1]["recall/accuracy"] == ""
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
+
+
+def test_parquet_holds_what_csv_holds(write_results: WriteResults) -> None:
+    need("pyarrow")
+    report(root := write_results(recall, axes=LAYERS))
     frame = pandas.read_parquet(root / "report" / "results.parquet")
-    assert [*frame.columns] == [*rows[0]] and frame["recall/accuracy"][0] == 1 / 3
+    with open(root / "report" / "results.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [*frame.columns] == [*rows[0]]
+    assert [*frame["recall/accuracy"]] == [float(row["recall/accuracy"]) for row in rows]
 
 
 def test_claims_and_doubts(write_results: WriteResults) -> None:

@@ -17,6 +17,8 @@ from layerzoo.data.task import SPLITS
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.hf.positions import held_out
 
+from .extras import need
+
 WORDS = ["memory", "of", "the", "window", "forgets", "a", "key", "state", "token"]
 
 
@@ -89,7 +91,7 @@ def test_few_files_are_cut_in_the_order_of_their_contents(count: int) -> None:
 
 
 def test_rows_of_a_dataset_count_once_and_in_any_order() -> None:
-    pytest.importorskip("datasets", reason="it is of the hf extra: pip install '.[hf]'")
+    need("datasets")
 
     def rows(folder: str, **splits: list[str]) -> str:
         Path(folder).mkdir()
@@ -107,7 +109,7 @@ def test_rows_of_a_dataset_count_once_and_in_any_order() -> None:
 
 
 def test_held_out_text_of_an_evaluation_is_none_that_a_run_was_trained_on() -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="it is of the hf extra")
+    tokenizers = need("tokenizers")
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(tokenizers.models.BPE({c: n for n, c in enumerate(letters)}, []))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -174,7 +176,7 @@ def test_a_task_of_tasks_has_the_digests_of_all() -> None:
 
 
 def test_a_task_that_reads_a_tokenizer_says_which() -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="it is of the hf extra")
+    tokenizers = need("tokenizers")
 
     def save(*words: str) -> None:
         vocab = {word: n for n, word in enumerate(words)}

@@ -1,4 +1,4 @@
-"""Text as tokens and from datasets; the hf extra is needed for most, its absence is tested too."""
+"""Text as tokens and from datasets, with the extras that they need, and without them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from layerzoo.lit import LitModel
 from layerzoo.metrics import LossByPosition, TokenLoss
 from layerzoo.model import ModelConfig
 
+from .extras import need
+
 WORDS = ["the", "of", "memory", "window", "é", "state", "日本", "forgets", "a", "token\n", "keys"]
 FILES = ["*.txt"]
 
@@ -41,10 +43,6 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for n, text in enumerate(DOCUMENTS):
         Path(f"{n:02}.txt").write_text(text, encoding="utf-8")
-
-
-def need(name: str) -> Any:
-    return pytest.importorskip(name, reason=f"{name} is of the hf extra: pip install '.[hf]'")
 
 
 @pytest.fixture
@@ -410,16 +408,16 @@ def test_a_missing_extra_is_one_line(
 ) -> None:
     for name in ("tokenizers", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
-    needs = "needs the hf extra: pip install 'layerzoo[hf]'"
+    needs = "needs the {0} extra: pip install 'layerzoo[{0}]'".format
     with pytest.raises(SpecError) as error:
         Text(tokenizer="any")
-    assert str(error.value) == f"data: Text: tokenizer: {needs}"
+    assert str(error.value) == f"data: Text: tokenizer: {needs('hf')}"
     with pytest.raises(SpecError) as error:
         Text(dataset="any").setup()
-    assert str(error.value) == f"data: Text: dataset: {needs}"
+    assert str(error.value) == f"data: Text: dataset: {needs('eval')}"
     options = ("--data", "Text", "--data.tokenizer", "any", "--data.files", "['*.txt']")
     assert main(["fit", "--config", "text", *options]) == 2
-    assert capsys.readouterr().err.count(needs) == 1
+    assert capsys.readouterr().err.count(needs("hf")) == 1
     Text(files=FILES).setup()  # which needs none
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of the Hugging Face format, and the imports of the hf extra."""
+"""Tokenizers of the Hugging Face format, and the imports of the extras."""
 
 from __future__ import annotations
 
@@ -32,8 +32,16 @@ QUIET = {
 }
 
 
+EVALUATION = ("datasets", "lm_eval")
+"""Modules of the eval extra; the others are of hf."""
+
+
 def extra(module: str) -> Any:
-    """A module of the hf extra, imported when it is first needed, and quiet."""
+    """A module of an extra, imported when it is first needed, and quiet.
+
+    Raises:
+        SpecError: it is not installed.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -41,7 +49,8 @@ def extra(module: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise SpecError("needs the hf extra: pip install 'layerzoo[hf]'") from None
+        name = "eval" if module in EVALUATION else "hf"
+        raise SpecError(f"needs the {name} extra: pip install 'layerzoo[{name}]'") from None
 
 
 def reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,13 +122,20 @@ def source_fields(config: Any) -> dict[str, Any]:
 
 
 def load_source(where: str, gguf: str | None = None, dtype: torch.dtype | None = None) -> Any:
-    """A pretrained model of a folder or a Hugging Face id; gguf: the name of its file there.
+    """A pretrained model of a folder or a Hugging Face id.
+
+    Args:
+        where: the folder, or the id.
+        gguf: the name of the GGUF file there, if it is one; it is read with the package gguf.
+        dtype: of the weights; by default as they are stored.
 
     Raises:
         SpecError: there is none, or it cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
+    if gguf is not None and find_spec("gguf") is None:
+        raise SpecError("--gguf: needs the package gguf: pip install gguf")
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
