@@ -6,10 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
-from layerzoo.cli import main
+import yaml
+
+import layerzoo
+from layerzoo.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("layerzoo", "memories", "attention", "kernels", "ablations")
@@ -44,3 +48,21 @@ def test_the_readme_names_files_that_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
     for link in links:
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_workflow_runs_commands_that_exist() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = {line.partition(":")[0] for line in (ROOT / "Makefile").read_text().splitlines()}
+    made = {words[1] for run in runs if (words := run.split())[0] == "make"}
+    assert made and made <= targets
+    called = re.findall(r'bin/layerzoo" (\w+)', " ".join(runs))
+    assert {*called} <= {*COMMANDS} and "check" in called
+
+
+def test_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"] == layerzoo.__version__
+    assert citation["license"] == project["license"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
