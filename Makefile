@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all gpu pretrained lint clean
+.PHONY: demo test test-all mutants gpu pretrained lint clean
 
 # What a user needs.
 .venv/installed: pyproject.toml setup.py constraints.txt
@@ -30,6 +30,10 @@ test: .venv/dev
 test-all: .venv/dev
 	$(INSTALL) --editable '.[eval,ray]'
 	$(BIN)/pytest -m ''
+
+# Plants 63 faults, one at a time, and sees whether the tests find them: an hour.
+mutants: .venv/dev
+	$(BIN)/python -m tests.mutants
 
 # On a machine with a GPU: the kernels against float64, then beside their peers (under 9 minutes).
 # `make gpu BIN=DIR` takes the python, pytest and layerzoo of a folder as they are.
