@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from layerzoo.layer import get_layer
 from layerzoo.testing import Check, layer_checks
 from layerzoo.testing.arithmetic_laws import wrong
 from layerzoo.testing.layers import Case
@@ -30,8 +31,15 @@ def _warn_always() -> Iterator[None]:
     torch.set_warn_always(False)
 
 
+def marked(check: Check) -> Any:
+    """A composition's own arithmetic is a sum: what takes seconds is done for one of them."""
+    name, is_slow = check.case.name, check.law.name in ("compiles", "precision")
+    is_slow = is_slow and get_layer(name).kind == "composition" and name != "parallel"
+    return pytest.param(check, id=str(check), marks=[pytest.mark.slow] * is_slow)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
-@pytest.mark.parametrize("check", layer_checks(), ids=str)
+@pytest.mark.parametrize("check", [*map(marked, layer_checks())])
 def test_law(check: Check) -> None:
     check()
 

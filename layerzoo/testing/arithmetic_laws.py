@@ -30,6 +30,9 @@ from layerzoo.testing.precision import DRAWS, Error, check, errors
 LAWS: list[Law] = []
 law = laws(LAWS)
 
+PRECISION_T = 80
+"""Tokens: a chunk of 64, and a rest."""
+
 
 def weighted(tree: Any) -> Tensor:
     """A loss to which every floating-point entry contributes with a weight of its own."""
@@ -64,17 +67,22 @@ def gradients(case: Case) -> None:
 
 
 def outcome(
-    layer: Layer, dtype: torch.dtype = torch.float64, autocast: bool = False, past: int = 37
+    layer: Layer,
+    dtype: torch.dtype = torch.float64,
+    autocast: bool = False,
+    past: int = 37,
+    length: int = LONG,
 ) -> dict[str, Any]:
-    """Output, final state and every gradient (of parameters, x and the incoming state) of a long
+    """Output, final state and every gradient (of parameters, x and the incoming state) of a
     sequence in two pieces, after `past` tokens whose state takes a gradient itself."""
     device = next(layer.parameters()).device
-    x = tokens(2, LONG, dtype).to(device).requires_grad_()
+    x = tokens(2, length, dtype).to(device).requires_grad_()
+    first = 2 * length // 5
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         with torch.no_grad():
             _, state = layer(tokens(2, past, dtype).to(device))
         state = tree_map(lambda s: s.requires_grad_() if s.is_floating_point() else s, state)
-        found = in_pieces(layer, x, [60, 90], state)
+        found = in_pieces(layer, x, [first, length - first], state)
     inputs: dict[str, Tensor] = {**dict(layer.named_parameters()), "x": x}
     leaves = [s for s in tree_leaves(state) if s.is_floating_point()]
     inputs |= {f"the incoming state, tensor {n}": s for n, s in enumerate(leaves)}
@@ -159,7 +167,12 @@ def _is_first(case: Case) -> bool:
     return case.n == 0 and case.impl in ("chunked", "auto")
 
 
-@law("a branch on the values of a tensor, or an autograd function", applies=_is_first, slow=True)
+@law(
+    "a branch on the values of a tensor, or an autograd function",
+    applies=_is_first,
+    slow=True,
+    once=lambda case: case.op,
+)
 def compiles(case: Case) -> None:
     """torch.compile leaves the function as it is."""
     layer, x = case.build(), tokens(2, SHORT)
@@ -173,7 +186,8 @@ def compiles(case: Case) -> None:
 
 @functools.lru_cache(DRAWS)
 def _exact(case: Case, draw: int) -> dict[str, Tensor]:
-    return named(outcome(case._replace(impl="recurrent").build(draw=draw)))
+    layer = case._replace(impl="recurrent").build(draw=draw)
+    return named(outcome(layer, length=PRECISION_T))
 
 
 def wrong(case: Case, kind: str, draw: int) -> dict[str, Error]:
@@ -181,7 +195,8 @@ def wrong(case: Case, kind: str, draw: int) -> dict[str, Error]:
     want = _exact(case._replace(impl=""), draw)
     want = {name: x for name, x in want.items() if x.is_floating_point()}
     layer = case.build(torch.float32, draw)
-    got = named(outcome(layer, torch.float32, autocast=kind == "bfloat16"))
+    low = kind == "bfloat16"
+    got = named(outcome(layer, torch.float32, autocast=low, length=PRECISION_T))
     return errors({name: got[name] for name in want}, want)
 
 

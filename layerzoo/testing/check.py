@@ -24,6 +24,7 @@ class Law(NamedTuple):
     run: raises `Broken` for a case of which it does not hold.
     applies: whether a case is one that the law is about.
     slow: whether a quick check leaves it out.
+    once: what the law is about, of which one case is enough; None is the case itself.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Law(NamedTuple):
     run: Callable[[Any], None]
     applies: Callable[[Any], bool]
     slow: bool
+    once: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,14 @@ def laws(
     """A decorator that adds its function to the list as a law. The docstring is the statement."""
 
     def law(
-        cause: str, applies: Callable[[Any], bool] = lambda case: True, slow: bool = False
+        cause: str,
+        applies: Callable[[Any], bool] = lambda case: True,
+        slow: bool = False,
+        once: Callable[[Any], Any] | None = None,
     ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
         def add(run: Callable[[Any], None]) -> Callable[[Any], None]:
             statement = " ".join((run.__doc__ or "").split())
-            found.append(Law(run.__name__, statement, cause, run, applies, slow))
+            found.append(Law(run.__name__, statement, cause, run, applies, slow, once))
             return run
 
         return add
@@ -86,13 +91,15 @@ def laws(
 
 def checks(found: Iterable[Law], cases: Iterable[Any], quick: bool) -> list[Check]:
     """All laws for all cases that they are about."""
-    cases = [*cases]
-    return [
-        Check(law, case)
-        for law in found
-        for case in cases
-        if law.applies(case) and not (quick and law.slow)
-    ]
+    cases, made = [*cases], list[Check]()
+    for law in found:
+        if quick and law.slow:
+            continue
+        about = [case for case in cases if law.applies(case)]
+        if law.once is not None:
+            about = {law.once(case): case for case in reversed(about)}.values()
+        made += [Check(law, case) for case in about]
+    return made
 
 
 def require(condition: Any, message: str) -> None:

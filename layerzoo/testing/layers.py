@@ -48,6 +48,12 @@ class Case(NamedTuple):
     def device(self) -> str:
         return "cuda" if self.impl == "triton" else "cpu"
 
+    @property
+    def op(self) -> str:
+        """The name of the layer's op; of a layer without one, its own."""
+        op = get_layer(self.name).op
+        return self.name if op is None else op.name
+
     def build(self, dtype: torch.dtype = torch.float64, draw: int = 1) -> Layer:
         """Build the layer, and add noise to every parameter: zeros and ones would hide a missing
         factor."""
