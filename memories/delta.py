@@ -203,12 +203,12 @@ class Delta(MatrixMemory, name="delta"):
     """
 
     class Config(MatrixConfig):
-        """beta_max: 1 or 2, beta_t = beta_max sigmoid(x_t w). Above 1 the factor I - beta k^T k
-            has a negative eigenvalue, with which a state can flip and parity can be learned
-            (arXiv 2411.12537).
-        beta_bias: b of beta_t = beta_max sigmoid(x_t w + b) at the start; null is no b, and a
-            start of half of beta_max.
-        qk_norm has l2 alone here: the rule is stable for beta_t |k_t|^2 <= 2.
+        """beta_max: the largest writing strength, in beta_t = beta_max sigmoid(x_t w). Above 1
+            I - beta_t k^T k has a negative eigenvalue: a state can flip its sign, and parity can
+            be learned (arXiv 2411.12537).
+        beta_bias: b in beta_t = beta_max sigmoid(x_t w + b) at the start. null means no b, so that
+            beta_t starts at half of beta_max.
+        qk_norm: l2 only, because the rule is stable for beta_t |k_t|^2 <= 2.
         """
 
         qk_norm: Literal["l2"] = "l2"

@@ -141,9 +141,12 @@ class Mesa(MatrixMemory, name="mesa"):
     """
 
     class Config(MatrixConfig):
-        """steps: of conjugate gradient at each read (the paper's bound is 30); null is the exact
-        solve. decay has no `vector` here: with one, A would not stay symmetric. beta_bias: b of
-        beta_t = sigmoid(x_t w + b) at the start; null is no b, and a start of 1/2."""
+        """decay: not `vector`, with which A would not stay symmetric.
+        steps: steps of conjugate gradient at each read; null solves exactly. The paper takes at
+            most 30.
+        beta_bias: b in beta_t = sigmoid(x_t w + b) at the start. null means no b, so that beta_t
+            starts at 1/2.
+        """
 
         decay: Literal["none", "constant", "scalar"] = "scalar"
         steps: int | None = 30

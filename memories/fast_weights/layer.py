@@ -57,23 +57,27 @@ class FastWeights(Memory, name="fast_weights"):
     of this (second order, exact). `ttt_linear`, `ttt_mlp`, `titans`, `lact`, `allmem`, `yaad`,
     `moneta` and `memora` are points in this space.
 
-    lr_t = lr sigmoid(x_t w + b) / (s sqrt(C)). s is the squared length of a
-    matrix's inputs (of a key 1 with qk_norm l2, else K; of I hidden units I / 2), the largest of
-    them where all matrices share a rate. The C gradients of a mini-batch add up: by C where tokens
-    agree, and not at all where they are orthogonal; sqrt(C) is between. (With `row`, which is a
-    mean already, it is left out.) momentum_t and decay_t are sigmoid(x_t w + b), each of its own.
-    Matrices start normal with variance 1 / s, the last one a quarter of that, times init_scale^2;
-    biases at 0. q and k enter the network alike: no qk_norm scales q here.
+    lr_t = lr sigmoid(x_t w + b) / (s sqrt(C)), where s is the squared length of a matrix's inputs:
+    1 for a key with qk_norm l2, otherwise K, and I / 2 for I hidden units. If all matrices share a
+    rate, the largest s counts. sqrt(C) stands between two cases: the C gradients of a mini-batch
+    add up to C of them where tokens agree, and to 1 where tokens are orthogonal. With `row`, which
+    is a mean already, it is left out. momentum_t and decay_t are sigmoid(x_t w + b), each with
+    weights of its own. Matrices start normal with variance 1 / s, the last one with a quarter of
+    it times init_scale^2; biases start at 0. q and k enter the network alike, so no qk_norm scales
+    q here.
     """
 
     class Config(Memory.Config, Rule):
-        """lr: highest rate. lr_per_matrix: a rate for every matrix. row: tokens read the writes of
-        their mini-batch times max(0, 1 / i + learned), i their place in it (`update: token`).
-        init_scale: of the last matrix at the start. Where little is trained, as in a converted
-        model, a small one lets what is written outweigh the noise that an untrained network reads.
-        lr_bias, momentum_bias, decay_bias: the gates' b at the start: half of the highest rate, a
-        momentum of 1/2, a decay of 1/8000 a token (layers of a network that fade together fade
-        twice as fast, down to denormals).
+        """lr: the highest learning rate.
+        init_scale: scale of the last matrix at the start. In a converted model, of which little is
+            trained, a small scale lets what is written outweigh the noise that an untrained
+            network reads.
+        lr_per_matrix: gives every matrix a rate of its own.
+        row: token i of a mini-batch reads its writes times max(0, 1 / i + learned). It needs
+            `update: token`.
+        lr_bias, momentum_bias, decay_bias: the gates' b at the start. The defaults are half of the
+            highest rate, a momentum of 1/2, and a decay of 1/8000 a token. (A product of two
+            matrices that both fade is gone twice as fast.)
         """
 
         lr: float = 1.0
@@ -111,7 +115,7 @@ class FastWeights(Memory, name="fast_weights"):
         if rule.network.residual and K != V:
             raise SpecError(f"network: residual needs key_dim = value_dim, got {K} and {V}")
         self.shapes = rule.network.shapes(K, V)
-        # What a matrix's inputs have for a squared length: a key, or half of the hidden units.
+        # The squared length of a matrix's inputs: of a key, or of half of the hidden units.
         key = 1.0 if config.qk_norm == "l2" else float(K)
         first = rule.network.first
         self.squares = [key if m in first else i / 2 for m, (i, _) in enumerate(self.shapes)]
