@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all mutants gpu pretrained lint clean
+.PHONY: demo test test-eval test-all mutants gpu pretrained lint clean
 
 # What a user needs.
 .venv/installed: pyproject.toml setup.py constraints.txt
@@ -25,6 +25,11 @@ demo: .venv/installed
 
 test: .venv/dev
 	$(BIN)/pytest -n 2
+
+# The tests that need datasets, pyarrow or lm-eval, which `make test` skips.
+test-eval: .venv/dev
+	$(INSTALL) --editable '.[eval]'
+	$(BIN)/pytest -n 2 $(addprefix tests/test_,text.py splits.py grid_data.py evaluate.py report.py)
 
 # The slow tests too, those of datasets and lm-eval, and those of the Ray executor: more than an hour.
 test-all: .venv/dev
