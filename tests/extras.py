@@ -8,6 +8,7 @@ import pytest
 
 EXTRAS = {
     "datasets": "eval",
+    "huggingface_hub": "hf",
     "lm_eval": "eval",
     "pyarrow": "eval",
     "ray": "ray",
