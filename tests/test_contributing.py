@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md are installed as a package, checked, and trained."""
+"""The examples of CONTRIBUTING.md are installed as a package, checked, trained and swept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+GRID = """# Which of the examples remembers?
+name: mine
+base: mqar
+budget: 4
+set: {model.network.dim: 16, data.init_args.batch_size: 4, data.init_args.val_samples: 8}
+axes:
+  layer:
+    moving_average: {model.network.layers: [moving_average]}
+    fading: {model.network.layers: [{name: fading, heads: 2}]}
+seeds: [0]
+"""
 
 
 @pytest.fixture
@@ -38,12 +49,12 @@ def call(env: dict[str, str], *argv: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-def test_the_examples_are_found_checked_and_trained(
+def test_the_examples_are_found_checked_trained_and_swept(
     installed: dict[str, str], tmp_path: Path
 ) -> None:
     assert "s_t = a s_{t-1}" in call(installed, "-m", "layerzoo", "list", "moving_average")
 
-    out = call(installed, "-m", "layerzoo", "check", "moving_average", "fading")
+    out = call(installed, "-m", "layerzoo", "check", "moving_average", "fading", "--quick")
     assert "pieces          holds in 4 " in out and " checks hold (" in out
 
     options = "--trainer.max_steps 60 --trainer.val_check_interval 30 --trainer.callbacks null"
@@ -53,3 +64,9 @@ def test_the_examples_are_found_checked_and_trained(
     out = call(installed, "-m", "layerzoo", *train, *options.split(), *size.split(), cwd=tmp_path)
     before, after = re.search(r"loss/held_out: ([\d.]+) at .*, ([\d.]+) at", out).groups()  # type: ignore[union-attr]
     assert float(after) < float(before)
+
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(GRID)
+    out = call(installed, "-m", "layerzoo", "ablate", "run", str(grid), cwd=tmp_path)
+    assert "moving_average" in out and "fading" in out
+    assert len([*tmp_path.glob("runs/ablations/mine/*/*/metrics.json")]) == 2
