@@ -32,7 +32,10 @@ law = laws(LAWS)
 CAUSAL_T = 40
 
 
-@law("an init_state that differs from what forward starts with, or a forward that needs tokens")
+@law(
+    "an init_state that differs from what forward starts with, or a forward that needs tokens",
+    applies=is_wide,
+)
 def shapes(case: Case) -> None:
     """Outputs are like x for any number of tokens, none included; no state is `init_state`, and
     no tokens leave a state as it was."""
@@ -172,7 +175,10 @@ def _is_memory(case: Case) -> bool:
     return is_wide(case) and issubclass(get_layer(case.name), Memory)
 
 
-@law("a rule that reads before its write, or a read that changes the state", applies=_is_memory)
+@law(
+    "queries and writes that are aligned at their first tokens, or a read that changes the state",
+    applies=_is_memory,
+)
 def alignment(case: Case) -> None:
     """In `mix` the last query meets the last write; earlier queries read the incoming state, and
     earlier writes are written all the same."""
