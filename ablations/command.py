@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (plan, runner):
         command.add_argument("grid", help="a shipped grid's name, or a YAML file")
-        command.add_argument("--size", help="of those that the grid has (default: its first)")
+        command.add_argument("--size", help="one of the grid's sizes (default: its first)")
     for command in (plan, runner, validate):
         command.add_argument("--jobs", type=int, help="cells at a time (default: cores or GPUs)")
     references = "a grid with claims (default: all shipped ones of up to 10 minutes)"

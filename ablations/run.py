@@ -138,7 +138,7 @@ def run(name: str, how: How, size: str | None = None, tables: bool = True) -> in
     """Run the unfinished cells of a grid, then compare all that have ended.
 
     Args:
-        size: of those that the grid file has.
+        size: one of the sizes in the grid file.
         tables: print what they say together; it is written down in any case.
 
     Returns: the exit status, 0; 1 if cells failed, or a claim does not hold; 130 if interrupted.

@@ -233,10 +233,10 @@ def find_checkpoint(name: str | Path, runs: str | Path = "runs") -> str:
     """The file of the checkpoint that a user names.
 
     Args:
-        name: a file; the folder of a run, whose newest readable checkpoint counts, or of several
-            runs, of which the newest counts; `last`, the newest run's; `best`, of the newest run
-            the one whose held-out figure was the best, if its ModelCheckpoint monitors one. A
-            file or folder of such a name counts first.
+        name: one of four things. A file. A folder of a run, for its newest readable checkpoint,
+            or a folder of several runs, for the newest run. `last`, for the newest run. `best`,
+            for the checkpoint of the newest run whose held-out figure was the best, if its
+            ModelCheckpoint monitors one. A file or folder called `last` or `best` is taken first.
         runs: the folder of runs in which `last` and `best` look.
 
     Raises:

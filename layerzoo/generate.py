@@ -29,8 +29,8 @@ PIECE = 1024
 def read(
     model: LanguageModel, tokens: Int[Tensor, "B T"], state: State = None, piece: int = PIECE
 ) -> State:
-    """The state after the tokens, of which `piece` are read at a time: the memory that a long
-    prompt takes is that of a piece, and by the law the state is the same."""
+    """The state after the tokens, which are read `piece` at a time. So a long prompt takes no more
+    memory than a piece, and by the law the state is the same."""
     if piece < 1:
         raise SpecError(f"piece: must be at least 1 token, got {piece}")
     state = model.init_state(len(tokens)) if state is None else state

@@ -21,12 +21,13 @@ SHOWN = ("loss/held_out", "loss/bits_per_byte", "recall/accuracy", "accuracy/all
 
 
 class TaskModule(LightningModule):
-    """Evaluates a model on a task, and trains what of it needs a gradient, with AdamW.
+    """Evaluates a model on a task, and trains its parameters that need a gradient, with AdamW.
 
-    A subclass builds `self.model` and defines `training_step`. Its own options it gives to
-    `save_hyperparameters` as a dict, for a resumed run to be refused if they are others. Of the
-    model this needs `hidden(tokens, documents=) -> h, state`, `head(h) -> logits`, `embedding`,
-    `cautions(T)`, and, for what is recorded of a run, `state_bytes(T)`, `flops_per_token(T)`,
+    A subclass builds `self.model` and defines `training_step`. It passes its own options to
+    `save_hyperparameters` as a dict; a resumed run is refused if they differ.
+
+    The model has `hidden(tokens, documents=) -> h, state`, `head(h) -> logits`, `embedding` and
+    `cautions(T)`. For the record of a run it also has `state_bytes(T)`, `flops_per_token(T)`,
     `choices()` and `forget_choices()`: see `LanguageModel`. The task may ask for more.
 
     Args:

@@ -45,10 +45,10 @@ MAX_SEED = 2**32 - 1
 """NumPy's."""
 LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "check_val_every_n_epoch": 1}
 LEAST |= {"max_steps": -1, "max_epochs": -1, "num_sanity_val_steps": -1}
-"""Of options of the trainer, most of which Lightning does not check."""
+"""The least values of options of the trainer. Lightning does not check most of them."""
 SHARES = {f"limit_{split}_batches": 0 for split in ("train", "val", "test", "predict")}
 SHARES |= {"overfit_batches": 0, "val_check_interval": 1}
-"""Those that are a number of batches, with the least one, or, as a float, a share of them."""
+"""Options that are a number of batches, with the least one; a float is a share of all batches."""
 
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 

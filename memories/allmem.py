@@ -17,13 +17,15 @@ class AllMem(FastWeights, name="allmem"):
     2. W <- norm(W): every output's weights return to the norm that they had at the start;
     3. S = mean(momentum) S - sum_j lr_j g_j,   W <- W + S, the gradients g_j at the W of 2.
 
-    The memory of AllMem is this beside a window, `parallel` with children `sliding` and `allmem`
-    and a learned scale per channel that starts at 0. There is no public code; this is our reading
-    of the paper's text and figures, which order read, norm and write so, and of which order, norm,
-    momentum and chunk size are unablated. `place: end` normalises after the write (as LaCT does),
-    forgetting `none` not at all, `decay` fades. Deviations: one shell for all memories (its own
-    projections to q, k, v); q and k of unit length, the paper's RMS norm (`qk_norm: rms`) but for
-    a factor, with which recall was learned less reliably; a chunk of 512 by default.
+    AllMem has this memory beside a window: `parallel` with children `sliding` and `allmem`, and a
+    learned scale per channel that starts at 0. There is no public code. This is our reading of the
+    paper's text and figures, which order read, norm and write so. The paper ablates neither the
+    order nor the norm, the momentum or the chunk size. `place: end` normalises after the write (as
+    LaCT does), forgetting `none` does not normalise, and `decay` fades.
+
+    Deviations: one shell for all memories (projections to q, k, v of its own). q and k have unit
+    length, which is the paper's RMS norm (`qk_norm: rms`) but for a factor; with that norm recall
+    was learned less reliably. A chunk has 512 tokens by default.
     """
 
     class Config(FastWeights.Config):

@@ -81,7 +81,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit_lower_inverse(A: Float[Tensor, "... C C"]) -> Float[Tensor, "... C C"]:
-    """(I + A)^-1 of the strictly lower part of A, the rest of which is not read.
+    """(I + A)^-1 of the strictly lower part of A. The other part of A is not read.
 
     Halves are inverted and joined: the lower left block of the inverse is -D^-1 L A^-1.
     """

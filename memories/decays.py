@@ -23,9 +23,13 @@ would make inf - inf."""
 
 
 class Pulled(NamedTuple):
-    """What a segment's states have passed back already, before `Decays.pull`: gradients of the
-    rows, by reading, and of the keys, by fading; and the states before the chunks with the
-    gradients of those after them."""
+    """Gradients that a segment's states have passed back before `Decays.pull`.
+
+    d_rows: of the rows, which read the states.
+    d_k: of the keys, which fade into the states.
+    states: the states before the chunks.
+    d_states: the gradients of the states after the chunks.
+    """
 
     d_rows: Tensor
     d_k: Tensor
@@ -94,8 +98,9 @@ class TokenDecays(Decays):
     def pull(
         self, grad: Tensor, scores: Tensor, rows: Tensor, k: Tensor, into: Pulled
     ) -> Tensor | None:
-        """g_t is in the ratio of i and j for j < t <= i, in what the tokens from t on read, in
-        what is left of those before it, and in what is left of the state: sums of such terms."""
+        """The gradient of g_t is a sum over all factors that g_t is in: the ratio of i and j for
+        j < t <= i, the reads of the tokens from t on, what is left of the tokens before t, and
+        what is left of the state."""
         read = torch.linalg.vecdot(rows, into.d_rows).sum(2).unsqueeze(-1)
         left = torch.linalg.vecdot(k, into.d_k).unsqueeze(-1)
         whole = (into.states * into.d_states).sum((2, 3), keepdim=True) * self.whole

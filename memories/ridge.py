@@ -61,7 +61,7 @@ def conjugate_gradient(
 def conjugate_gradient_back(
     apply: Callable[[Tensor], Tensor], b: Tensor, trace: list[Step], dx: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of b and of every step's Ap, from that of x: the steps in reverse."""
+    """The gradients of b and of every step's Ap from the gradient of x: the steps in reverse."""
     dr, dp, drr = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b[..., :1])
     d_products = []
     for step in reversed(trace):

@@ -50,7 +50,7 @@ class Drafts:
         return self.source.error(("base",), f"{prefix}{error}")
 
     def draft(self, overrides: Sequence[Override]) -> DictConfig:
-        """The base with the overrides, of which a later one counts."""
+        """The base with the overrides. A later one replaces an earlier one."""
         config = self.base.copy()
         for place, key, value in overrides:
             with self.source.at(*place):

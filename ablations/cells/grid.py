@@ -92,8 +92,8 @@ class Grid:
         seeds: tuple[Seed, ...],
         split: Literal["test", "val"],
     ) -> list[Cell]:
-        """The cells of the arms in `tuned`, with their tuning options. All arms are made, for the
-        reach of one may be that of all."""
+        """The cells of the arms in `tuned`, with their tuning options. All arms are built, because
+        the reach of one arm may define the ceiling of all."""
         budget = self.budget(split)
         steps = budget.value if budget else None
         drafts, trees = {}, {}
@@ -172,7 +172,7 @@ class Grid:
         return reach
 
     def _refuse_twins(self, cells: Sequence[Cell]) -> None:
-        """Arms that are the same run, of which there would be two."""
+        """Refuse two arms that are the same run."""
         seen: dict[str, Cell] = {}
         for cell in cells:
             other = seen.setdefault(cell.identity, cell)

@@ -43,11 +43,12 @@ class Match(Config):
 def matched(
     match: Match, configs: Mapping[str, Tree], arms: Mapping[str, Mapping[str, str]]
 ) -> dict[str, tuple[Tree, dict[str, Any]]]:
-    """Every arm's config, with a network of the size that `match` asks for, and what was done:
-    {by, target, achieved, deviation, solved}, of which solved is {knob: value} or empty.
+    """Every arm's config with a network of the size that `match` asks for, and a record of how:
+    {by, target, achieved, deviation, solved}, where solved is {knob: value} or empty.
 
     Args:
-        configs: resolved, by arm. arms: the options of each, axis -> option.
+        configs: the resolved configs by arm.
+        arms: the options of each arm, axis -> option.
 
     Raises:
         SpecError: no such arm or knob, or an arm that cannot be made so.

@@ -110,7 +110,8 @@ def _arm(source: Source, names: Sequence[str], *place: str) -> str:
 
 
 def _with_baseline(arm: Arm, base: Arm) -> Contrast:
-    """Named by the axis in which they differ, of those that both have, if it is one alone."""
+    """A contrast with the baseline. If the arms differ on one axis that both have, it is named by
+    that axis."""
     names = arm_name(arm), arm_name(base)
     differ = [axis for axis in arm.keys() & base.keys() if arm[axis] != base[axis]]
     if len(differ) != 1:

@@ -20,12 +20,13 @@ Place = tuple[str, ...]
 class Source:
     """A grid file as read. A place in it is the keys that lead there; a list's are "0", "1", ..
 
-    A file may have `sizes`: names, and the fields that each changes. The fields of a size replace
-    the file's; of those that are mappings, entry by entry.
+    A file may have `sizes`: names, and the fields that each changes. A field of a size replaces
+    the field of the file; mappings are replaced entry by entry.
 
-    text: of the file. tree: its fields, their keys as written: an option `1e-3` or `on` is named
-        just that; interpolations are unresolved.
-    size: of the file's sizes the one that is meant, by default the file's `size`, or the first.
+    text: the file.
+    tree: its fields, with keys as they are written, so that an option `1e-3` or `on` is named just
+        that. Interpolations are unresolved.
+    size: the size that is read; by default the file's `size`, or the first.
 
     Raises:
         SpecError: it cannot be read, is not YAML, names a key twice, or has no such size.
@@ -139,7 +140,7 @@ class Source:
 
 
 def _move(facts: dict[Place, Any], start: Place, end: Place) -> None:
-    """What is known of a place, and of those under it, is known of another in its stead."""
+    """Move the facts about a place, and about all places under it, to another place."""
     n, m = len(start), len(end)
     moved = {(*end, *place[n:]): fact for place, fact in facts.items() if place[:n] == start}
     for stale in [place for place in facts if place[:m] == end]:

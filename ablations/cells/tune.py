@@ -91,10 +91,10 @@ class Trial:
 class Choice:
     """What an arm was tried with, in order, and what was chosen.
 
-    best: of the trials in which the fewest seeds are lost, the one of the best mean, the first of
-        equals; None if every run of the arm diverged or failed.
-    edges: the numeric tuning axes of which the best option is the first or last number: a wider
-        axis may hold a better one.
+    best: the trial with the fewest lost seeds, then with the best mean, then the first; None if
+        every run of the arm diverged or failed.
+    edges: numeric tuning axes whose best option is their first or last number. A wider axis may
+        hold a better one.
     """
 
     best: Trial | None
@@ -106,7 +106,8 @@ def choose(tuning: Tuning, cells: Sequence[Cell], figures: Figures) -> dict[str,
     """What the tuning runs say is best for each arm.
 
     Args:
-        cells: the tuning runs. figures: of those that ended, failed ones too.
+        cells: the tuning runs.
+        figures: the figures of all runs that ended; of a run that failed, why.
 
     Returns:
         arm -> choice, of the arms all of whose tuning runs ended.

@@ -31,8 +31,12 @@ def head(name: str) -> str:
 
 
 def shown(name: str, estimate: Estimate, sign: str = "") -> str:
-    """A mean and its interval, if it has one; sign: "+" to show that of a difference. A mean that
-    is not finite is nan or inf; only without any value there is nothing."""
+    """A mean with its interval, if it has one. A mean that is not finite is shown as nan or inf;
+    without any value there is nothing to show.
+
+    Args:
+        sign: "+" shows the sign of a difference.
+    """
     if estimate.n == 0:
         return NOTHING
     share = is_share(name)

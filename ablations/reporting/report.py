@@ -27,7 +27,7 @@ INTERVALS = (
 )
 CONTRASTS = (
     "Differences are first minus second, of cells of the same seed; ± is the 95% t interval of "
-    "their mean, p that of the paired t test. Holm p is corrected for all contrasts of this "
+    "their mean, p is from the paired t test. Holm p is corrected for all contrasts of this "
     "figure; *higher* or *lower* is the first arm where it is below 0.05, and *not told apart* "
     "says nothing of equality. The intervals are not corrected. With fewer than 6 pairs no rank "
     "test can give p < 0.05; the t test can, as far as the differences are normal."

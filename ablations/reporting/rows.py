@@ -112,8 +112,12 @@ def _row(
 def differences(
     cells: Sequence[Result], pairs: Sequence[tuple[str, str]], name: str | None
 ) -> list[float]:
-    """A figure (None: the accuracy that each task has) of the first arm of each pair minus that of
-    the second, at each seed that all of them have; of several pairs the mean."""
+    """Differences of a figure, first arm minus second, one at each seed that all arms have.
+
+    Args:
+        name: the figure; None is the accuracy that each task has.
+        pairs: of arms; over several pairs the difference is their mean.
+    """
     at = {(cell.arm, cell.seed): figure(cell.metrics, name) for cell in cells}
     out = []
     for seed in dict.fromkeys(cell.seed for cell in cells):

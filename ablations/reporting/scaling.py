@@ -65,7 +65,8 @@ class Scaling:
 
     @property
     def best(self) -> Form:
-        """The form of the smallest miss; of those equal to 0.1%, the one of fewest parameters."""
+        """The form with the smallest miss; if several agree to 0.1%, the one with fewest
+        parameters."""
         return min(self.forms.values(), key=lambda form: (round(form.miss, 3), len(form.theta)))
 
 

@@ -146,8 +146,7 @@ def gemm_size(device: torch.device) -> int:
 
 
 def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s of the fastest of 20 products of two square matrices, or of those that a second is
-    enough for."""
+    """GFLOP/s of the fastest of 20 products of two square matrices; fewer, if a second is up."""
     size, timed = gemm_size(device), stopwatch(device)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     ((first,),) = alternate([lambda: a @ b], 1, timed)

@@ -66,7 +66,7 @@ class Composition(Layer):
         return sum(layer.rule_flops(T) for layer in self.children_layers())
 
     def reach(self) -> Reach | None:
-        """Of children side by side: that of the furthest."""
+        """How far the child reaches that reaches furthest; children stand side by side."""
         reaches = [layer.reach() for layer in self.children_layers()]
         if any(reach is None for reach in reaches):
             return None

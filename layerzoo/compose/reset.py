@@ -18,11 +18,12 @@ from .base import ChildrenConfig, Composition
 class Reset(Composition, name="reset"):
     """A child whose state starts anew at every `every`-th token: y = child(x of its segment).
 
-    Trained and tested so, a memory can adapt to its segment, but remembers nothing of those
-    before: what a hybrid keeps of its result is not due to long memory.
+    A memory that is trained and tested so can adapt to its segment, but remembers nothing of
+    earlier segments. What a hybrid still achieves with it is not due to long memory.
 
-    children: one spec, or built layer. every: tokens a segment; null never resets. The attribute
-    `every` of the layer may be set after training (see `layerzoo.callbacks.Controls`).
+    children: one spec, or built layer.
+    every: tokens of a segment; null never resets. The attribute `every` of the layer may be set
+        after training (see `layerzoo.callbacks.Controls`).
     """
 
     class Config(ChildrenConfig):

@@ -17,7 +17,7 @@ from layerzoo.spec import SpecError, at, suggest
 Contents = dict[str, bytes]
 """Documents by their digests."""
 Dealt = dict[str, list[tuple[str, bytes]]]
-"""Documents by split, each with its digest, that of the whole one if it was cut."""
+"""Documents by split, each with the digest that it had before it was cut."""
 Documents = dict[str, list[bytes]]
 """By split."""
 NAMES = {"train": "train", "val": "validation", "test": "test"}

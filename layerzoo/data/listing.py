@@ -27,7 +27,7 @@ def describe(cls: type[Task]) -> dict[str, Any]:
 
 
 def _source(cls: type[Task]) -> str | None:
-    """The first paper that the docstring names, or that of the class it refines."""
+    """The first paper in the docstring of the class, or of a base class."""
     found = (re.search(r"arXiv\s(\d+\.\d+)", base.__doc__ or "") for base in cls.__mro__)
     return next((match[1] for match in found if match), None)
 

@@ -38,7 +38,7 @@ class Needle(RecallTask):
     `number`, 10 digits, five of which repeat the one before: five are drawn, and five times one
     of them is doubled (retrieve.number of InfiniteBench, Zhang et al. 2024, arXiv 2402.13718, and
     its code);
-    `key-value`, nothing but pairs, as many as fit, of which one is asked (Liu et al. 2023, arXiv
+    `key-value`, nothing but pairs, as many as fit; one is asked (Liu et al. 2023, arXiv
     2307.03172; there 75 to 300 pairs of UUIDs in JSON, whose punctuation is left out here);
     `niah_single`, `niah_multikey`, `niah_multivalue`, `niah_multiquery`, 7 digits, in a phrase
     that repeats if single, else in random words for RULER's essays (Hsieh et al. 2024, arXiv

@@ -26,10 +26,10 @@ class RecallText(Text):
 
     The other samples are those of `Text`, and in all of them each next token is a label, so that
     the loss is that of a language model; in a sample with a question this holds of the needle,
-    the question and the answer, too. Annotation: `answer`, whether a label is a token of the
-    answer; of these alone `recall/accuracy` and `recall/loss` tell, and `recall/answers` of
-    whole answers. `loss/held_out` is of all labels. There are no bits a byte, unless
-    `recall` is 0: not all tokens are the text's. Whether a sample has a question, its kind and its
+    the question and the answer, too. The annotation `answer` says whether a label is a token of
+    the answer. `recall/accuracy` and `recall/loss` are over these tokens, `recall/answers` over
+    whole answers, and `loss/held_out` over all labels. There are no bits a byte, unless `recall`
+    is 0, because not all tokens are the text's. Whether a sample has a question, its kind and its
     depth are hashed from seed, split and index, in the held-out splits likewise.
 
     Kinds: `passkey`, a number of five digits in a sentence (as Mohtashami & Jaggi 2023, arXiv

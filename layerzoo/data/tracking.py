@@ -35,7 +35,8 @@ class VariableTracking(RecallTask):
 
     Args:
         vocab_size, length: at least one word must be left, and room for it all.
-        chains: how many, one of which is asked. hops: assignments of a chain after the first.
+        chains: number of chains; one is asked.
+        hops: assignments of a chain after the first.
         names, values: how many there are to draw from.
         See `RecallTask` and `Task` for the others.
     """

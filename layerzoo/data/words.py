@@ -88,7 +88,7 @@ class FrequentWords(_Words):
     three words, of several tokens each, with alpha = 2 (Hsieh et al. 2024, arXiv 2404.06654).
 
     Args:
-        vocab_size, length: tokens 3.. are words; each of those asked must stand there more often
+        vocab_size, length: tokens 3.. are words. Each word that is asked has to occur more often
             than the next.
         answers: how many words are asked.
         alpha: the larger, the fewer words there are, and the less alike in number.

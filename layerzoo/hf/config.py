@@ -27,8 +27,10 @@ KEPT = (
 class LayerzooConfig(transformers.PreTrainedConfig):
     """Of what model, and what was put in parallel with its attention; see `convert`.
 
-    source: the source's config, in plain types. memory: the spec of the memory. window, sinks,
-    write, scale_init: see `convert`. blocks: the indices of those that were converted.
+    source: the source's config, in plain types.
+    memory: the spec of the memory.
+    window, sinks, write, scale_init: see `convert`.
+    blocks: the indices of the converted blocks.
     """
 
     model_type = "layerzoo"

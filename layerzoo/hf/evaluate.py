@@ -121,8 +121,9 @@ def by_position(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, A
 
 @np.errstate(invalid="ignore", divide="ignore")  # a model may be lost: nan and inf are shown
 def compared(by_arm: dict[str, positions.Losses], window: int, length: int) -> dict[str, Any]:
-    """Means by range of positions; the share of the gap from window to full that is recovered, and
-    that of the memory less each control's; inside the window, the drift from the source."""
+    """Compare mean losses by range of positions: how much of the gap from window to full attention
+    each arm recovers, and how much more the memory recovers than each control. Inside the window
+    it is the drift from the source."""
     parts: dict[str, Any] = {}
     for name, where in positions.ranges(window, length).items():
         means = {arm: loss[:, where].mean(1) for arm, loss in by_arm.items()}

@@ -244,7 +244,7 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
                 without their padding, in groups of equal length.
             cache: a `MemoryCache`, which is changed; an empty one of transformers is replaced.
             labels: the loss of the next tokens, as transformers defines it.
-            logits_to_keep: of the last so many positions, or of those given; 0 is all.
+            logits_to_keep: positions that get logits: a number of last ones, or indices; 0 is all.
 
         Raises:
             SpecError: a mask with holes, embeddings in place of tokens, or another model's cache.

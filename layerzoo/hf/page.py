@@ -120,8 +120,8 @@ def smoothed(nats: Any) -> tuple[Any, Any]:
 
 
 def draw(texts: dict[str, Any], window: int, path: Path) -> None:
-    """By position, smoothed: the loss of every arm less that of full attention, and below, where
-    there are controls, that of the memory less each of theirs."""
+    """Draw loss differences by position, smoothed: every arm minus full attention, and below, if
+    there are controls, the memory minus each control."""
     arms = list(next(iter(texts.values()))["by_position"])
     others = [arm for arm in arms if arm != "full"]
     controls = [arm for arm in others if arm not in ("window", "memory")]

@@ -21,11 +21,11 @@ def explained(model: Any, rows: Tensor) -> list[float]:
     missed = full(x) - window(x),   missed' = a + s m,   R^2 = 1 - sum |missed - missed'|^2 /
     sum |missed - mean|^2,
 
-    m the memory's output, a, s `[D]` the best offset and scale of each channel, mean that of
-    missed alone, over the positions past the window; x is what the source itself gives to the
-    block. a, s and mean are fitted on the even rows of `[B, T]` tokens and R^2 is of the odd ones:
-    a memory that knows nothing, or always says the same, has 0 or less. What is explained is what
-    distillation can gain by `scales` alone, as these start at 0, and it is not an adapter's.
+    where m is the memory's output, a and s `[D]` are the best offset and scale of each channel,
+    and mean is the mean of missed, all over the positions past the window; x is the block's input
+    in the source. a, s and mean are fitted on the even rows of `[B, T]` tokens, and R^2 is
+    computed on the odd rows. A memory that knows nothing, or always gives the same, has 0 or less.
+    R^2 says what distillation can gain by `scales` alone, which start at 0.
     """
     found, x = [], model.embedding(rows)
     for layer in model.decoder_layers():

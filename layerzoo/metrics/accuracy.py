@@ -47,13 +47,13 @@ class AccuracyBy(Binned):
 
 
 class Capacity(AccuracyBy):
-    """`capacity/d90`, the largest number of pairs D of those tested at which accuracy is still at
-    least 90%, and at every smaller one, too (0 if at none); with the accuracy at each,
-    `accuracy_pairs/D`. Annotation `pairs`.
+    """The number of pairs that are recalled, by the annotation `pairs`.
 
-    `capacity/d90_interpolated` is where accuracy falls through 90% from there to the next size,
-    linear in log D; it is absent if it does so at no size, or before the first: then the capacity
-    lies outside what was tested.
+    - `accuracy_pairs/D` is the accuracy with D pairs.
+    - `capacity/d90` is the largest tested D with an accuracy of at least 90%, at every smaller D,
+      too. It is 0 if the smallest has less.
+    - `capacity/d90_interpolated` is where accuracy falls through 90% between that D and the next,
+      linear in log D. It is absent if the capacity lies outside what was tested.
     """
 
     def __init__(self, sizes: Sequence[int], threshold: float = 0.9) -> None:

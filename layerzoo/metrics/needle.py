@@ -1,4 +1,4 @@
-"""Answers: whole ones, of several tokens, all of which must be right; and those amid text."""
+"""Answers of several tokens, which count only if all tokens are right, alone or amid text."""
 
 from __future__ import annotations
 

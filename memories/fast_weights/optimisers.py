@@ -36,8 +36,8 @@ class Muon(Optimiser, name="muon"):
     """The step of a mini-batch with its singular values near 1, by five Newton-Schulz iterations
     (Jordan et al. 2024, with LaCT's coefficients). Needs `update: chunk`.
 
-    momentum: the step is that of S = momentum S - lr g. S itself is kept as it was.
-    eps: beside the Frobenius norm by which a step is divided first.
+    momentum: takes the step of S = momentum S - lr g, and keeps S itself.
+    eps: added to the Frobenius norm by which a step is divided first.
     """
 
     momentum: bool = False
