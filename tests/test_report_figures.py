@@ -55,6 +55,20 @@ def test_curves_are_means_over_seeds_with_intervals(write_results: WriteResults)
     assert ticks == ["1", "2-3", "4-7", "16-31"]
 
 
+def test_arms_without_a_curve_take_no_panel(write_results: WriteResults) -> None:
+    """Of 10 tasks two have lags."""
+
+    def measured(arm: dict[str, str], seed: int) -> dict[str, float]:
+        figures = {"recall/accuracy": 0.5}
+        lags = {f"recall_lag/{lag}": 0.5 for lag in (1, 2, 4)}
+        return {**figures, **lags} if arm["task"] in ("t2", "t7") else figures
+
+    axes = {"task": {f"t{n}": {} for n in range(10)}, **WINDOW}
+    figure = drawn(write_results(measured, axes=axes, seeds=[0, 1]))["recall_lag-lag"]
+    shown = [[line.get_label() for line in panel.lines] for panel in figure.axes]
+    assert shown == [["t2,window", "t2,memory", "t7,window", "t7,memory"]]
+
+
 def test_parts_of_a_task_are_drawn_for_the_figures_of_the_table(
     write_results: WriteResults,
 ) -> None:

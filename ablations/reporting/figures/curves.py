@@ -64,8 +64,12 @@ def curve_families(findings: Findings) -> list[Curves]:
 
 def curves(findings: Findings, family: Curves) -> Figure:
     """A panel for at most nine arms; of a family of two numbers, for each of the second."""
-    rows = [row for row in findings.rows if row.cells]
-    parts = [(part, second) for second in family.seconds for part in _parts(rows)]
+    measured = {
+        second: [row for row in findings.rows if _measured(row, family, second)]
+        for second in family.seconds
+    }
+    parts = [(part, second) for second, rows in measured.items() for part in _parts(rows)]
+    rows = [row for row in findings.rows if any(row in some for some in measured.values())]
     names = [row.arm for row in rows]
     width, height = 5.6 + inches(names, 8), max(2.6, 0.17 * min(LINES, len(rows)) + 0.8)
     figure = Figure(figsize=(width, 0.4 + height * len(parts)), layout="constrained")
@@ -85,6 +89,11 @@ def curves(findings: Findings, family: Curves) -> Figure:
         panels[0].set_ylim(low - room, high + room)
     panels[-1].set_xlabel(XLABELS.get(family.name, family.sides[0]))
     return figure
+
+
+def _measured(row: Row, family: Curves, second: tuple[int, ...]) -> bool:
+    """Whether an arm has a point of the curve: another task may have no such figure."""
+    return any(row.estimate(tag).n for at, tag in family.tags.items() if at[1:] == second)
 
 
 def _parts(rows: Sequence[Row]) -> list[list[Row]]:
