@@ -126,7 +126,7 @@ def test_a_fault_of_the_program_is_not_an_error_of_use(monkeypatch: pytest.Monke
     def broken(*args: object) -> None:
         raise ValueError("a fault of ours")
 
-    monkeypatch.setattr("layerzoo.cli.list_layers", broken)
+    monkeypatch.setattr("layerzoo.list_command.list_layers", broken)
     with pytest.raises(ValueError, match="a fault of ours"):
         main(["list"])
     assert foreign.line(KeyError("x")) is None
