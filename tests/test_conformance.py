@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from layerzoo.layer import get_layer
 from layerzoo.testing import Check, layer_checks
 from layerzoo.testing.arithmetic_laws import wrong
-from layerzoo.testing.layers import Case
+from layerzoo.testing.cases import Case
 from layerzoo.testing.precision import DRAWS, ratios
 
 from .arithmetic import FAULTS, Arithmetic, to_bfloat16

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Layer, Reduction, build, get_layer
-from layerzoo.testing.check import Broken, Law, laws, named, require, require_close
-from layerzoo.testing.layers import (
+from layerzoo.testing.cases import (
     DIM,
     LONG,
     ROUNDED,
@@ -25,6 +24,7 @@ from layerzoo.testing.layers import (
     is_wide,
     tokens,
 )
+from layerzoo.testing.check import Broken, Law, laws, named, require, require_close
 from layerzoo.testing.precision import DRAWS, Error, check, errors
 
 LAWS: list[Law] = []

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,8 @@ def _load(path: Path) -> None:
     """Import a file, which registers its layers.
 
     Raises:
-        SpecError: there is no such file, or it cannot be imported.
+        SpecError: there is no such file, it is no Python, it imports what is not there, or the
+            registry refuses a layer in it.
     """
     if not path.is_file():
         raise SpecError(f"check: {path}: no such file")
@@ -95,7 +97,7 @@ def _load(path: Path) -> None:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (SyntaxError, ImportError, TypeError) as error:
         raise SpecError(f"check: {path}: {type(error).__name__}: {error}") from error
 
 
@@ -114,10 +116,9 @@ def _run(found: Sequence[Check]) -> int:
             except Broken as error:
                 broken[check.law.name] += 1
                 console.print(f"{error}\n", markup=False)
-            except Exception as error:
+            except Exception:  # of the layer's; the other checks are run all the same
                 broken[check.law.name] += 1
-                notes = "\n".join(getattr(error, "__notes__", ()))
-                console.print(f"{type(error).__name__}: {error}\n{notes}\n", markup=False)
+                console.print(traceback.format_exc(), markup=False)
             else:
                 held[check.law.name] += 1
             progress.advance(row)

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from layerzoo.layer import get_layer
 from layerzoo.memory import Memory
-from layerzoo.testing.check import Law, laws, require, require_close
-from layerzoo.testing.layers import (
+from layerzoo.testing.cases import (
     EXACT,
     LONG,
     ROUNDED,
@@ -25,6 +24,7 @@ from layerzoo.testing.layers import (
     tokens,
     whole,
 )
+from layerzoo.testing.check import Law, laws, require, require_close
 
 LAWS: list[Law] = []
 law = laws(LAWS)

@@ -35,14 +35,12 @@ class Result(NamedTuple):
     test: str
 
 
-def plant(fault: Fault | None, package: Path) -> None:
+def plant(fault: Fault, package: Path) -> None:
     """Copy the package to a folder, as it is installed, with the fault in it."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "layerzoo", package / "layerzoo", ignore=ignored)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, package / "layerzoo" / folder, ignore=ignored)
-    if fault is None:
-        return
     inner = fault.file if fault.file.startswith("layerzoo/") else f"layerzoo/{fault.file}"
     text = (package / inner).read_text(encoding="utf-8")
     (package / inner).write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
