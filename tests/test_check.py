@@ -314,6 +314,18 @@ def test_the_command_checks_a_file(
         assert "pieces          holds in 2" in out and "checks hold" in out
 
 
+def test_the_command_shows_where_an_error_was_raised(
+    tmp_path: Path, registry: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FILE.replace("WRONG", "undefined"))
+    assert main(["check", str(file), "--quick"]) == 1
+    out = capsys.readouterr().out
+    assert "NameError: name 'undefined' is not defined" in out and f'"{file}", line 11' in out
+    assert "mine_in_a_file-0-recurrent raised this in a check." in out
+    assert "registered      holds in 1" in out  # the other checks were run
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
