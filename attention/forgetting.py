@@ -19,7 +19,7 @@ from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
 from .heads import CACHE, Attention, append, attend_one, empty_cache
-from .sliding import check_window, covering
+from .sliding import check_window, covering, ramp
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -270,8 +270,8 @@ class Forgetting(Attention, name="forgetting"):
         return StateBytes(memory + 4 * n * self.heads, buffers)
 
     def rule_flops(self, T: int) -> float:
-        seen = sum(self.cached(i) + 1 for i in range(T))
-        return self.pair_flops() * seen / max(1, T)
+        window = self.config.window
+        return self.pair_flops() * ramp(T, T if window is None else window) / max(1, T)
 
     def reach(self) -> Reach | None:
         return None if self.config.window is None else Reach(self.config.window - 1)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.compose import ChildrenConfig, Composition
-from layerzoo.compose.parallel import read_flops
 from layerzoo.layer import State, StateBytes
 from layerzoo.memory import Memory
 from layerzoo.nn import RMSNorm, l2_normalise
@@ -209,7 +208,7 @@ class Prefix(Composition, name="prefix"):
         seen = sum(n * (c.persistent + 2 * (i + 1)) for i, n in enumerate(places))
         memory: Any = self.memory
         attention = 4 * self.dim * seen / max(1, T)
-        return attention + memory.rule_flops(T) + read_flops(memory)
+        return attention + memory.rule_flops(T) + memory.read_flops
 
     def flops_per_token(self, T: int) -> float:
         """x and y both go through the memory's projections, x and r through k and v."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Inner, State, StateBytes
 from layerzoo.shell import QKV, Headed, Shell, next_position
@@ -150,6 +152,14 @@ class Memory(Headed):
     def rule_bytes(self, T: int) -> StateBytes:
         """Bytes of the state of the rule after T tokens, for one sequence in float32."""
         raise NotImplementedError
+
+    @functools.cached_property
+    def read_flops(self) -> float:
+        """FLOPs of the matrix products of a read without a write, counted on one token."""
+        q, _ = self.project(next(self.parameters()).new_zeros(1, 1, self.dim))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.read(q, self.rule_state(1))
+        return counter.get_total_flops()
 
     def accumulator(self, *shape: int) -> Tensor:
         """Zeros for a state, on the layer's device: float64 in a float64 layer, else float32."""

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Layer, State, StateBytes
 from layerzoo.memory import Memory, Write
@@ -208,7 +207,7 @@ class Parallel(Composition, name="parallel"):
         _, written = self._evicted(T)
         total = T * first.rule_flops(T)
         for child in memories:
-            total += (T - written) * read_flops(child)
+            total += (T - written) * child.read_flops
             total += written * child.rule_flops(written) if written else 0
         return total / max(1, T)
 
@@ -292,11 +291,3 @@ def spread(qkv: QKV, child: Layer) -> QKV:
 def join(past: Tensor, new: Tensor) -> Tensor:
     """Tokens behind those that wait, in the dtype of these."""
     return torch.cat((past, new.to(past.dtype)), 1) if past.shape[1] else new
-
-
-def read_flops(memory: Any) -> float:
-    """Matrix-product FLOPs of a read without a write, counted on one token."""
-    q, _ = memory.project(next(memory.parameters()).new_zeros(1, 1, memory.dim))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        memory.read(q, memory.rule_state(1))
-    return counter.get_total_flops()

@@ -122,12 +122,12 @@ def reductions(case: Case) -> None:
         add_noise(gated)  # a gate may start at its neutral value
         gated.load_state_dict(parent.state_dict(), strict=False)
         x, where = tokens(2, LONG), f"{reduction.spec} against {reduction.parent}"
-        want = in_pieces(parent, x, [60, 90])["output"]
+        want = in_pieces(parent, x, [30, LONG - 30])["output"]
         if reduction.neutral is not Reduction._field_defaults["neutral"]:
             changes = (gated(x)[0] - want).abs().max() > 1e-6
             require(changes, f"{where}: the gate changes nothing where it is not neutral")
         reduction.neutral(gated)
-        got = in_pieces(gated, x, [60, 90])["output"]
+        got = in_pieces(gated, x, [30, LONG - 30])["output"]
         require_close({"output": got}, {"output": want}, SMALL, where)
 
 
@@ -177,10 +177,10 @@ def _is_first(case: Case) -> bool:
     once=lambda case: case.op,
 )
 def compiles(case: Case) -> None:
-    """torch.compile leaves the function as it is."""
+    """What torch.compile captures, whatever a backend makes of it, is the function as it is."""
     layer, x = case.build(), tokens(2, SHORT)
     torch.compiler.reset()
-    compiled: Any = torch.compile(layer, backend="aot_eager", dynamic=False)
+    compiled: Any = torch.compile(layer, backend="eager", dynamic=False)
     sizes = [SHORT // 2, SHORT // 2]  # of equal length, to compile less
     with torch.no_grad():
         got = in_pieces(compiled, x, sizes, layer.init_state(2))

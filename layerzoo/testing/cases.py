@@ -16,8 +16,8 @@ from layerzoo.layer import Layer, build, get_layer
 from layerzoo.ops import ImplError
 
 DIM = 24
-SHORT, LONG = 20, 150
-"""Tokens of a sequence. The long one is longer than any chunk of the zoo's ops."""
+SHORT, LONG = 20, 70
+"""Tokens of a sequence. The long one is two chunks of the zoo's closed forms, and a rest."""
 NOISE = 0.05
 EXACT, SMALL, ROUNDED = 0.0, 1e-12, 1e-9
 """Tolerances in float64: equal to the bit, the same sums in the same order, other sums."""

@@ -204,15 +204,21 @@ def leaks(case: Case) -> None:
     task = case.make()
     train, test = draw(task, "train", 2000), draw(task, "test", 2000)
     for feature in ("position", "token", "token and the one before"):
-        table: dict[int, int] = {}
-        here, labels = _feature(task, train, feature), train["labels"]
-        scored = labels != IGNORE
-        for value in np.unique(here[scored]):
-            table[int(value)] = int(np.bincount(labels[scored & (here == value)]).argmax())
-        there = _feature(task, test, feature)
-        best = np.array([table.get(n, -1) for n in range(there.max() + 1)])
+        here, there = (_feature(task, sample, feature) for sample in (train, test))
+        best = _commonest(here, train["labels"], int(there.max()) + 1)
         errors = above_chance(task, test, best[there] == test["labels"])
         require(errors <= 3, f"a table of {feature} is {errors:.1f} standard errors above chance")
+
+
+def _commonest(feature: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
+    """The label that comes most often with each value of a feature below size; -1 with none."""
+    scored = (labels != IGNORE) & (feature < size)
+    pairs = np.stack((feature[scored], labels[scored]))
+    (values, found), counts = np.unique(pairs, axis=1, return_counts=True)
+    rarest_first = np.argsort(counts, kind="stable")
+    table = np.full(size, -1)
+    table[values[rarest_first]] = found[rarest_first]  # the last one stays
+    return table
 
 
 def _feature(task: Task, sample: Arrays, name: str) -> np.ndarray:
