@@ -7,10 +7,11 @@ import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
@@ -34,9 +35,14 @@ T3 = 4.302652729911275
 
 def report(root: Path, to: Path | None = None) -> tuple[str, str]:
     """The text of report.md, and what the terminal shows."""
+    return judged(root, to)[:2]
+
+
+def judged(root: Path, to: Path | None = None) -> tuple[str, str, bool]:
+    """The same, and what `compare` returns."""
     screen = io.StringIO()
-    compare(root, Console(file=screen, width=200), to)
-    return ((to or root / "report") / "report.md").read_text(), screen.getvalue()
+    holds = compare(root, Console(file=screen, width=200), to)
+    return ((to or root / "report") / "report.md").read_text(), screen.getvalue(), holds
 
 
 def lines(text: str, after: str = "") -> list[list[str]]:
@@ -70,8 +76,40 @@ def whole(write_results: WriteResults) -> Path:
     return write_results(recall, axes=LAYERS, data={"reach": 9}, report=CONTRAST)
 
 
-def test_a_finished_grid(whole: Path) -> None:
-    text, screen = report(whole)
+class Reported(NamedTuple):
+    """A grid's folder, with its report, the report's text, and what the terminal showed."""
+
+    root: Path
+    text: str
+    screen: str
+
+
+@pytest.fixture(scope="module")
+def kept() -> list[Reported]:
+    """The report of the finished grid, once there is one."""
+    return []
+
+
+@pytest.fixture
+def reported(
+    request: pytest.FixtureRequest, kept: list[Reported], tmp_path_factory: pytest.TempPathFactory
+) -> Reported:
+    """The finished grid with its report, which the tests share: they only read it."""
+    if not kept:
+        whole: Path = request.getfixturevalue("whole")
+        root = whole.rename(tmp_path_factory.mktemp("reported") / "grid")
+        kept.append(Reported(root, *report(root)))
+    return kept[0]
+
+
+@pytest.fixture
+def copied(reported: Reported, tmp_path: Path) -> Path:
+    """A copy of it, which a test may change."""
+    return shutil.copytree(reported.root, tmp_path / "copied")
+
+
+def test_a_finished_grid(reported: Reported) -> None:
+    _, text, screen = reported
     assert text.startswith(
         "# grid\n\nDoes it remember?\n\n6 cells (6 finished): 2 arms, seeds 0, "
     )
@@ -92,15 +130,15 @@ def test_a_finished_grid(whole: Path) -> None:
     assert all(word in screen for word in ("40.0 ±24.8", "memory - window", "55.0%", "report.md"))
 
 
-def test_contrasts_of_the_headline_and_of_columns(whole: Path) -> None:
-    text, _ = report(whole)
+def test_contrasts_of_the_headline_and_of_columns(reported: Reported) -> None:
+    root, text, _ = reported
     # Differences .62, .50, .44: mean .52, s = .0917, t = .52 / (.0917 / sqrt 3) = 9.83.
     _, row = lines(text, "Of recall/accuracy:")
     half = 100 * T3 * np.std([0.62, 0.5, 0.44], ddof=1) / math.sqrt(3)
     assert row == ["memory - window", f"+52.0 ±{half:.1f}", "0.010", "0.010", "3", "higher"]
     _, row = lines(text, "Of errors/stale_rate:")
     assert row == ["memory - window", "+0.0 ±0.0", "1.000", "1.000", "3", "not told apart"]
-    contrast = json.loads((whole / "report" / "summary.json").read_text())["contrasts"]
+    contrast = json.loads((root / "report" / "summary.json").read_text())["contrasts"]
     (found,) = contrast["recall/accuracy"]
     assert found["mean"] == pytest.approx(0.52) and found["p"] == pytest.approx(0.0102, abs=1e-4)
     assert found["words"] == "higher" and found["pairs"] == 3
@@ -137,8 +175,12 @@ def test_a_part_of_a_grid_says_what_is_missing(write_results: WriteResults) -> N
         return ("OSError: no /home/me/data/x.bin, (disk)", {}, None)[seed]
 
     root = write_results(measured, axes=LAYERS, report={"contrasts": [["memory", "window"]]})
-    text, screen = report(root)
-    assert "**Partial: 2 of 6 cells have no result yet.**" in text and "Partial: 2 of" in screen
+    text, screen, holds = judged(root)
+    assert (
+        holds
+        and "**Partial: 2 of 6 cells have no result yet.**" in text
+        and "Partial: 2 of" in screen
+    )
     assert "6 cells (3 finished, 1 failed, 1 diverged, 1 missing)" in text
     _, window, memory = lines(text, "## Results")
     assert window[1:3] == ["3/3", "40.0 ±24.8"]
@@ -149,7 +191,6 @@ def test_a_part_of_a_grid_says_what_is_missing(write_results: WriteResults) -> N
         ["memory", "1", "diverged", "loss nan at step 7"],
         ["memory", "2", "missing", "-"],
     ]
-    assert compare(root, Console(quiet=True))
     json.loads((root / "report" / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN
 
 
@@ -179,7 +220,7 @@ def test_figures_that_are_not_finite_are_shown_and_judged_as_such(
     asked = {"columns": columns, "contrasts": [["memory", "window"]]}
     asked |= {"metric": "loss/held_out", "scaling": [{"y": "loss/perplexity", "x": ["x"]}]}
     root = write_results(overflowed, axes=LAYERS, report=asked, expect=claims)
-    text, screen = report(root)
+    text, screen, holds = judged(root)
     heads, window, memory = lines(text, "## Results")
     table = dict(zip(heads, memory, strict=True))
     assert [table[name] for name in ("loss/held_out", *columns)] == ["nan", "inf", "nan"]
@@ -189,7 +230,7 @@ def test_figures_that_are_not_finite_are_shown_and_judged_as_such(
     verdicts = [line[-2:] for line in lines(text, "## Claims")[1:]]
     assert verdicts == [["+inf", "not finite"], ["nan", "not finite"], ["2.000", "holds"]]
     assert "3 cells left out: loss/perplexity is inf" in text and "not finite" in screen
-    assert not compare(root, Console(quiet=True))
+    assert not holds
 
     found = json.loads((root / "report" / "summary.json").read_text(), parse_constant=pytest.fail)
     arm = found["arms"][1]
@@ -292,11 +333,10 @@ def test_data_has_a_line_a_cell_in_full_precision(write_results: WriteResults) -
     assert float(rows[2]["recall/accuracy"]) == 1 / 3 + 5 and rows[1]["recall/accuracy"] == ""
 
 
-def test_parquet_holds_what_csv_holds(write_results: WriteResults) -> None:
+def test_parquet_holds_what_csv_holds(reported: Reported) -> None:
     need("pyarrow")
-    report(root := write_results(recall, axes=LAYERS))
-    frame = pandas.read_parquet(root / "report" / "results.parquet")
-    with open(root / "report" / "results.csv", newline="") as file:
+    frame = pandas.read_parquet(reported.root / "report" / "results.parquet")
+    with open(reported.root / "report" / "results.csv", newline="") as file:
         rows = [*csv.DictReader(file)]
     assert [*frame.columns] == [*rows[0]]
     assert [*frame["recall/accuracy"]] == [float(row["recall/accuracy"]) for row in rows]
@@ -345,13 +385,12 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_html_is_one_file(whole: Path) -> None:
-    report(whole)
-    text = (whole / "report" / "report.html").read_text()
+def test_the_html_is_one_file(reported: Reported) -> None:
+    text = (reported.root / "report" / "report.html").read_text()
     page = Page()
     page.feed(text)
     assert not page.open and "img" not in page.seen
-    assert page.seen.count("svg") == len([*(whole / "report" / "figures").iterdir()]) == 3
+    assert page.seen.count("svg") == len([*(reported.root / "report" / "figures").iterdir()]) == 3
     assert page.seen.count("table") == 4
     assert page.links and all(link.startswith(("#", "data:")) for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= {*page.ids}
@@ -359,28 +398,27 @@ def test_the_html_is_one_file(whole: Path) -> None:
 
 
 def test_the_same_results_give_the_same_bytes_and_no_path_of_this_machine(
-    whole: Path, tmp_path: Path
+    reported: Reported, copied: Path, tmp_path: Path
 ) -> None:
     def bytes_of(folder: Path) -> dict[str, bytes]:
         files = (path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
-    report(whole)
-    moved = whole.rename(tmp_path / "elsewhere")
-    report(moved, tmp_path / "apart")
-    first, second = bytes_of(moved / "report"), bytes_of(tmp_path / "apart")
+    report(copied, tmp_path / "apart")
+    first, second = bytes_of(reported.root / "report"), bytes_of(tmp_path / "apart")
     assert first == second and {"summary.json", "figures/overview.svg"} <= first.keys()
-    assert not [name for name, content in first.items() if str(tmp_path).encode() in content]
+    for here in (tmp_path, reported.root.parent):
+        places = [name for name, content in first.items() if str(here).encode() in content]
+        assert not places
 
 
-def test_figures_that_are_no_longer_drawn_are_removed(whole: Path) -> None:
-    report(whole)
-    figures = whole / "report" / "figures"
+def test_figures_that_are_no_longer_drawn_are_removed(copied: Path) -> None:
+    figures = copied / "report" / "figures"
     (figures / "mine.svg").write_text("")  # not the report's
-    for path in whole.glob("*/*/metrics.json"):
+    for path in copied.glob("*/*/metrics.json"):
         metrics = json.loads(path.read_text())
         path.write_text(json.dumps({n: x for n, x in metrics.items() if "recall_lag" not in n}))
-    report(whole)
+    report(copied)
     assert {path.stem for path in figures.iterdir()} == {"mine", "overview", "state"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from layerzoo.ablations.reporting import laws
 from layerzoo.ablations.reporting.figures import pictures
 from layerzoo.ablations.reporting.figures.canvas import keys, looks, wrapped
 from layerzoo.ablations.reporting.findings import find
 from layerzoo.ablations.reporting.report import page
+from layerzoo.ablations.reporting.scaling import fit_scaling
 from layerzoo.ablations.reporting.summary import summary
 
 WriteResults = Callable[..., Path]
@@ -29,8 +32,14 @@ def drawn(root: Path) -> dict[str, Figure]:
 def laid_out(figure: Figure) -> Any:
     """The renderer, after the layout has been computed."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    figure.draw_without_rendering()
     return canvas.get_renderer()
+
+
+@pytest.fixture
+def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit has 20 resamples instead of 200: no test here judges how wide an interval is."""
+    monkeypatch.setattr(laws, "fit_scaling", partial(fit_scaling, resamples=20))
 
 
 def test_curves_are_means_over_seeds_with_intervals(write_results: WriteResults) -> None:
@@ -95,12 +104,13 @@ def test_continual_matrices(write_results: WriteResults) -> None:
 
     root = write_results(measured, axes=WINDOW)
     findings = find(root)
-    figure = pictures(findings)["continual_matrix"].figure
+    drawings = pictures(findings)
+    figure = drawings["continual_matrix"].figure
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["window", "memory"]
     values = panels[0].images[0].get_array()
     assert np.allclose(values, [[0.02, 0.02], [0.12, 0.12], [0.22, 0.22]])
-    text = page(findings, pictures(findings))
+    text = page(findings, drawings)
     assert "| arm | backward_transfer (%) |" in text and "| window | -30.0 ±24.8 |" in text
     assert "figures/continual_matrix.svg" in text and "continual_matrix-" not in text
 
@@ -180,6 +190,7 @@ def capacities(arm: dict[str, str], seed: int) -> dict[str, float]:
     return {"accuracy/all": 0.5, "capacity/d90": found, "state_bytes": size, **tested}
 
 
+@pytest.mark.usefixtures("fewer_resamples")
 def test_scaling_laws_by_group(write_results: WriteResults) -> None:
     axes = {
         "rule": {"a": {}, "b": {}, "c": {}},
@@ -194,7 +205,8 @@ def test_scaling_laws_by_group(write_results: WriteResults) -> None:
         report={"scaling": [law]},
     )
     findings = find(root)
-    text = page(findings, pictures(findings))
+    drawings = pictures(findings)
+    text = page(findings, drawings)
     a, b, c = summary(findings)["scaling"]
     assert (a["cells"], a["left_out"], a["refused"]) == (18, {}, None)
     assert text.count(", best |") == 1 + (b["best"] is not None)
@@ -208,13 +220,14 @@ def test_scaling_laws_by_group(write_results: WriteResults) -> None:
     for group in (b, c):
         assert group["refused"] and all(not f["parameters"] for f in group["forms"].values())
         assert f"- {group['group']}: no exponent: {group['refused']}." in text
-    (panel,) = pictures(findings)["scaling-1"].figure.axes
+    (panel,) = drawings["scaling-1"].figure.axes
     curves = [line for line in panel.lines if len(line.get_xdata()) == 100]
     assert len(curves) == 1 and len(panel.collections) == 1
     apart = [line for line in panel.lines if line.get_markerfacecolor() == "white"]
     assert [len(line.get_xdata()) for line in apart] == [2, 2, 2]  # both seeds of the largest size
 
 
+@pytest.mark.usefixtures("fewer_resamples")
 def test_a_law_of_two_sizes_is_drawn_as_measured_against_fitted(
     write_results: WriteResults,
 ) -> None:
@@ -232,6 +245,7 @@ def test_a_law_of_two_sizes_is_drawn_as_measured_against_fitted(
     findings = find(root)
     (fit,) = findings.laws
     assert fit.x.shape == (30, 2) and fit.scaling is not None
+    assert fit.x.max(0) == pytest.approx((1e6, 1e7))  # parameters, steps
     assert fit.scaling.refused is None
     used, apart, _ = pictures(findings)["scaling-1"].figure.axes[0].lines
     largest = (fit.x == fit.x.max(0)).any(1)

@@ -7,12 +7,15 @@ and the optimiser's steps do not depend on units.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from functools import cache
 from itertools import product
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from threadpoolctl import ThreadpoolController
 
 Array = NDArray[np.float64]
 
@@ -128,7 +131,9 @@ class Saturating:
     def value(self, theta: Array, u: Array) -> tuple[Array, Array]:
         log_a, a, log_c = theta
         inner = np.logaddexp(-u[:, 0], log_c)
-        gradient = np.stack([np.ones_like(inner), inner, a * np.exp(log_c - inner)])
+        gradient = np.ones((3, len(u)))
+        gradient[1] = inner
+        gradient[2] = a * np.exp(log_c - inner)
         return log_a + a * inner, gradient
 
     def starts(self) -> list[Array]:
@@ -146,7 +151,7 @@ def huber(theta: Array, law: Law, u: Array, v: Array, weights: Array) -> tuple[f
     """Sum of weights times Huber's loss of f(u) - v, and its gradient [parameters]."""
     value, gradient = law.value(theta, u)
     residual = value - v
-    clipped = np.clip(residual, -DELTA, DELTA)
+    clipped = np.minimum(np.maximum(residual, -DELTA), DELTA)
     pull = weights * clipped
     return float(pull @ (residual - clipped / 2)), gradient @ pull
 
@@ -155,6 +160,20 @@ def best_starts(law: Law, u: Array, v: Array, count: int) -> list[Array]:
     """The points of the law's grid with the smallest loss."""
     ones = np.ones_like(v)
     return sorted(law.starts(), key=lambda theta: huber(theta, law, u, v, ones)[0])[:count]
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """BLAS has one thread inside.
+
+    The optimiser's matrices are so small that handing them to threads takes most of a fit's time.
+    """
+    return _pools().limit(limits=1, user_api="blas")
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    """The libraries of BLAS that are loaded; finding them takes longer than a fit."""
+    return ThreadpoolController()
 
 
 def fit(
@@ -167,9 +186,10 @@ def fit(
     this is their sum, and the tolerances are tight.
     """
     problem = (law, u, v, weights)
-    ends = [
-        minimize(huber, start, problem, "L-BFGS-B", jac=True, bounds=law.bounds, options=TIGHT)
-        for start in starts
-    ]
+    with one_thread():
+        ends = [
+            minimize(huber, start, problem, "L-BFGS-B", jac=True, bounds=law.bounds, options=TIGHT)
+            for start in starts
+        ]
     best = min(ends, key=lambda end: end.fun)
     return best.x, float(best.fun)

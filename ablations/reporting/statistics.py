@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from layerzoo.metrics import SuccessRate
 
@@ -103,10 +102,12 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     The k-th smallest of m is multiplied by m - k + 1, is at least the one before and at most 1. A
     None, a contrast without a test, counts as 1 and stays None.
     """
-    if not p:
-        return []
-    _, corrected, *_ = multipletests([1.0 if one is None else one for one in p], method="holm")
-    pairs = zip(p, np.array(corrected).tolist(), strict=True)
+    given = np.array([1.0 if one is None else one for one in p])
+    order = np.argsort(given)
+    corrected = np.empty_like(given)
+    steps = np.maximum.accumulate(given[order] * np.arange(len(p), 0, -1))
+    corrected[order] = np.minimum(steps, 1.0)
+    pairs = zip(p, corrected.tolist(), strict=True)
     return [None if one is None else c for one, c in pairs]
 
 
