@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo.layer import Inner, State, StateBytes
 from layerzoo.shell import QKV, Headed, Shell, next_position
@@ -156,6 +155,8 @@ class Memory(Headed):
     @functools.cached_property
     def read_flops(self) -> float:
         """FLOPs of the matrix products of a read without a write, counted on one token."""
+        from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
         q, _ = self.project(next(self.parameters()).new_zeros(1, 1, self.dim))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.read(q, self.rule_state(1))

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
+from layerzoo.ablations import run as command
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.claims import Claim
 from layerzoo.ablations.cells.grid import load_grid
@@ -28,6 +30,16 @@ from layerzoo.ablations.reporting.verdicts import judge
 from layerzoo.ablations.run import How, run
 from layerzoo.ablations.running.folder import METRICS, RECORD, prepare
 from layerzoo.training import main as train
+
+from .here import Here, quick
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(command, "LocalExecutor", Here)
+    monkeypatch.setattr(Here, "made", [])
+    with quick():
+        yield
 
 
 def narrow(window: int) -> dict[str, Any]:
@@ -88,6 +100,7 @@ def test_a_grid_runs_resumes_and_reports(tmp_path: Path, capsys: Any) -> None:
     tree = yaml.safe_load(grid_file(tmp_path).read_text())
     path = grid_file(tmp_path, axes={"layer": {**tree["axes"]["layer"], "broken": broken}})
     assert go(path, tmp_path, jobs=2, retries=0, every=0) == 1
+    assert Here.made == [(2, 1, 0)]
     out, err = capsys.readouterr()
     assert "6 of 6 cells to run" in out
     assert "failed: broken/seed-0-" in err and "no Triton kernel yet" in err

@@ -192,8 +192,13 @@ def test_a_sink_logit_is_a_parameter(name: str) -> None:
     assert torch.equal(layer(x)[0], torch.zeros(1, 5, 8))  # a head that reads nothing
 
 
+LONG_CASE = pytest.param(300, None, marks=pytest.mark.slow)  # of three blocks
+
+
 @IMPL
-@pytest.mark.parametrize("T, window", [(47, None), (47, 1), (47, 13), (150, 40), (300, None)])
+@pytest.mark.parametrize(
+    "T, window", [(47, None), (47, 1), (47, 13), (150, 40), (150, None), LONG_CASE]
+)
 def test_forgetting_is_a_dense_bias(T: int, window: int | None, impl: str) -> None:
     tensors = [*qkv(T), -randn(2, T, 4, seed=9).exp() / 4]
     tensors[3].requires_grad_()

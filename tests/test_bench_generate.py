@@ -15,6 +15,9 @@ from layerzoo.cli import main
 BOUNDED = "{name: parallel, children: [{name: sliding, window: 8}, {name: allmem, mini_batch: 4}]}"
 
 
+APART = stream.in_a_process
+
+
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
@@ -51,13 +54,23 @@ def test_what_is_said_of_a_run() -> None:
 def test_end_to_end(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()  # in processes of their own
+    apart = list[list[Point]]()
+
+    def first_apart(run: Any, *args: Any) -> Any:
+        if not apart:
+            apart.append(APART(run, *args))
+            return apart[0]
+        return run(*args)
+
+    monkeypatch.setattr(stream, "in_a_process", first_apart)
     files = ("--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"))
     sizes = ("--tokens", "60,40", "--every", "20", "--dim", "16", "--depth", "1")
     assert main(["bench", "generate", BOUNDED, "softmax", *sizes, *files]) == 0
     out = capsys.readouterr().out
     runs = json.loads((tmp_path / "x.json").read_text())["runs"]
     assert list(runs) == ["sliding+allmem", "softmax"] and all(name in out for name in runs)
+    (found,) = apart
+    assert runs["sliding+allmem"] == [point._asdict() for point in found]
     states = {name: [p["state"] for p in found] for name, found in runs.items()}
     assert len(set(states["sliding+allmem"])) == 1 and len(set(states["softmax"])) == 2
     assert (tmp_path / "x.png").stat().st_size > 10000

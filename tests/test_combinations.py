@@ -21,7 +21,7 @@ from layerzoo.spec import Config, SpecError
 
 from .covering import Row, covering
 
-DIM, T = 16, 200
+DIM = 16
 
 
 def values(hint: Any) -> tuple[Any, ...]:
@@ -94,7 +94,7 @@ class Fields:
         return True
 
 
-def infinite(spec: Mapping[str, Any]) -> list[str]:
+def infinite(spec: Mapping[str, Any], T: int) -> list[str]:
     """What is not finite after T random tokens: output, state, and gradients by name."""
     torch.manual_seed(0)
     layer = build(spec, dim=DIM)
@@ -108,8 +108,9 @@ def infinite(spec: Mapping[str, Any]) -> list[str]:
     return [name for name, t in found.items() if not torch.isfinite(t).all()]
 
 
+@pytest.mark.parametrize("T", [70, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list_layers())
-def test_options_combine_or_are_refused(name: str) -> None:
+def test_options_combine_or_are_refused(name: str, T: int) -> None:
     fields = Fields(get_layer(name))
     rows, never = covering(fields.values, fields.accepts)
     built = []
@@ -119,7 +120,7 @@ def test_options_combine_or_are_refused(name: str) -> None:
             check_refusal(message, row, row)
             continue
         built.append(row)
-        found = infinite(spec)
+        found = infinite(spec, T)
         assert not found, f"{spec}: not finite: {', '.join(found)}"
     assert built, "a layer that takes nothing"
     for field, known in fields.values.items():

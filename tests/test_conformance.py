@@ -14,10 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from layerzoo.layer import get_layer
+from layerzoo.memories.fast_weights import FastWeights
 from layerzoo.testing import Check, layer_checks
 from layerzoo.testing.arithmetic_laws import wrong
 from layerzoo.testing.cases import Case
 from layerzoo.testing.precision import DRAWS, ratios
+from layerzoo.testing.sequence_laws import LAWS as SEQUENCE_LAWS
 
 from .arithmetic import FAULTS, Arithmetic, to_bfloat16
 
@@ -32,9 +34,15 @@ def _warn_always() -> Iterator[None]:
 
 
 def marked(check: Check) -> Any:
-    """A composition's own arithmetic is a sum: what takes seconds is done for one of them."""
-    name, is_slow = check.case.name, check.law.name in ("compiles", "precision")
-    is_slow = is_slow and get_layer(name).kind == "composition" and name != "parallel"
+    """What takes seconds is done for one of the compositions, whose own arithmetic is a sum, and
+    low precision for one of the memories that share the engine of fast weights. Of cases after
+    the first, `chunked` alone keeps the laws of sequences: it is the function of `recurrent`."""
+    (name, n, impl), law = check.case, check.law.name
+    cls = get_layer(name)
+    is_slow = law in ("compiles", "precision") and cls.kind == "composition"
+    is_slow |= law == "precision" and issubclass(cls, FastWeights)
+    is_slow &= name not in ("parallel", "allmem")
+    is_slow |= n > 0 and impl == "recurrent" and check.law in SEQUENCE_LAWS
     return pytest.param(check, id=str(check), marks=[pytest.mark.slow] * is_slow)
 
 

@@ -1,14 +1,16 @@
 """Two processes equal one: what they see, what they learn and what they measure.
 
-The file is also the program that each of the two processes runs, once for all tests.
+Each of the two runs `main`, once for all tests. They are forked where that is safe, for the
+imports of a new one take longer than what it does.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,8 @@ from layerzoo.metrics import (
 from layerzoo.model import ModelConfig
 from layerzoo.spec import Diverged
 from layerzoo.training import quiet
+
+from .here import forks
 
 WORLD = 2
 CUT = 11
@@ -200,7 +204,12 @@ def diverge() -> str:
     return "nothing"
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path, rank: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment, LOCAL_RANK=f"{rank}")
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1)  # noqa: SIM115 (as long as the process)
     torch.set_num_threads(1)
     out: dict[str, Any] = {"evaluate": evaluate(WORLD), "train": train(WORLD)}
     assert torch.distributed.get_world_size() == WORLD
@@ -210,6 +219,8 @@ def main(folder: Path, rank: int) -> None:
     out["same"] = same_everywhere()
     out["diverged"] = diverge()
     torch.save(out, folder / f"{rank}.pt")
+    torch.distributed.barrier()  # a process that goes first can take the other's threads with it
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -221,20 +232,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         port = free.getsockname()[1]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": f"{WORLD}"}
     where |= {"NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), f"{rank}"],
-            env={**os.environ, **where, "LOCAL_RANK": f"{rank}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
+    how: Any = multiprocessing.get_context("fork" if forks() else "spawn")
+    processes = [how.Process(target=main, args=(folder, rank, where)) for rank in range(WORLD)]
     try:
-        for process in processes:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
+            patch.syspath_prepend(Path(__file__).parents[1])  # where a new process finds `main`
+            for process in processes:
+                process.start()
+        for rank, process in enumerate(processes):
+            process.join(240)
+            assert process.exitcode == 0, (folder / f"{rank}.log").read_text()
     finally:
         for process in processes:
             process.kill()
@@ -318,9 +326,3 @@ def test_processes_share_the_batches_of_training(world: int) -> None:
     assert len(one) == 50 // (4 * world)
     together = [[row for part in step for row in part] for step in zip(*dealt, strict=True)]
     assert together == one
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
-    torch.distributed.barrier()  # a process that goes first can take the other's threads with it
-    torch.distributed.destroy_process_group()

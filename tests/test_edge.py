@@ -3,19 +3,23 @@ work is done; which checkpoint a name means; output that nobody reads."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from layerzoo import SpecError, foreign
+from layerzoo import SpecError, cli, foreign
 from layerzoo.ablations.running import folder as folders
 from layerzoo.arguments import check_file
 from layerzoo.checkpoints import find_checkpoint
 from layerzoo.cli import TRACEBACK, main
+
+from .here import quick
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 SMALL = [
@@ -28,8 +32,10 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    with quick():
+        yield
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -245,29 +251,68 @@ def test_conversion_and_evaluation_see_their_folder_first(
 # What prints
 
 
-def run(command: str, **options: object) -> subprocess.CompletedProcess[str]:
-    layerzoo = f"{sys.executable} -m layerzoo"
-    return subprocess.run(
-        ["bash", "-c", command.replace("layerzoo", layerzoo)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **options},  # type: ignore[arg-type]
-    )
+STREAMS = """
+import os, runpy, sys
+import layerzoo
+layerzoo.list_layers()
+for name in ("unread", "full"):  # a process each, of one that has the imports
+    if child := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(name, status, file=sys.stderr, flush=True)
+        continue
+    if name == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    else:
+        read, write = os.pipe()
+        os.dup2(write, 1)
+        os.close(read)
+    sys.argv = ["layerzoo", "list"]
+    runpy.run_module("layerzoo", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_closed_streams_and_full_disks() -> None:
+    """Of processes, up to their ends: the status and all that is said."""
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        argv = ["bash", "-c", command, sys.executable, STREAMS]
+        return subprocess.run(argv, capture_output=True, text=True, env=environment)
+
+    done = run('"$0" -c "$1"')
+    assert done.stdout == ""
+    said = "layerzoo: error: No space left on device"
+    assert done.stderr.splitlines() == ["unread 141", said, "full 2"]
+    done = run('"$0" -m layerzoo --help >&-; echo $?')
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 @pytest.mark.parametrize("command", ["list", "ablate list"])
-def test_output_that_nobody_reads_is_no_error(command: str) -> None:
-    done = run(f"layerzoo {command} | true; echo ${{PIPESTATUS[0]}}")
-    assert (done.stdout, done.stderr) == ("141\n", "")
+def test_output_that_nobody_reads_is_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert main(command.split()) == 141
+    assert capsys.readouterr().err == ""
 
 
-def test_closed_streams_full_disks_and_poor_encodings() -> None:
-    done = run("layerzoo list linear >&-; echo $?")
-    assert (done.stdout, done.stderr) == ("0\n", "")
-    done = run("layerzoo list > /dev/full; echo $?")
-    assert done.stdout == "2\n" and done.stderr == "layerzoo: error: No space left on device\n"
-    done = run("layerzoo list delta", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and done.stderr == ""
+def test_a_closed_stream_and_a_poor_encoding(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["list", "linear"]) == 0
+    sys.stdout.close()  # what it was given
+    poor = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", poor)
+    assert main(["list", "delta"]) == 0
+    said = (lambda argv: print("\u00b1") or 0, "prints what ASCII lacks")
+    monkeypatch.setitem(cli.COMMANDS, "say", said)
+    assert main(["say"]) == 0
+    assert poor.buffer.getvalue().endswith(b"?\n")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_lock_is_seen_by_who_may_only_read(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from layerzoo.ablations.cells import configs
 from layerzoo.ablations.cells import grid as grids
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.grid import Grid, load_grid, shipped_grids
+from layerzoo.ablations.cells.source import Source
 from layerzoo.ablations.running.folder import METRICS, prepare, state
 from layerzoo.data import MQAR
 from layerzoo.json_files import write_json
@@ -58,7 +59,17 @@ def test_shipped_grids_build(name: str) -> None:
     assert len(grid.cells()) == len(grid.arms) * len(grid.seeds)
     if grid.source.sizes:
         assert grid.source.sizes == ["small", "full"] and len(grid.cells()) <= 60
-        assert load_grid(name, "full").name == f"{name}-full"
+
+
+FULL = [name for name, path in shipped_grids().items() if Source(path).sizes]
+MANY = ("forgetting", "scaling")  # cells, of which each takes 30 ms
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in MANY else []) for n in FULL]
+)
+def test_shipped_grids_build_in_full(name: str) -> None:
+    assert load_grid(name, "full").name == f"{name}-full"
 
 
 def test_cells_are_paired_and_share_one_ceiling(tmp_path: Path) -> None:

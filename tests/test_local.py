@@ -7,8 +7,11 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from omegaconf import OmegaConf
 
 from layerzoo.ablations.cells.cell import Cell, Seed
 from layerzoo.ablations.cells.configs import resolve
+from layerzoo.ablations.running import local
 from layerzoo.ablations.running.executor import Outcome
 from layerzoo.ablations.running.folder import (
     CELL,
@@ -36,6 +40,8 @@ from layerzoo.ablations.running.local import LocalExecutor
 from layerzoo.ablations.running.worker import run_cell
 from layerzoo.lit import LitModel
 from layerzoo.training import config_path, read_yaml
+
+from .here import forks, quick
 
 TINY = {
     "trainer.max_steps": 2,
@@ -85,15 +91,43 @@ def memory(pid: int) -> float:
     )
 
 
+def forked(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+    """Stands for `Popen` of a worker: a process of its own that has the imports already."""
+    _, _, module, *argv = command
+
+    def work() -> None:
+        os.closerange(3, 256)  # one of these tells Popen of an exec, which does not come
+        os.environ.update(env)
+        sys.argv = [module, *argv]
+        warnings.resetwarnings()  # those of the tests are errors
+        subprocess.Popen = POPEN
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (as long as the process)
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115 (as long as the process)
+        try:
+            sys.modules[module].main()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
+        return POPEN(command, preexec_fn=work, **options)
+
+
+POPEN: Any = subprocess.Popen
+
+
 @pytest.fixture(scope="module")
 def shared() -> Iterator[LocalExecutor]:
-    """One for several tests: its process takes seconds to start."""
-    executor = LocalExecutor(slots=1, threads=1, every=30)
+    """One for several tests, whose process takes seconds to start; the last of them closes it."""
+    executor = LocalExecutor(slots=1, threads=1, every=1000)
     yield executor
-    executor.close(10)
+    if not executor.errors.closed:
+        executor.close(10)
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_cells_in_a_row_leave_nothing_behind(
     tmp_path: Path, shared: LocalExecutor, count: int
 ) -> None:
@@ -114,32 +148,37 @@ def test_cells_in_a_row_leave_nothing_behind(
 
 
 def test_a_killed_worker_is_replaced_and_a_raised_error_is_told(
-    tmp_path: Path, shared: LocalExecutor
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its processes are forked; those of the other tests are not."""
+    monkeypatch.setattr(local.subprocess, "Popen", forked if forks() else POPEN)
+    executor = LocalExecutor(slots=2, threads=1, every=30)
     loader = {"data.init_args.num_workers": 1}
     (endless,) = cells(1, tmp_path / "endless", **ENDLESS, **loader)
     no_kernel = {"model.impl": "triton", "model.network.layers": ["mesa"]}
     (broken,) = cells(1, tmp_path / "broken", **no_kernel)
-    (quick,) = cells(1, tmp_path / "quick", **{"data.init_args.lengths": [32, 64]})
-    shared.start(endless)
+    (whole,) = cells(1, tmp_path / "quick", **{"data.init_args.lengths": [32, 64]})
+    executor.start(endless)
+    executor.start(broken)  # beside it
+    ((folder, outcome),) = wait(executor)
+    assert folder == broken
+    assert outcome.end == "failed" and "no Triton kernel yet" in outcome.reason
+    assert "Traceback" in (broken / LOG).read_text()
     until_it_trains(endless)
-    (worker,) = shared.busy
+    (worker,) = executor.busy
     lists = [path.read_text() for path in Path(f"/proc/{worker.pid}/task").glob("*/children")]
     children = [Path("/proc", pid) for text in lists for pid in text.split()]
     worker.kill()
-    assert wait(shared) == [(endless, Outcome("failed", "killed by signal 9"))]
+    assert wait(executor) == [(endless, Outcome("failed", "killed by signal 9"))]
     time.sleep(1)  # its loader would notice in five
     ended = (not c.exists() or "State:\tZ" in (c / "status").read_text() for c in children)
     assert children and all(ended)
-    assert not shared.idle and state(endless) == "pending"
-    shared.start(broken)
-    ((_, outcome),) = wait(shared)
-    assert outcome.end == "failed" and "no Triton kernel yet" in outcome.reason
-    assert "Traceback" in (broken / LOG).read_text()
-    shared.start(quick)
-    assert wait(shared) == [(quick, Outcome("finished"))]
-    metrics = json.loads((quick / METRICS).read_text())
+    assert not executor.idle and state(endless) == "pending"
+    executor.start(whole)
+    assert wait(executor) == [(whole, Outcome("finished"))]
+    metrics = json.loads((whole / METRICS).read_text())
     assert {f"recall/ceiling/length={n}" for n in (32, 64)} <= metrics.keys()
+    executor.close(10)
 
 
 def test_a_process_that_does_not_start_is_told(tmp_path: Path, monkeypatch: Any) -> None:
@@ -174,22 +213,6 @@ def test_a_process_that_dies_idle_fails_no_cell(tmp_path: Path, monkeypatch: Any
     executor.close(1)
 
 
-def test_a_run_that_is_stopped_saves_a_checkpoint(tmp_path: Path) -> None:
-    (folder,) = cells(1, tmp_path, **ENDLESS)
-    executor = LocalExecutor(slots=1, threads=1, every=1000)
-    executor.start(folder)
-    until_it_trains(folder)
-    with locked(folder) as ours:
-        assert not ours and state(folder) == "running"
-    executor.start(folder)  # beside it
-    assert wait(executor) == [(folder, Outcome("busy"))]
-    executor.close(30)
-    assert not executor.busy and not executor.idle and state(folder) == "started"
-    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
-    step = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert step >= read_json(folder / PROGRESS)["step"] > 1
-
-
 def test_a_loss_that_is_not_finite_ends_a_cell_for_good(
     tmp_path: Path, shared: LocalExecutor
 ) -> None:
@@ -221,7 +244,8 @@ def test_a_held_out_loss_that_is_not_finite_is_a_divergence(
         return (logits * math.inf if held_out else logits, *rest)
 
     monkeypatch.setattr(LitModel, "labelled", labelled)
-    outcome = run_cell(folder, 30, 1)
+    with quick():
+        outcome = run_cell(folder, 30, 1)
     assert outcome == Outcome(
         "diverged", "loss/held_out nan at step 2, of weights that are finite"
     )
@@ -240,9 +264,27 @@ def test_a_folder_that_vanishes_while_its_cell_runs_is_a_failure(
         (folder / ".lock").touch()
 
     monkeypatch.setattr(LitModel, "on_test_start", vanish)
-    with pytest.raises(FileNotFoundError, match="was removed while it ran"):
+    with quick(), pytest.raises(FileNotFoundError, match="was removed while it ran"):
         run_cell(folder, 30, 1)
     assert state(folder) == "pending"
     monkeypatch.undo()
     assert cells(1, tmp_path) == [folder]
-    assert run_cell(folder, 30, 1).end == "finished"
+    with quick():
+        assert run_cell(folder, 30, 1).end == "finished"
+
+
+def test_a_run_that_is_stopped_saves_a_checkpoint(tmp_path: Path, shared: LocalExecutor) -> None:
+    """The last test of those that share the executor, which this one closes."""
+    (folder,) = cells(1, tmp_path, **ENDLESS)
+    shared.start(folder)
+    (worker,) = shared.busy
+    until_it_trains(folder)
+    with locked(folder) as ours:
+        assert not ours and state(folder) == "running"
+    assert run_cell(folder, 1000, 1) == Outcome("busy")  # beside it
+    shared.close(30)
+    assert not shared.busy and not shared.idle and state(folder) == "started"
+    assert worker.returncode == 0
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert step >= read_json(folder / PROGRESS)["step"] > 1

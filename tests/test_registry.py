@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from layerzoo import Layer, SpecError, build, get_layer, list_layers
+from layerzoo import Layer, SpecError, build, get_layer, layer, list_layers
 from layerzoo.spec import Config
-
-HEAVY = ("lightning", "omegaconf", "triton", "transformers", "pytorch_lightning", "jsonargparse")
-
-
-def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter, where nothing is imported or registered yet."""
-    command = [sys.executable, "-W", "error", "-c", code, *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def declare(name: str, **body: Any) -> type[Layer]:
@@ -217,14 +211,37 @@ def test_built_layers_as_children() -> None:
         build("parallel", dim=12, children=[child])
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["layerzoo", "layerzoo.memories.linear", "layerzoo.attention.sliding", "layerzoo.model"],
-)
-def test_imports_stay_light(module: str) -> None:
-    found = python(f"import sys, {module}; print(*(m for m in {HEAVY} if m in sys.modules))")
+HEAVY = ("lightning", "omegaconf", "triton", "transformers", "pytorch_lightning", "jsonargparse")
+PEERS = ("matplotlib", "transformers", "fla", "titans_pytorch", "local_attention", "einops")
+LIGHT = {
+    "import layerzoo": HEAVY,
+    "from layerzoo.memories import linear_attention, delta_rule, mesa": (*HEAVY, "torch._dynamo"),
+    "from layerzoo.attention import softmax_attention, sliding_attention": (
+        *HEAVY,
+        "torch._dynamo",
+    ),
+    "import layerzoo.memories.linear": HEAVY,
+    "import layerzoo.attention.sliding": HEAVY,
+    "import layerzoo.model": HEAVY,
+    "layerzoo.list_layers()": (*PEERS, "lightning"),
+    "from layerzoo.bench.peers import PEERS; assert PEERS": (*PEERS, "lightning"),
+}
+"""Statements, and what must not have been imported behind each."""
+LOOK = """
+import json, sys
+for statement, heavy in json.loads(sys.argv[1]).items():
+    exec(statement)
+    print(*([statement, name] for name in heavy if name in sys.modules))
+"""
+
+
+def test_imports_stay_light() -> None:
+    """In a fresh interpreter, one for all: where one drags something in, those behind it have it,
+    too, and the first is at fault."""
+    command = [sys.executable, "-W", "error", "-c", LOOK, json.dumps(LIGHT)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.split() == []
+    assert found.stdout.split() == [] and found.stdout.count("\n") == len(LIGHT)
 
 
 PLUGIN = """
@@ -239,6 +256,17 @@ class Plugged(Layer, name="plugged"):
 """
 
 
+@pytest.fixture
+def undiscovered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: dict[str, type[Layer]]
+) -> Iterator[Path]:
+    """A folder of installed packages, before any layer was looked for."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(layer, "_discovered", False)
+    yield tmp_path
+    sys.modules.pop("zoo_plugin", None)
+
+
 def distribution(folder: Path, target: str) -> None:
     """An installed package, as pip leaves it, that offers a layer."""
     info = folder / "zoo_plugin-1.0.dist-info"
@@ -248,43 +276,19 @@ def distribution(folder: Path, target: str) -> None:
     (folder / "zoo_plugin.py").write_text(PLUGIN)
 
 
-LOOK = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import layerzoo
-print(*layerzoo.list_layers(), layerzoo.build("plugged", dim=4, width=5).spec())
-"""
-
-
-def test_entry_points_add_layers(tmp_path: Path) -> None:
-    distribution(tmp_path, "zoo_plugin:Plugged")
-    found = python(LOOK, str(tmp_path))
-    assert found.returncode == 0, found.stderr
-    assert "plugged" in found.stdout and "{'name': 'plugged', 'width': 5}" in found.stdout
+def test_entry_points_add_layers(undiscovered: Path) -> None:
+    distribution(undiscovered, "zoo_plugin:Plugged")
+    assert "plugged" in list_layers()
+    assert build("plugged", dim=4, width=5).spec() == {"name": "plugged", "width": 5}
 
 
 @pytest.mark.parametrize("target", ["zoo_plugin:Missing", "zoo_missing:Plugged"])
-def test_a_broken_entry_point_says_whose_it_is(tmp_path: Path, target: str) -> None:
-    distribution(tmp_path, target)
-    found = python(LOOK, str(tmp_path))
-    assert found.returncode == 1
-    last = found.stderr.strip().splitlines()[-1]
-    assert last.startswith(
-        f"layerzoo.spec.SpecError: entry point 'plugged = {target}' of zoo-plugin does not"
-    )
-    assert last.endswith("mend or uninstall it")
-
-
-AGAIN = """
-try:
-    layerzoo.list_layers()
-except layerzoo.SpecError:
-    pass
-"""
-
-
-def test_a_broken_entry_point_fails_every_time(tmp_path: Path) -> None:
-    """A second call must not quietly list a zoo that lacks what comes after the broken one."""
-    distribution(tmp_path, "zoo_plugin:Missing")
-    found = python(LOOK.replace("import layerzoo\n", "import layerzoo\n" + AGAIN), str(tmp_path))
-    assert "SpecError: entry point" in found.stderr
+def test_a_broken_entry_point_says_whose_it_is(undiscovered: Path, target: str) -> None:
+    """Every time: a second call must not quietly list a zoo that lacks what comes after it."""
+    distribution(undiscovered, target)
+    for _ in range(2):
+        with pytest.raises(SpecError) as error:
+            list_layers()
+        message = str(error.value)
+        assert message.startswith(f"entry point 'plugged = {target}' of zoo-plugin does not")
+        assert message.endswith("mend or uninstall it") and "\n" not in message

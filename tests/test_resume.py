@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +41,8 @@ from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
 from layerzoo.training import TrainCLI, config_path, quiet
 
+from .here import quick
+
 # Its `drop` draws a random number for every row of a batch.
 LAYER = {
     "name": "parallel",
@@ -48,14 +50,20 @@ LAYER = {
     "children": [{"name": "sliding", "heads": 1, "window": 4}, {"name": "linear", "heads": 1}],
 }
 CASES: dict[str, dict[str, Any]] = {  # an epoch has 5 batches
-    "steps": {"max_steps": 12, "val_check_interval": 3, "check_val_every_n_epoch": None},
+    "steps": {"max_steps": 8, "val_check_interval": 3, "check_val_every_n_epoch": None},
     "accumulated": {
-        **{"max_steps": 8, "val_check_interval": 5, "check_val_every_n_epoch": None},
+        **{"max_steps": 7, "val_check_interval": 5, "check_val_every_n_epoch": None},
         "accumulate_grad_batches": 2,
     },
     "epochs": {"max_epochs": 2, "val_check_interval": 2, "limit_train_batches": 9},
     "limited": {"max_steps": 9, "limit_train_batches": 4},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick():
+        yield
 
 
 class Killed(Exception):

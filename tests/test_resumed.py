@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from layerzoo.identity import TRAINED_ON, trained_on
 from layerzoo.lit import load_model
 from layerzoo.module import TaskModule
 from layerzoo.resumed import Resumed
+
+from .here import quick
 
 NETWORK = [
     *("--model.network.dim", "16", "--model.network.depth", "1"),
@@ -61,6 +64,12 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 def end(run: Path, step: int = 2) -> dict[str, Any]:
     return torch.load(run / f"checkpoints/step={step}.ckpt", weights_only=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick():
+        yield
 
 
 @pytest.fixture(scope="module")
