@@ -18,7 +18,7 @@ from layerzoo.memories.chunks import unit_lower_inverse
 from layerzoo.ops import Op
 from layerzoo.testing.precision import DRAWS, check, errors, ratios
 
-from . import bfloat16
+from . import bfloat16, interpreter
 
 GPU = torch.cuda.is_available()
 
@@ -46,6 +46,7 @@ def _kernels_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         monkeypatch.setattr(launch, "TRITON", (99,))
         bfloat16.mend(monkeypatch)
+        interpreter.hasten(monkeypatch)
 
 
 def skip(reason: str | None) -> None:
@@ -66,10 +67,10 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter: each access of a kernel lies within one of the tensors it is given."""
     if GPU:
         return
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    builder: Any = interpreter.InterpreterBuilder
-    executor: Any = interpreter.GridExecutor
+    builder: Any = InterpreterBuilder
+    executor: Any = GridExecutor
     begin, load, store = (
         executor._init_args_hst,
         builder.create_masked_load,
