@@ -13,8 +13,10 @@ from typing import Any
 Row = dict[str, Any]
 """A value for every field."""
 
-CANDIDATES = 2048
+CANDIDATES = 512
 """Rows that are drawn where there are too many to try them all."""
+CHANGED = 128
+"""Rows in which a pair is put that none of them has."""
 
 
 def covering(
@@ -48,7 +50,7 @@ def covering(
         add(row)
     for pair in pairs if some else ():  # what is rare among the candidates
         if not any(found & bits[pair] for found in pool.values()):
-            for row in list(pool):
+            for row in list(pool)[:CHANGED]:
                 add(tuple({**dict(enumerate(row)), **dict(pair)}.values()))
 
     rows, missing = [], sum(bits.values())

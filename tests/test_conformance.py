@@ -41,7 +41,7 @@ def marked(check: Check) -> Any:
     cls = get_layer(name)
     is_slow = law in ("compiles", "precision") and cls.kind == "composition"
     is_slow |= law == "precision" and issubclass(cls, FastWeights)
-    is_slow &= name not in ("parallel", "allmem")
+    is_slow &= (name, law) != ("parallel", "precision") and name != "allmem"
     is_slow |= n > 0 and impl == "recurrent" and check.law in SEQUENCE_LAWS
     return pytest.param(check, id=str(check), marks=[pytest.mark.slow] * is_slow)
 

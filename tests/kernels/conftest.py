@@ -4,7 +4,9 @@ same tests run there, at larger sizes and in bfloat16 too."""
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +23,28 @@ from layerzoo.testing.precision import DRAWS, check, errors, ratios
 from . import bfloat16, interpreter
 
 GPU = torch.cuda.is_available()
+HERE = Path(__file__).parent
 
 DISTRUSTED = launch.distrusted
 DTYPES = [torch.float32, torch.bfloat16]
 Tensors = dict[str, Any]
+
+
+KEPT = 3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the interpreter, which takes seconds, a third of each test's cases in bfloat16 are run
+    by default; the others are slow tests. The paths are those of float32, which all cases have."""
+    met = Counter[str]()
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if GPU or params.get("dtype") != torch.bfloat16 or item.path.parent != HERE:
+            continue
+        name = item.nodeid.partition("[")[0]
+        if met[name] % KEPT:
+            item.add_marker(pytest.mark.slow)
+        met[name] += 1
 
 
 @pytest.fixture
