@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from layerzoo.layer import Layer, build, get_layer, list_layers
+from layerzoo.memories.fast_weights import FastWeights
 from layerzoo.memories.fast_weights.options import Option
 from layerzoo.spec import Config, SpecError
 
@@ -108,8 +109,16 @@ def infinite(spec: Mapping[str, Any], T: int) -> list[str]:
     return [name for name, t in found.items() if not torch.isfinite(t).all()]
 
 
+PRESETS = {n for n in list_layers() if FastWeights in get_layer(n).__bases__}
+
+
 @pytest.mark.parametrize("T", [70, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", list_layers())
+@pytest.mark.parametrize(
+    "name",
+    [  # A preset has the fields of fast_weights, at other defaults.
+        pytest.param(n, marks=pytest.mark.slow if n in PRESETS else []) for n in list_layers()
+    ],
+)
 def test_options_combine_or_are_refused(name: str, T: int) -> None:
     fields = Fields(get_layer(name))
     rows, never = covering(fields.values, fields.accepts)

@@ -197,7 +197,7 @@ quiet = pytest.mark.filterwarnings(  # of torch about torch
 )
 
 
-CAPTURED = ("allmem", "titans", "ttt_linear")  # a gated network, a deep one, a linear one
+CAPTURED = ("ttt_mlp", "ttt_linear")
 
 
 @quiet

@@ -62,11 +62,14 @@ def test_shipped_grids_build(name: str) -> None:
 
 
 FULL = [name for name, path in shipped_grids().items() if Source(path).sizes]
-MANY = ("forgetting", "scaling")  # cells, of which each takes 30 ms
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in MANY else []) for n in FULL]
+    "name",
+    [  # A cell takes 30 ms, and there are hundreds.
+        pytest.param(n, marks=[] if n in ("quickstart", "length") else pytest.mark.slow)
+        for n in FULL
+    ],
 )
 def test_shipped_grids_build_in_full(name: str) -> None:
     assert load_grid(name, "full").name == f"{name}-full"

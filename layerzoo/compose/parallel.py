@@ -207,7 +207,8 @@ class Parallel(Composition, name="parallel"):
         _, written = self._evicted(T)
         total = T * first.rule_flops(T)
         for child in memories:
-            total += (T - written) * child.read_flops
+            memory: Any = child
+            total += (T - written) * memory.read_flops
             total += written * child.rule_flops(written) if written else 0
         return total / max(1, T)
 

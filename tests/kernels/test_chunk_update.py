@@ -173,7 +173,14 @@ def close(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["allmem", "lact", "view", "decay_start", "single", "muon"])
+OTHERS = [] if GPU else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["allmem", "lact"]
+    + [pytest.param(n, marks=OTHERS) for n in ("view", "decay_start", "single", "muon")],
+)
 def test_pieces_and_tokens_equal_the_whole(poison: None, device: Any, name: str) -> None:
     """Tokens without gradients are decoded by a kernel of their own."""
     rule = Rule(**RULES[name] | {"mini_batch": min(5, Rule(**RULES[name]).mini_batch)})
