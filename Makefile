@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-eval test-all mutants gpu pretrained lint clean
+.PHONY: demo test test-eval test-slow test-all mutants gpu pretrained lint clean
 
 # What a user needs.
 .venv/installed: pyproject.toml setup.py constraints.txt
@@ -30,6 +30,11 @@ test: .venv/dev
 test-eval: .venv/dev
 	$(INSTALL) --editable '.[eval]'
 	$(BIN)/pytest -n 2 $(addprefix tests/test_,text.py splits.py grid_data.py evaluate.py report.py)
+
+# The slow tests but for those of other CPUs, thousands of inputs and hundreds of cells.
+LONG = machines.py anything.py faults.py local.py pretrained.py validate.py
+test-slow: .venv/dev
+	$(BIN)/pytest -n 2 -m slow $(addprefix --ignore=tests/test_,$(LONG))
 
 # The slow tests too, those of datasets and lm-eval, and those of the Ray executor: more than an hour.
 test-all: .venv/dev

@@ -420,8 +420,8 @@ FAULTS = [
     Fault(
         "statistics",
         "ablations/reporting/statistics.py",
-        'method="holm")',
-        'method="fdr_bh")',
+        "np.arange(len(p), 0, -1)",
+        "len(p)",
         REPORT,
     ),
     Fault(
