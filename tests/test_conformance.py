@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from layerzoo.layer import get_layer
-from layerzoo.memories.fast_weights import FastWeights
 from layerzoo.testing import Check, layer_checks
 from layerzoo.testing.arithmetic_laws import wrong
 from layerzoo.testing.cases import Case
@@ -33,15 +32,18 @@ def _warn_always() -> Iterator[None]:
     torch.set_warn_always(False)
 
 
+JUDGED = {"delta_rule": "kda", "fast_weights": "allmem", "linear_attention": "gla"}
+"""Of an op with several layers, the one whose case takes most of its paths."""
+
+
 def marked(check: Check) -> Any:
-    """What takes seconds is done for one of the compositions, whose own arithmetic is a sum, and
-    low precision for one of the memories that share the engine of fast weights. Of cases after
-    the first, `chunked` alone keeps the laws of sequences: it is the function of `recurrent`."""
+    """What takes seconds is done by default for one layer of an op, and low precision for one of
+    the compositions, whose own arithmetic is a sum. Of cases after the first, `chunked` alone
+    keeps the laws of sequences by default: it is the function of `recurrent`."""
     (name, n, impl), law = check.case, check.law.name
-    cls = get_layer(name)
-    is_slow = law in ("compiles", "precision") and cls.kind == "composition"
-    is_slow |= law == "precision" and issubclass(cls, FastWeights)
-    is_slow &= (name, law) != ("parallel", "precision") and name != "allmem"
+    is_slow = law in ("compiles", "precision") and get_layer(name).kind == "composition"
+    is_slow |= law == "precision" and name != JUDGED.get(check.case.op, name)
+    is_slow &= (name, law) != ("parallel", "precision")
     is_slow |= n > 0 and impl == "recurrent" and check.law in SEQUENCE_LAWS
     return pytest.param(check, id=str(check), marks=[pytest.mark.slow] * is_slow)
 

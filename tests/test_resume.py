@@ -163,7 +163,13 @@ def ordered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda: next(count)))
 
 
-@pytest.fixture(scope="module", params=CASES)
+SECOND = ("steps", "limited")  # the others have their steps, and the end of an epoch
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SECOND)) for n in CASES],
+)
 def whole(request: Any, tmp_path_factory: Any) -> tuple[Path, dict[str, Any], Watch]:
     """An uninterrupted run with a checkpoint of every step."""
     folder, options = tmp_path_factory.mktemp(request.param), CASES[request.param]
