@@ -396,6 +396,7 @@ CONFIGS = [
         for option, message in {
             "trainer: 3": "trainer: expected a mapping of options, got 3",
             "trainer: null": "trainer: expected a mapping of options, got None",
+            "data.init_args: [1, 2]": "data.init_args: expected a mapping of options, got [1, 2]",
             "trainer.limit_val_batches: []": "trainer.limit_val_batches: Expected int or float",
             "trainer.limit_val_batches: .nan": "limit_val_batches: must be finite, got nan",
             "trainer.limit_val_batches: -0.5": "or a share of them, a float in [0, 1]; got -0.5",

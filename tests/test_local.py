@@ -59,7 +59,7 @@ def cells(count: int, out: Path, **changes: Any) -> list[Path]:
     config = read_yaml(config_path("mqar"))
     for key, value in {**TINY, **changes}.items():
         OmegaConf.update(config, key, value, force_add=True)
-    tree = resolve(config)
+    tree = resolve(OmegaConf.to_container(config, resolve=False))
     made = []
     for seed in range(count):
         mine = copy.deepcopy(tree)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils._pytree import tree_leaves
 
 from layerzoo.ablations.cells.configs import resolve
@@ -21,7 +22,7 @@ LAYERS: dict[str, Any] = {
     "sliding": {"name": "sliding", "heads": 2, "window": 8},
     "softmax": {"name": "softmax", "heads": 2},
 }
-BASE = resolve(read_yaml(config_path("mqar")))
+BASE = resolve(OmegaConf.to_container(read_yaml(config_path("mqar")), resolve=False))
 LENGTH = 64
 
 

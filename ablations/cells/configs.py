@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.data import Task
@@ -30,10 +30,11 @@ _tasks: dict[str, tuple[Tree, Task]] = {}
 _options_checked: dict[str, Tree] = {}
 
 
-def resolve(config: DictConfig) -> Tree:
-    """A training config with its interpolations resolved, as plain containers, and with every
-    option of the module, the network, its layers and the task, so that another default later
-    changes no cell. An interpolation may name an option that the config leaves at its default.
+def resolve(config: Tree) -> Tree:
+    """A training config with its interpolations resolved, and with every option of the module, the
+    network, its layers and the task, so that another default later changes no cell. Before and
+    after it is a tree of plain containers. An interpolation may name an option that the config
+    leaves at its default.
 
     Raises:
         SpecError: an interpolation that names nothing, an unknown option, a task that refuses its
@@ -45,26 +46,28 @@ def resolve(config: DictConfig) -> Tree:
     known = {"model": _options(LitModel), "trainer": _options(Trainer)}
     for section, options in known.items():
         found = config.get(section, {})
-        if not OmegaConf.is_dict(found) and found != {}:
+        if not isinstance(found, dict):
             raise SpecError(f"{section}: expected a mapping of options, got {found}")
         for name in found:
             if name not in options:
                 raise SpecError(f"{section}.{name}: no such option; {suggest(name, options)}")
-    for name in ("devices", "num_nodes"):
-        if (value := (config.get("trainer") or {}).get(name)) not in (None, 1, "1", "auto"):
-            raise SpecError(f"trainer.{name}: {value}, but a cell runs on one device; drop it")
-    written: Any = config.get("data")
-    if not OmegaConf.is_dict(written) or "class_path" not in written:
+    written = config.get("data")
+    if not isinstance(written, dict) or "class_path" not in written:
         raise SpecError("data: expected class_path and init_args")
+    if not isinstance(options := written.get("init_args") or {}, dict):
+        raise SpecError(f"data.init_args: expected a mapping of options, got {options}")
     try:
-        data: Any = OmegaConf.to_container(written, resolve=True)
+        whole = OmegaConf.create(config)
+        data: Any = OmegaConf.to_container(whole.data, resolve=True)
         defaults, _ = _task(data)
         defaults = {name: value for name, value in defaults.items() if name != "seed"}
-        whole: Any = config.copy()
-        OmegaConf.update(whole, "data.init_args", defaults, force_add=True)
+        whole.data.init_args = {**(data.get("init_args") or {}), **defaults}
         tree: Any = OmegaConf.to_container(whole, resolve=True)
     except OmegaConfBaseException as error:
         raise SpecError(str(error).splitlines()[0]) from None
+    for name in ("devices", "num_nodes"):
+        if (value := tree.get("trainer", {}).get(name)) not in (None, 1, "1", "auto"):
+            raise SpecError(f"trainer.{name}: {value}, but a cell runs on one device; drop it")
     tree |= _checked(tree)
     data = {**data, "init_args": {**plain(defaults), **(data.get("init_args") or {})}}
     return {**tree, "model": _completed(tree), "data": data}

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from layerzoo.layer import Reach
 from layerzoo.spec import SpecError, suggest
@@ -24,24 +24,26 @@ MAX_STEPS = "trainer.max_steps"
 
 
 class Drafts:
-    """Makes the training configs of a grid from its base."""
+    """Makes the training configs of a grid from its base. Until they are resolved they are plain
+    trees, whose interpolations are text: a grid has hundreds, and OmegaConf takes its time."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.file = source, ""
         base = source.value("base")
         with source.at("base"):
             if isinstance(base, dict):
-                self.base = OmegaConf.create(base)
+                written = OmegaConf.create(base)
             else:
                 local = source.path.parent / base
                 self.file = str(local) if local.is_file() else config_path(base)
-                self.base = read_yaml(self.file)
+                written = read_yaml(self.file)
+        self.base: Any = OmegaConf.to_container(written, resolve=False)
         data = self.base.get("data")
         if isinstance(data, str):
             fault = "data: write it as class_path and init_args, which a grid sets"
             raise self._in_base(SpecError(fault))
-        if isinstance(data, DictConfig) and data.get("init_args") is None:
-            data.init_args = {}
+        if isinstance(data, dict) and data.get("init_args") is None:
+            data["init_args"] = {}
         self._reaches: dict[str, Reach | None] = {}
         self._digests: dict[str, dict[str, str]] = {}
 
@@ -49,29 +51,32 @@ class Drafts:
         prefix = f"{self.file}: " if self.file else ""
         return self.source.error(("base",), f"{prefix}{error}")
 
-    def draft(self, overrides: Sequence[Override]) -> DictConfig:
+    def draft(self, overrides: Sequence[Override]) -> Tree:
         """The base with the overrides. A later one replaces an earlier one."""
-        config = self.base.copy()
+        config = copy.deepcopy(self.base)
         for place, key, value in overrides:
             with self.source.at(*place):
                 _override(config, key, value)
         return config
 
-    def tree(self, draft: DictConfig, seed: Seed, budget: int | None) -> Tree:
+    def tree(self, draft: Tree, seed: Seed, budget: int | None) -> Tree:
         """The draft, resolved, with the seeds. It validates at least once in its budget."""
-        for key, value in zip(SEEDS, seed, strict=True):
-            OmegaConf.update(draft, key, value, force_add=True)
+        draft["seed_everything"] = seed.init
+        if isinstance(data := draft.get("data"), dict):
+            if data.get("init_args") is None:
+                data["init_args"] = {}
+            if isinstance(data["init_args"], dict):
+                data["init_args"]["seed"] = seed.data
         tree = resolve(draft)
         interval = tree.get("trainer", {}).get("val_check_interval")
         if budget is not None and isinstance(interval, int) and interval > budget:
             tree["trainer"]["val_check_interval"] = budget
         return tree
 
-    def reseeded(self, draft: DictConfig, tree: Tree, seed: Seed, budget: int | None) -> Tree:
+    def reseeded(self, draft: Tree, tree: Tree, seed: Seed, budget: int | None) -> Tree:
         """The draft's tree with another seed; most configs don't refer to the seeds, and need
         not be resolved again."""
-        written: Any = OmegaConf.to_container(draft, resolve=False)
-        if re.search(r"\$\{[^}]*seed", json.dumps(written, default=str)):
+        if re.search(r"\$\{[^}]*seed", json.dumps(draft, default=str)):
             return self.tree(draft, seed, budget)
         tree = copy.deepcopy(tree)
         tree["seed_everything"], tree["data"]["init_args"]["seed"] = seed
@@ -79,7 +84,7 @@ class Drafts:
 
     def checked(
         self, overrides: Sequence[Override], seed: Seed, budget: int | None
-    ) -> tuple[DictConfig, Tree]:
+    ) -> tuple[Tree, Tree]:
         """The draft and its tree, whose model and task build and fit each other.
 
         Raises:
@@ -138,36 +143,37 @@ def _override(config: Any, key: str, value: Any) -> None:
     a list of layers a name stands for all layers of that name, children too."""
     *path, last = key.split(".")
     for section in _sections(config, path, ""):
-        OmegaConf.update(section, last, value, force_add=True, merge=False)
+        section[last] = copy.deepcopy(value)
 
 
-def _sections(node: Any, path: Sequence[str], place: str) -> list[DictConfig]:
+def _sections(node: Any, path: Sequence[str], place: str) -> list[Tree]:
     """What a path leads to from a node of a config, which is at the place."""
     if not path:
-        if isinstance(node, ListConfig):
+        if isinstance(node, list):
             raise SpecError(f"{place} is a list; set all of it, or a field of an item")
         return [node]
     first, *rest = path
     inner = f"{place}.{first}" if place else first
-    if isinstance(node, ListConfig) and not first.isdigit():
+    if isinstance(node, list) and not first.isdigit():
         named = [layer for layer in _layers(node) if layer.get("name") == first]
         if not named:
             known = suggest(first, {str(layer.get("name")) for layer in _layers(node)})
             raise SpecError(f"{place} has no layer '{first}'; {known}")
         return [section for layer in named for section in _sections(layer, rest, inner)]
-    child = OmegaConf.select(node, first)
-    if not isinstance(child, (DictConfig, ListConfig)):
-        known = (
-            suggest(first, map(str, node)) if isinstance(node, DictConfig) else "see its length"
-        )
+    if isinstance(node, list):
+        child = node[int(first)] if int(first) < len(node) else None
+    else:
+        child = node.get(first)
+    if not isinstance(child, (dict, list)):
+        known = suggest(first, map(str, node)) if isinstance(node, dict) else "see its length"
         raise SpecError(f"the base config has no '{inner}'; {known}")
     return _sections(child, rest, inner)
 
 
-def _layers(specs: ListConfig) -> Iterator[DictConfig]:
+def _layers(specs: list[Any]) -> Iterator[Tree]:
     """The layers of a list that are written with fields, and their children."""
     for spec in specs:
-        if isinstance(spec, DictConfig):
+        if isinstance(spec, dict):
             yield spec
-            if isinstance(children := spec.get("children"), ListConfig):
+            if isinstance(children := spec.get("children"), list):
                 yield from _layers(children)
