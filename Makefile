@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/layerzoo ablate run quickstart
 
 test: .venv/dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The tests that need datasets, pyarrow or lm-eval, which `make test` skips.
 test-eval: .venv/dev
@@ -34,7 +34,7 @@ test-eval: .venv/dev
 # The slow tests but for those of other CPUs, thousands of inputs and hundreds of cells.
 LONG = machines.py anything.py faults.py local.py pretrained.py validate.py
 test-slow: .venv/dev
-	$(BIN)/pytest -n 2 -m slow $(addprefix --ignore=tests/test_,$(LONG))
+	$(BIN)/pytest -n 2 --dist worksteal -m slow $(addprefix --ignore=tests/test_,$(LONG))
 
 # The slow tests too, those of datasets and lm-eval, and those of the Ray executor: more than an hour.
 test-all: .venv/dev
