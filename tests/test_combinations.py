@@ -96,7 +96,7 @@ class Fields:
 
 
 def infinite(spec: Mapping[str, Any], T: int) -> list[str]:
-    """What is not finite after T random tokens: output, state, and gradients by name."""
+    """What is not finite after T random tokens, or not there: output, state, and gradients."""
     torch.manual_seed(0)
     layer = build(spec, dim=DIM)
     x = torch.randn(2, T, DIM).requires_grad_()
@@ -105,8 +105,8 @@ def infinite(spec: Mapping[str, Any], T: int) -> list[str]:
     wide = [t for t in found.values() if t.is_floating_point()]
     torch.stack([(t * torch.randn_like(t)).sum() for t in wide]).sum().backward()
     leaves = {"input": x, **dict(layer.named_parameters())}
-    found |= {f"gradient of {n}": p.grad for n, p in leaves.items() if p.grad is not None}
-    return [name for name, t in found.items() if not torch.isfinite(t).all()]
+    found |= {f"gradient of {n}": p.grad for n, p in leaves.items()}
+    return [name for name, t in found.items() if t is None or not torch.isfinite(t).all()]
 
 
 PRESETS = {n for n in list_layers() if FastWeights in get_layer(n).__bases__}

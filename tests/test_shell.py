@@ -195,6 +195,12 @@ def test_starts_are_where_the_fields_say() -> None:
             torch.nn.init.zeros_(p)
         start = -decay(x(1))
         assert 0.005 <= start.min() < start.max() <= 0.2
+        one = {"decay_rate": [0.75, 0.75], "decay_step": [4.0, 4.0]}
+        decay = made("gla", heads=2, decay_gate=gate, **one).log_decay
+        for p in decay.x.parameters():
+            torch.nn.init.zeros_(p)
+        start = decay(x(1))
+        torch.testing.assert_close(start, torch.full_like(start, -3.0))
     layer = made("delta", heads=2, beta_bias=-2.0, beta_max=2)
     torch.nn.init.zeros_(layer.beta.weight)
     want = 2 * torch.tensor(-2.0, dtype=torch.float64).sigmoid()
