@@ -13,6 +13,7 @@ from torch import Tensor
 from layerzoo.attention.differential import differential_attention
 from layerzoo.attention.forgetting import forgetting_attention
 from layerzoo.attention.latent import latent_attention
+from layerzoo.attention.sink_logit import with_sink
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
 from layerzoo.layer import build
@@ -154,6 +155,15 @@ def test_a_sink_logit_of_minus_infinity_is_none(
     agree(got, want, tensors, 1e-12 * size)
     (grad,) = torch.autograd.grad(got.square().sum(), sink)
     assert grad[[0, 2, 3]].tolist() == [0, 0, 0] and (grad[1] != 0) == (size == 1)
+
+
+@pytest.mark.parametrize("logit", [3e4, -1e4, 6e4])
+def test_a_sink_logit_may_be_as_large_as_a_number_of_16_bits(logit: float) -> None:
+    """What q and the sink's key have of it is in the range of their dtype."""
+    q, k, v = (randn(1, 3, 2, 16, seed=n).half() for n in range(3))
+    q, k, _, scale = with_sink(q, k, v, torch.full((2,), logit), 16**-0.5)
+    found = scale * (q[..., 16:].float() * k[:, :1, :, 16:].float()).sum(-1)
+    torch.testing.assert_close(found, torch.full_like(found, logit), rtol=1e-3, atol=0)
 
 
 @IMPL
