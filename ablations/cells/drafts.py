@@ -154,7 +154,7 @@ def _sections(node: Any, path: Sequence[str], place: str) -> list[Tree]:
         return [node]
     first, *rest = path
     inner = f"{place}.{first}" if place else first
-    if isinstance(node, list) and not first.isdigit():
+    if isinstance(node, list) and not first.isdecimal():
         named = [layer for layer in _layers(node) if layer.get("name") == first]
         if not named:
             known = suggest(first, {str(layer.get("name")) for layer in _layers(node)})
