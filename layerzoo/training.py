@@ -8,8 +8,10 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jsonargparse
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -77,6 +79,20 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 class Parser(LightningArgumentParser):
     """Reports an error as a SpecError of one line, with a suggestion for a mistyped option."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """As jsonargparse's, but 4 is a number of batches, and never the share 4.0.
+
+        Its type may have become `Union[float, int, None]`: typing takes the orders of a union for
+        equal, and answers with the one that any module has used first.
+        """
+        added = super().add_class_arguments(*args, **kwargs)
+        for action in self._actions:
+            kinds = get_args(getattr(action, "_typehint", None))
+            if int in kinds and float in kinds:
+                others = [kind for kind in kinds if kind not in (int, float)]
+                vars(action)["_typehint"] = reduce(or_, others, int | float)
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         key = re.search(r'Parser key "([^"]+)"', message)

@@ -23,9 +23,6 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before
     os.environ["TRITON_INTERPRET"] = "1"
 
 from layerzoo import SpecError, layer, list_layers
-from layerzoo.ablations.cells.arms import arm_name, read_arms
-from layerzoo.ablations.cells.axes import read_axes
-from layerzoo.ablations.cells.source import Source
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,6 +72,10 @@ SIZES = {"steps": 500, "parameters": 1000, "state_bytes": 64, "length": 48}
 @pytest.fixture
 def write_results(tmp_path: Path) -> Callable[..., Path]:
     """Makes a folder of results as `layerzoo ablate run` leaves it, without training."""
+    # Imported here, as pytest-xdist's own process needs no Lightning and would wait for it.
+    from layerzoo.ablations.cells.arms import arm_name, read_arms
+    from layerzoo.ablations.cells.axes import read_axes
+    from layerzoo.ablations.cells.source import Source
 
     def write(
         measured: Callable[[dict[str, str], int], Measured],

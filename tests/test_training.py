@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
+from typing import Optional, Union
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from layerzoo.data import MQAR
 from layerzoo.data.task import IGNORE
 from layerzoo.lit import LitModel, load_model
 from layerzoo.model import LanguageModel, ModelConfig
+from layerzoo.training import Parser
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
@@ -155,3 +158,18 @@ def test_logits_are_made_only_where_labels_are(monkeypatch: pytest.MonkeyPatch) 
     lit = LitModel(ModelConfig(vocab_size=64, layers=("linear",), dim=32))
     lit.labelled(MQAR(vocab_size=64, pairs=4).batch("train", range(5)))
     assert asked == [(20, 32)]
+
+
+def test_a_number_of_batches_stays_a_whole_number() -> None:
+    """Also where some module has used the other order of the union first. (Of Python 3.14 on no
+    order is kept.)"""
+    for clear in typing._cleanups:  # type: ignore[attr-defined]
+        clear()
+    str(Optional[Union[float, int]])  # noqa: UP007,UP045
+
+    class Options:
+        def __init__(self, batches: Optional[Union[int, float]] = None) -> None: ...  # noqa: UP007,UP045
+
+    parser = Parser(exit_on_error=False)
+    parser.add_class_arguments(Options, "options")
+    assert repr(parser.parse_args(["--options.batches", "4"]).options.batches) == "4"

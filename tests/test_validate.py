@@ -257,11 +257,10 @@ def test_a_claim_of_a_difference_is_of_the_means(
         assert verdict.measured == pytest.approx(first - second)
 
 
-REFERENCES = validation.references()
-
-
-@pytest.mark.parametrize("name", REFERENCES)
-def test_shipped_references_say_how_long_they_take(name: str) -> None:
-    grid = REFERENCES[name]
-    assert grid.name == name and grid.fields.minutes is not None
-    assert f"layerzoo ablate validate {name}" in grid.source.text or grid.fields.minutes <= 10
+def test_shipped_references_say_how_long_they_take() -> None:
+    references = validation.references()
+    assert references
+    for name, grid in references.items():
+        assert grid.name == name and grid.fields.minutes is not None
+        told = f"layerzoo ablate validate {name}" in grid.source.text
+        assert told or grid.fields.minutes <= 10, name

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from layerzoo.spec import SpecError, suggest
 from layerzoo.training import read_yaml
 
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 Place = tuple[str, ...]
 
 
@@ -41,7 +42,7 @@ class Source:
         self.text = path.read_text(encoding="utf-8")
         self._lines: dict[Place, int] = {}
         self._written: dict[Place, str] = {}
-        node = yaml.compose(self.text, yaml.SafeLoader)
+        node = yaml.compose(self.text, LOADER)
         self.tree: dict[str, Any] = self._read(node, fields, ())
         self.sizes = self._sizes()
         self.size = size or self.tree.get("size") or next(iter(self.sizes), None)
