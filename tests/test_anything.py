@@ -34,7 +34,7 @@ from layerzoo.model import ModelConfig
 pytestmark = pytest.mark.filterwarnings("default")
 SECONDS = 60
 COUNTS = [
-    pytest.param(40, id="few"),
+    pytest.param(25, id="few"),
     pytest.param(500, id="many", marks=pytest.mark.slow),
 ]
 
@@ -194,7 +194,7 @@ FIELDS += [f"trainer.{name}" for name in ("val_check_interval", "gradient_clip_v
 FIELDS += ["seed_everything", "ckpt_path", "data", "model", "module", "config"]
 
 
-@pytest.mark.parametrize("count", [pytest.param(12, id="few"), COUNTS[1]])
+@pytest.mark.parametrize("count", [pytest.param(8, id="few"), COUNTS[1]])
 def test_training(count: int) -> None:
     options = st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(VALUES)), max_size=2)
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.memories.chunks import SEGMENT
 from layerzoo.memories.delta import delta_rule
-from layerzoo.memories.fast_weights import Rule, fast_weights
+from layerzoo.memories.fast_weights import Rule, engine, fast_weights
 from layerzoo.memories.fast_weights.op import read_fast_weights
 from layerzoo.memories.fast_weights.primitives import products
 from layerzoo.memories.linear import linear_attention
@@ -260,13 +259,12 @@ def test_muon_of_no_step(momentum: bool) -> None:
 
 @pytest.mark.parametrize("update", ["token", "chunk"])
 @pytest.mark.parametrize("C", [1, 16])
-def test_groups_and_checkpoints(update: Any, C: int) -> None:
+def test_groups_and_checkpoints(update: Any, C: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence of several groups of mini-batches is the specification; and with `checkpoint`,
     which computes groups again, it is itself."""
+    monkeypatch.setattr(engine, "SEGMENT", 4 * 32)
     rule = Rule(optimiser="momentum", forgetting="decay", update=update, mini_batch=C)
-    rows, tokens = (4, 4), 300
-    assert tokens > 1.1 * SEGMENT // (rows[0] * rows[1])
-    x = arguments(rule, rows[0], tokens, rows[1])
+    x = arguments(rule, 2, 73, 2)  # groups of 32 tokens
     want = floats(fast_weights(**x, impl="recurrent"))
     plain = floats(fast_weights(**x, impl="chunked"))
     again = floats(fast_weights(**x, impl="chunked", checkpoint=True))
