@@ -206,9 +206,7 @@ LONG_CASE = pytest.param(300, None, marks=pytest.mark.slow)  # of three blocks
 
 
 @IMPL
-@pytest.mark.parametrize(
-    "T, window", [(47, None), (47, 1), (47, 13), (150, 40), LONG_CASE]
-)
+@pytest.mark.parametrize("T, window", [(47, None), (47, 1), (47, 13), (150, 40), LONG_CASE])
 def test_forgetting_is_a_dense_bias(T: int, window: int | None, impl: str) -> None:
     tensors = [*qkv(T), -randn(2, T, 4, seed=9).exp() / 4]
     tensors[3].requires_grad_()

@@ -101,10 +101,11 @@ def outcome(
 )
 def implementations(case: Case) -> None:
     """`chunked` is the function that `recurrent` is: outputs, final state and gradients."""
-    for past in (0, 37):  # sinks and warm-ups are only at work at the start
-        want = outcome(case._replace(impl="recurrent").build(), past=past)
-        where = f"chunked against recurrent, {LONG} tokens after {past}"
-        require_close(outcome(case.build(), past=past), want, ROUNDED, where)
+    for past, length in ((0, LONG), (37, 2 * SHORT)):  # sinks and warm-ups are of the start
+        run = functools.partial(outcome, past=past, length=length)
+        want = run(case._replace(impl="recurrent").build())
+        where = f"chunked against recurrent, {length} tokens after {past}"
+        require_close(run(case.build()), want, ROUNDED, where)
 
 
 def _reduces(case: Case) -> bool:

@@ -190,13 +190,14 @@ def _is_memory(case: Case) -> bool:
 def alignment(case: Case) -> None:
     """In `mix` the last query meets the last write; earlier queries read the incoming state, and
     earlier writes are written all the same."""
-    for reads, writes in ((9, 5), (9, 0), (5, 9), (0, 9), (0, 0), (1, 4)):
-        _aligned(case, reads, writes)
-
-
-def _aligned(case: Case, reads: int, writes: int) -> None:
     layer: Any = case.build()
-    _, state = layer(tokens(2, SHORT))
+    with torch.no_grad():
+        _, state = layer(tokens(2, SHORT))
+        for reads, writes in ((9, 5), (9, 0), (5, 9), (0, 9), (0, 0), (1, 4)):
+            _aligned(layer, state, reads, writes)
+
+
+def _aligned(layer: Any, state: Any, reads: int, writes: int) -> None:
     q, write = layer.project(tokens(2, 9))
     q, write = q[:, 9 - reads :], {name: w[:, 9 - writes :] for name, w in write.items()}
     got = dict(zip(("output", "state"), layer.mix(q, write, state), strict=True))

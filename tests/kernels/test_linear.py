@@ -149,7 +149,12 @@ def test_no_tokens(device: torch.device) -> None:
     assert last.data_ptr() != state.data_ptr()
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+OTHERS = [] if GPU else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "decay", ["scalar", *(pytest.param(other, marks=OTHERS) for other in ("none", "vector"))]
+)
 def test_compiles_as_one_graph(device: torch.device, decay: str) -> None:
     xs = cast(tensors((1, 20, 2, 16, 16), decay), device, torch.float32)
     leaves = [x.requires_grad_() for x in xs.values()]
