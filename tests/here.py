@@ -3,7 +3,6 @@ tests whose subject is neither a worker process nor a picture."""
 
 from __future__ import annotations
 
-import gc
 import sys
 import traceback
 from collections.abc import Iterator
@@ -54,10 +53,7 @@ class Here:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Figures are not painted, and what pytest and torch hold is not collected after each cell;
-    both take longer than a tiny run."""
-    gc.freeze()
+    """Figures are not painted, which takes longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "draw", lambda figure, renderer: None)
         yield
-    gc.unfreeze()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +27,6 @@ from layerzoo.memory import Memory
 
 CPU = torch.device("cpu")
 TINY = ("--dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "8,16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen() -> Iterator[None]:
-    gc.freeze()  # what pytest and torch hold: collecting it takes longer than the tests
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,13 +19,6 @@ from layerzoo.bench.peers import PEERS, Arm, Peer, Unfit, choose, peer, peers_of
 from layerzoo.cli import main
 
 TINY = ("--dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "8,16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen() -> Iterator[None]:
-    gc.freeze()  # what pytest and torch hold: collecting it takes longer than the tests
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
