@@ -53,7 +53,8 @@ def check(
 
 @pytest.mark.parametrize("targets", ["sm_90", pytest.param(ALL, marks=pytest.mark.slow)])
 def test_64_channels_in_bfloat16(tmp_path: Path, targets: str) -> None:
-    check(compiled(tmp_path, targets), targets, SPILLED)
+    one = ("--jobs", "1") if targets == "sm_90" else ()  # another process starts as long
+    check(compiled(tmp_path, targets, *one), targets, SPILLED)
 
 
 @pytest.mark.slow
