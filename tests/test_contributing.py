@@ -83,6 +83,7 @@ def test_the_examples_are_found_checked_trained_and_swept(
 
     grid = tmp_path / "grid.yaml"
     grid.write_text(GRID)
-    out = call("ablate", "run", str(grid), "--jobs", "1")
+    with quick():
+        out = call("ablate", "run", str(grid), "--jobs", "1")
     assert "moving_average" in out and "fading" in out
     assert len([*tmp_path.glob("runs/ablations/mine/*/*/metrics.json")]) == 2
