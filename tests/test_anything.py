@@ -34,7 +34,7 @@ from layerzoo.model import ModelConfig
 pytestmark = pytest.mark.filterwarnings("default")
 SECONDS = 60
 COUNTS = [
-    pytest.param(25, id="few"),
+    pytest.param(15, id="few"),
     pytest.param(500, id="many", marks=pytest.mark.slow),
 ]
 

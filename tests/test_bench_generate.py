@@ -20,9 +20,7 @@ APART = stream.in_a_process
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        stream, "in_a_process", lambda run, *args: run(*args)
-    )  # one process is proof enough, below
+    monkeypatch.setattr(stream, "in_a_process", lambda run, *args: run(*args))
 
 
 def arm(spec: Any, **fields: Any) -> Arm:
@@ -51,26 +49,23 @@ def test_what_is_said_of_a_run() -> None:
     assert label_of({"name": "parallel", "children": ["a", {"name": "b", "c": 1}]}) == "a+b"
 
 
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_end_to_end(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    apart: bool,
 ) -> None:
-    apart = list[list[Point]]()
-
-    def first_apart(run: Any, *args: Any) -> Any:
-        if not apart:
-            apart.append(APART(run, *args))
-            return apart[0]
-        return run(*args)
-
-    monkeypatch.setattr(stream, "in_a_process", first_apart)
+    """Also where each measure is made in a process of its own."""
+    if apart:
+        monkeypatch.setattr(stream, "in_a_process", APART)
     files = ("--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"))
     sizes = ("--tokens", "60,40", "--every", "20", "--dim", "16", "--depth", "1")
     assert main(["bench", "generate", BOUNDED, "softmax", *sizes, *files]) == 0
     out = capsys.readouterr().out
     runs = json.loads((tmp_path / "x.json").read_text())["runs"]
     assert list(runs) == ["sliding+allmem", "softmax"] and all(name in out for name in runs)
-    (found,) = apart
-    assert runs["sliding+allmem"] == [point._asdict() for point in found]
+    assert list(runs["softmax"][0]) == [*Point._fields]
     states = {name: [p["state"] for p in found] for name, found in runs.items()}
     assert len(set(states["sliding+allmem"])) == 1 and len(set(states["softmax"])) == 2
     assert (tmp_path / "x.png").stat().st_size > 10000

@@ -142,10 +142,17 @@ def test_sample_covers_every_axis() -> None:
     for name, axis in zip(NAMES, AXES, strict=True):
         for value in axis:
             want = engine_rule.AXES[name].of(value) if name in engine_rule.AXES else value
-            assert any(getattr(rule, name) == want for rule in RULES), f"{name} {value} is missing"
+            quick = [rule for n, rule in enumerate(RULES) if n % 3 < 2]
+            assert any(getattr(rule, name) == want for rule in quick), f"{name} {value} is missing"
 
 
-@pytest.mark.parametrize("n", range(len(RULES)), ids=[label(rule) for rule in RULES])
+@pytest.mark.parametrize(
+    "n",
+    [
+        pytest.param(n, id=label(rule), marks=[pytest.mark.slow] if n % 3 == 2 else [])
+        for n, rule in enumerate(RULES)
+    ],
+)
 def test_crossed(n: int) -> None:
     """chunked, cut anywhere, is recurrent: outputs, final state, every gradient; and causal."""
     # A step of Muon is of the size of the weights: one a token amplifies rounding without end.
@@ -176,10 +183,11 @@ def test_crossed(n: int) -> None:
 def test_many_pieces(update: Any, C: int) -> None:
     """Groups of many mini-batches, and a mini-batch of more than one piece."""
     rule = Rule(optimiser="momentum", forgetting="decay", update=update, mini_batch=C)
-    problem = Problem(rule, 3 if update == "token" else 1, tokens=331)
+    T = max(101, 2 * C + 31)
+    problem = Problem(rule, 3 if update == "token" else 1, tokens=T)
     assert C < 150 or engine.MAX_PIECE < C
     want = problem.run("recurrent")
-    got = problem.run("chunked", 131)
+    got = problem.run("chunked", 2 * T // 5)
     assert_same(got, want)
     assert_same(problem.grads(*got), problem.grads(*want))
 
