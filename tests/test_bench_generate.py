@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def test_end_to_end(
     """Also where each measure is made in a process of its own."""
     if apart:
         monkeypatch.setattr(stream, "in_a_process", APART)
+        assert APART(os.getpid) != os.getpid()
     files = ("--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"))
     sizes = ("--tokens", "60,40", "--every", "20", "--dim", "16", "--depth", "1")
     assert main(["bench", "generate", BOUNDED, "softmax", *sizes, *files]) == 0

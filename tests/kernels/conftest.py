@@ -27,6 +27,8 @@ HERE = Path(__file__).parent
 
 DISTRUSTED = launch.distrusted
 DTYPES = [torch.float32, torch.bfloat16]
+OTHERS = [] if GPU else [pytest.mark.slow]
+"""Marks of cases beside the first, which the interpreter takes seconds for."""
 Tensors = dict[str, Any]
 
 

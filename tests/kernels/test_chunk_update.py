@@ -16,7 +16,7 @@ from layerzoo.memories.fast_weights.optimisers import Muon
 from layerzoo.memories.fast_weights.state import init_state
 from layerzoo.ops import ImplError
 
-from .conftest import DTYPES
+from .conftest import DTYPES, OTHERS
 
 IMPLS = ("triton", "chunked")
 GPU = torch.cuda.is_available()
@@ -171,9 +171,6 @@ def run(rule: Rule, device: Any, impl: str = "triton", state: Any = None, **x: A
 
 def close(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-
-
-OTHERS = [] if GPU else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from layerzoo.kernels import launch, linear
 from layerzoo.memories.linear import OP, linear_attention
 from layerzoo.ops import ImplError
 
-from .conftest import DTYPES
+from .conftest import DTYPES, OTHERS
 
 GPU = torch.cuda.is_available()
 WIDE = ("g", "state")
@@ -147,9 +147,6 @@ def test_no_tokens(device: torch.device) -> None:
     o, last = linear_attention(q, q, v, state=state, impl="triton")
     assert o.shape == v.shape and torch.equal(last, state)
     assert last.data_ptr() != state.data_ptr()
-
-
-OTHERS = [] if GPU else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
