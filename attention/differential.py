@@ -93,12 +93,12 @@ class Differential(Attention, name="differential"):
 
     Its state is the cache of all keys and values: it grows with T. A head has two queries and two
     keys of key_dim channels; null means dim / (2 heads).
-
-    lambda_init: the paper's is 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1, ..: 0.2 in the first.
     """
 
     class Config(Attention.Config):
         lambda_init: float = 0.8
+        """lambda starts at this value. The paper's is 0.8 - 0.6 exp(-0.3 l) for layer l = 0, 1,
+        .., so 0.2 in the first."""
 
         def check(self) -> None:
             super().check()

@@ -207,15 +207,16 @@ class Forgetting(Attention, name="forgetting"):
     last window - 1 tokens. Positions are what the gates make of them, so that `rotary` is null.
     Deviations from the paper: b starts at a half-life, not at zero; no shift of tokens in k and v,
     and no output norm (`qk_norm: rms` is the paper's, `out_gate: sigmoid` its Pro block's).
-
-    window: tokens that a query sees, itself counted; null is all of them. half_life: tokens after
-    which a weight has halved, at the start of training.
     """
 
     class Config(Attention.Config):
         rotary: float | None = None
+        """There are no rotary positions by default (null), because the gates tell positions
+        apart."""
         window: int | None = None
+        """A query sees this many tokens, itself included; null is all of them."""
         half_life: float = 2048.0
+        """A weight has halved after this many tokens, at the start of training."""
 
         def check(self) -> None:
             super().check()

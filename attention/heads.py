@@ -31,10 +31,9 @@ class Attention(Headed):
     """
 
     class Config(Shell):
-        """kv_heads: number of heads of keys and values, a divisor of heads; null means heads.
-        Each is read by heads / kv_heads queries."""
-
         kv_heads: int | None = None
+        """Keys and values have this many heads, a divisor of heads; null means heads. heads /
+        kv_heads queries read each of them."""
         qk_norm: Literal["l2", "rms", "none"] = "rms"
         out_norm: Literal["rms", "none"] = "none"
         rotary: float | None = 10000.0

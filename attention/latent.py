@@ -110,21 +110,21 @@ class Latent(Attention, name="latent"):
     The state is the cache of c and r alone: kv_rank + rotary_dim numbers a token, whatever the
     number of heads. A decoded token reads the latents themselves.
 
-    key_dim: channels K of a key without its position.
-    kv_rank: channels R of the latent.
-    q_rank: channels of the latent from which queries are made; null makes them from x.
-    rotary_dim: channels P of the position key.
-
     There is no qk_norm: it would make the keys of all cached tokens again for every new token. The
     latents are normalised instead.
     """
 
     class Config(Attention.Config):
         qk_norm: Literal["none"] = "none"
+        """q and k have no norm; the latents are normalised instead."""
         key_bias: Literal[False] = False
+        """Keys have no bias, because they are made of the latent."""
         kv_rank: int = 64
+        """The latent has R channels."""
         q_rank: int | None = None
+        """Queries are made of a latent of this many channels; null makes them of x."""
         rotary_dim: int = 32
+        """The position key has P channels. key_dim does not count them."""
 
         reasons: ClassVar[Any] = {
             "qk_norm": "its norms are those of the latents, for keys are not made for every token",

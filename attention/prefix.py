@@ -64,18 +64,19 @@ class Prefix(Composition, name="prefix"):
     seen from the start, as the paper draws it, it would tell of tokens that have not come. The
     paper leaves open how y and the last read meet; sigmoid keeps y's scale. The state: M of the
     last segment and M now, and keys and values of the segment's tokens so far.
-
-    children: the memory, a spec or built layer. heads: of the attention. segment: S.
-    persistent: P. rotary: base of the rotary embedding; null is no positions at all. qk_norm: of
-    the attention's q and k, as other attention layers have it.
     """
 
     class Config(ChildrenConfig):
         heads: int = 4
+        """The attention has this many heads."""
         segment: int = 64
+        """A segment has S tokens."""
         persistent: int = 4
+        """P learned tokens stand in front of every segment."""
         rotary: float | None = 10000.0
+        """The rotary positions have this base; with null there are no positions."""
         qk_norm: Literal["l2", "rms", "none"] = "rms"
+        """The attention's q and k are normalised as in other attention layers: l2, rms or none."""
 
         count = 1
 

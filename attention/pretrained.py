@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerzoo import internals
 from layerzoo.layer import Layer, Reach, State, StateBytes
 from layerzoo.shell import QKV
 from layerzoo.spec import Config
@@ -52,7 +53,9 @@ class Pretrained(Layer):
 
     class Config(Config):
         window: int | None = None
+        """A query sees this many tokens, itself included; null is all of them."""
         sinks: int = 0
+        """So many of the first tokens are always visible."""
 
         def check(self) -> None:
             check_window(1 if self.window is None else self.window, self.sinks)
@@ -146,7 +149,7 @@ def interface(attention: Any, q: Tensor, end: int) -> tuple[Callable[..., Any], 
     where the function knows what is causal by itself."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    T, how = q.shape[2], attention.config._attn_implementation
+    T, how = q.shape[2], internals.attention_function(attention.config)
     eager = vars(sys.modules[type(attention).__module__])["eager_attention_forward"]
     function = ALL_ATTENTION_FUNCTIONS.get_interface(how, eager)
     if T == 1 or (how != "eager" and end == T):

@@ -237,17 +237,17 @@ class Sliding(Attention, name="sliding"):
     The window counts the current token. The state is bounded: it holds the last window - 1 keys
     and values, and the sinks. Unlike StreamingLLM, rotary positions count tokens of the sequence
     and not of the cache.
-
-    window: number of tokens that a query sees, itself included.
-    sinks: so many of the first tokens are always visible.
-    sink_logit: the start of a learned logit per head that belongs to no token. The divisor of the
-        softmax becomes e^sink + sum_j e^<q_i, k_j> (GPT-OSS, 2508.10925). null means no logit.
     """
 
     class Config(Attention.Config):
         window: int = 64
+        """A query sees this many tokens, itself included."""
         sinks: int = 0
+        """So many of the first tokens are always visible."""
         sink_logit: float | None = None
+        """A learned logit per head, which belongs to no token, starts at this value. The divisor
+        of the softmax becomes e^sink + sum_j e^<q_i, k_j> (GPT-OSS, 2508.10925). null means no
+        logit."""
 
         def check(self) -> None:
             super().check()

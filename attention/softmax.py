@@ -96,13 +96,13 @@ class Softmax(Attention, name="softmax"):
     o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K)) v_j
 
     Its state is the cache of all keys and values: it grows with T and forgets nothing.
-
-    sink_logit: a learned logit per head in the divisor of the softmax, which becomes
-    e^sink + sum_j e^.. (GPT-OSS, 2508.10925), at the start this; null is none.
     """
 
     class Config(Attention.Config):
         sink_logit: float | None = None
+        """A learned logit per head, which belongs to no token, starts at this value. The divisor
+        of the softmax becomes e^sink + sum_j e^<q_i, k_j> (GPT-OSS, 2508.10925). null means no
+        logit."""
 
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     op = OP

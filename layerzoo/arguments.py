@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,26 @@ from typing import Any, NoReturn
 
 import yaml
 
+from layerzoo import internals
 from layerzoo.layer import check_spec
 from layerzoo.spec import SpecError, suggest
 
 
-class Parser(argparse.ArgumentParser):
+class OneLine:
+    """What the parsers of all commands say of a word that they do not know."""
+
+    def no_option(self, word: str, *more: str) -> str:
+        """An unknown option, `--jbos`, or the key of one, `model.lrr`; and the nearest of the
+        parser's options and of those that it does not know of."""
+        parser: Any = self
+        names = {*more}
+        for action in internals.all_actions(parser):
+            if not isinstance(action, argparse._HelpAction):
+                names |= {*action.option_strings} if word.startswith("--") else {action.dest}
+        return f"{word}: no such option; {suggest(word, names)}"
+
+
+class Parser(OneLine, argparse.ArgumentParser):
     """Bad options are a `SpecError`, as all bad input is, behind the subcommand's name."""
 
     missing: str | None = None
@@ -26,19 +42,12 @@ class Parser(argparse.ArgumentParser):
             message = self.missing
         unknown = message.partition("unrecognized arguments: ")[2].split()
         if unknown and unknown[0].startswith("--"):
-            word = unknown[0].partition("=")[0]
-            message = f"{word}: no such option; {suggest(word, _options(self))}"
+            message = self.no_option(unknown[0].partition("=")[0])
+        choice = re.match(r"(\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            known = re.findall(r"[^\s',]+", choice[3])
+            message = f"{choice[1]}: no '{choice[2]}'; {suggest(choice[2], known)}"
         raise SpecError(f"{' '.join(self.prog.split()[1:])}: {message}")
-
-
-def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """A parser's options, and its subcommands'."""
-    found: set[str] = set()
-    for action in parser._actions:
-        found |= {*action.option_strings}
-        if isinstance(action, argparse._SubParsersAction):
-            found |= {option for sub in action.choices.values() for option in _options(sub)}
-    return found
 
 
 def integers(text: str) -> list[int]:

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from layerzoo import internals
 from layerzoo.lit import read_checkpoint
 from layerzoo.spec import SpecError
 
@@ -38,7 +39,7 @@ class Resume(Callback):
         loop = trainer.fit_loop
         # The schedule asks how many steps there will be, which makes the loader before its state
         # is known. (The loader's pass has not begun yet.)
-        loop._load_combined_loader_states()
+        internals.load_loader_states(loop)
         epochs = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
             # It was saved after an epoch's last batch, so that another begins, and is counted.
@@ -146,7 +147,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         step = trainer.global_step
         self.due |= trainer.strategy.broadcast(time.monotonic() - self.last >= self.seconds)
-        if self.steps is not None and not trainer.fit_loop._should_accumulate():
+        if self.steps is not None and not internals.accumulates(trainer.fit_loop):
             self.due |= step % self.steps == 0
         # What ends a run at `max_steps` also ends Lightning's epoch, which a longer run does not.
         self.due |= step == trainer.max_steps
@@ -172,10 +173,9 @@ class Checkpoints(Checkpoint):
             lose accumulated gradients or a validation that is due (ask again at the next of
             these hooks), nor if the disk is full.
         """
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or trainer.sanity_checking:
+        if internals.accumulates(trainer.fit_loop.epoch_loop) or trainer.sanity_checking:
             return False
-        if trainer.training and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        if trainer.training and internals.validation_is_due(trainer):
             return False
         return self._write(trainer, _unlogged(trainer))
 
@@ -200,11 +200,11 @@ class Checkpoints(Checkpoint):
 def _unlogged(trainer: Any) -> dict[str, Any]:
     """What Lightning logs once the callbacks of a batch, or of a validation, have returned: a
     process that is killed before never does. {step, values}, or empty."""
-    logs = trainer._logger_connector
+    logs = internals.logged(trainer)
     if trainer.training and not logs.should_update_logs:
         return {}
     values = {name: float(value) for name, value in logs.metrics["log"].items()}
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    step = internals.logged_step(trainer)
     return {"step": step, "values": {**values, "epoch": float(trainer.current_epoch)}}
 
 

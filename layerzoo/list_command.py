@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from layerzoo.arguments import Parser, check_file
+from layerzoo.field_docs import field_lines, field_rows
 from layerzoo.json_files import dumps
 from layerzoo.layer import Layer, build, get_layer, list_layers
-from layerzoo.spec import SpecError, plain, required, suggest
+from layerzoo.spec import SpecError, required, suggest
 
 DIM, LENGTH = 256, 4096
 """What `layerzoo list` computes state sizes for."""
@@ -65,24 +65,13 @@ def markdown() -> str:
 
 
 def describe_fully(cls: type[Layer]) -> dict[str, Any]:
-    """`describe`, the docstring with the equation, and the fields with types and defaults."""
-    fields = {
-        field.name: {
-            "type": field.type if isinstance(field.type, str) else str(field.type),
-            "default": None if required(field) else plain(field.default),
-            "required": required(field),
-        }
-        for field in cls.Config.fields()
-    }
-    # A dataclass without a docstring is given its signature as one: it says nothing new.
-    docs = [inspect.getdoc(base) or "" for base in reversed(cls.Config.__mro__[:-2])]
-    text = [doc for doc in docs if not doc.startswith("Config(")]
+    """`describe`, the docstring with the equation, and the fields with types, defaults and
+    docstrings."""
     return {
         **describe(cls.name),
         "impls": [impl for impl in ("recurrent", "chunked", "triton") if impl in _impls(cls)],
         "doc": inspect.getdoc(cls),
-        "field_docs": text,
-        "fields": fields,
+        "fields": field_rows(cls.Config),
     }
 
 
@@ -139,7 +128,7 @@ def _list_tasks(name: str | None, as_json: bool) -> int:
         raise SpecError(f"unknown layer or task '{name}'; {hint}")
     if as_json:
         found = [listing.describe(cls) for cls in tasks.values()]
-        print(dumps(found if name is None else listing.describe(tasks[name])))
+        print(dumps(found if name is None else listing.describe_fully(tasks[name])))
     elif name is None:
         _print(listing.table())
     else:
@@ -151,9 +140,5 @@ def _page(info: dict[str, Any]) -> str:
     lines = [f"{info['name']} ({info['kind']}), {info['source']}", "", info["doc"], ""]
     lines += [f"State at dim {DIM}, T {LENGTH}: {_size(info['state_bytes'])}."]
     lines += [f"Implementations: {', '.join(info['impls'])}.", "", "Config fields:"]
-    for name, field in info["fields"].items():
-        default = "required" if field["required"] else f"= {json.dumps(field['default'])}"
-        lines.append(f"  {name}: {field['type']} {default}")
-    for doc in info["field_docs"]:
-        lines += ["", doc]
+    lines += field_lines(info["fields"])
     return "\n".join(lines)

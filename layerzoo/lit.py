@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,60 +22,44 @@ from layerzoo.spec import SpecError, at
 class LitModel(TaskModule):
     """Trains a `LanguageModel` on a task with AdamW.
 
-    Args:
-        network: the language model's config.
-        lr, weight_decay, betas: of AdamW; only weights of linear maps decay.
-        warmup: share of the steps over which the learning rate rises linearly.
-        schedule: cosine falls to zero at the last step; constant stays.
-        impl: how the layers run; it does not change the function.
-        checkpoint: layers keep less for the backward pass and compute it again; nor does this.
-        compiled: layers compile their inner loops (needs a C++ compiler); nor does this.
-        init: a checkpoint, or a run's folder, whose newest one counts: a new run starts from the
-            weights of its network, which has to have the same config. A run that is resumed has
-            its own weights, and does not read it again.
-
     Raises:
         SpecError: when a new run starts, `init` cannot be read or is of another network.
     """
 
-    def __init__(
-        self,
-        network: ModelConfig,
-        lr: float = 3e-3,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
-        warmup: float = 0.05,
-        schedule: Literal["cosine", "constant"] = "cosine",
-        impl: Literal["auto", "recurrent", "chunked", "triton"] = "auto",
-        checkpoint: bool = False,
-        compiled: bool = False,
-        init: str | None = None,
-    ) -> None:
-        super().__init__(lr, weight_decay, betas, warmup, schedule)
-        if isinstance(network, Mapping):  # from a checkpoint
-            network = ModelConfig.from_fields(network)
-        self.save_hyperparameters(
-            {
-                "network": network.to_fields(),
-                "impl": impl,
-                "checkpoint": checkpoint,
-                "compiled": compiled,
-                "init": init,
-            }
-        )
-        self.init = init
+    class Config(TaskModule.Config):
+        network: ModelConfig
+        """The config of the language model."""
+        impl: Literal["auto", "recurrent", "chunked", "triton"] = "auto"
+        """The layers run in this way, which does not change the function."""
+        checkpoint: bool = False
+        """The layers keep less for the backward pass and compute it again, which does not change
+        the function."""
+        compiled: bool = False
+        """The layers compile their inner loops, which does not change the function. It needs a
+        C++ compiler."""
+        init: str | None = None
+        """A new run starts from the weights of this checkpoint, or of the newest one in this
+        run's folder. Its network must have the same config. A run that is resumed has its own
+        weights, and does not read these again."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.started: str | None = None  # the digest of the weights of `init`
         with at("model.network"):
             self.model: LanguageModel = LanguageModel(
-                network, impl=impl, checkpoint=checkpoint, compiled=compiled
+                config.network,
+                impl=config.impl,
+                checkpoint=config.checkpoint,
+                compiled=config.compiled,
             )
 
     def begin(self) -> None:
         """Take the weights of `init`, once, if there is one."""
-        if self.init is not None and self.started is None:
+        init = self.config.init
+        if init is not None and self.started is None:
             with at("model.init"):
-                weights = initial_weights(self.init, self.model.config)
-                load_weights(self.model, weights, self.init)
+                weights = initial_weights(init, self.model.config)
+                load_weights(self.model, weights, init)
             self.started = digest_weights(weights)
 
     def on_fit_start(self) -> None:

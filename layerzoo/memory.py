@@ -33,14 +33,12 @@ class Memory(Headed):
     """
 
     class Config(Shell):
-        """key_heads: number of heads of queries and keys, a divisor of heads; null means heads.
-            Each is shared by heads / key_heads values, which have states and gates of their own
-            (Qwen3-Next).
-
-        What is read is scaled by K^-1/2 with qk_norm none, and by 1 / K with rms.
-        """
+        """What is read is scaled by K^-1/2 with qk_norm none, and by 1 / K with rms."""
 
         key_heads: int | None = None
+        """Queries and keys have this many heads, a divisor of heads; null means heads. heads /
+        key_heads values share each of them, and have states and gates of their own
+        (Qwen3-Next)."""
         qk_norm: Literal["l2", "rms", "none"] = "l2"
         out_norm: Literal["rms", "none"] = "rms"
 

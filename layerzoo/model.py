@@ -23,29 +23,32 @@ if TYPE_CHECKING:
 
 @final  # jsonargparse: its fields stand directly below `network` in YAML
 class ModelConfig(Config):
-    """What a language model computes.
-
-    vocab_size: number of token ids. dim: width D. depth: number of blocks.
-    layers: specs, tiled over the depth: block n runs layers[n % len(layers)]. Or specs by name.
-    pattern: with layers by name, their order, tiled over the depth: 'window*3 full'.
-    overrides: exceptions, block index (negative from the end) to fields that are merged over the
-        block's spec, one level deep, or to a whole spec: {0: {window: 16}, -1: {name: softmax}}.
-    persistent: learned tokens in front of every sequence and document. Their outputs are dropped.
-    conv: width of the causal convolution in front of every layer, 0 is off.
-    mlp: hidden width of the SwiGLU after every layer as a multiple of dim, 0 is off.
-    tie: the output head shares the embedding's weight (then the embedding starts small).
-    """
+    """What a language model computes."""
 
     vocab_size: int
+    """There are this many token ids."""
     layers: dict[str, Any] | tuple[Any, ...]
+    """The specs of the layers are tiled over the depth: block n runs layers[n % len(layers)]. Or
+    they are given by name, for pattern."""
     pattern: str | None = None
+    """The names of the layers in their order, tiled over the depth, as in 'window*3 full'."""
     overrides: dict[Any, Any] | None = None
+    """Exceptions map the index of a block (negative from the end) to fields that are merged over
+    its spec, one level deep, or to a whole spec: {0: {window: 16}, -1: {name: softmax}}."""
     dim: int = 128
+    """The model has width D."""
     depth: int = 2
+    """The model has this many blocks."""
     conv: int = 4
+    """The causal convolution in front of every layer has this width; 0 leaves it out."""
     mlp: float = 0.0
+    """The SwiGLU after every layer has this hidden width, as a multiple of dim; 0 leaves it
+    out."""
     tie: bool = False
+    """The output head shares the embedding's weight, and then the embedding starts small."""
     persistent: int = 0
+    """So many learned tokens stand in front of every sequence and document. Their outputs are
+    dropped."""
 
     def check(self) -> None:
         for name in ("vocab_size", "dim", "depth"):

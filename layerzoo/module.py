@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal
 
 import torch
@@ -11,63 +12,70 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from layerzoo.configured import Configured
 from layerzoo.data.task import IGNORE, Task
 from layerzoo.metrics import TokenLoss
 from layerzoo.metrics.wide import WideDict, wide
-from layerzoo.spec import SpecError
+from layerzoo.spec import Config, SpecError, require
 
 SHOWN = ("loss/held_out", "loss/bits_per_byte", "recall/accuracy", "accuracy/all")
 """The held-out figures that the progress bar and the summary show."""
+_nobody: Any = (None for _ in ())
+ORPHAN = _nobody.gi_frame
+"""A frame that nothing has called."""
 
 
-class TaskModule(LightningModule):
+class TaskModule(Configured, LightningModule):
     """Evaluates a model on a task, and trains its parameters that need a gradient, with AdamW.
 
-    A subclass builds `self.model` and defines `training_step`. It passes its own options to
-    `save_hyperparameters` as a dict; a resumed run is refused if they differ.
+    A subclass builds `self.model` and defines `training_step`. The fields of its config are the
+    hyperparameters of its checkpoints; a resumed run is refused if they differ.
 
     The model has `hidden(tokens, documents=) -> h, state`, `head(h) -> logits`, `embedding` and
     `cautions(T)`. For the record of a run it also has `state_bytes(T)`, `flops_per_token(T)`,
     `choices()` and `forget_choices()`: see `LanguageModel`. The task may ask for more.
-
-    Args:
-        lr, weight_decay, betas: of AdamW; only weights of linear maps decay.
-        warmup: share of the steps over which the learning rate rises linearly.
-        schedule: cosine falls to zero at the last step; constant stays.
-
-    Raises:
-        SpecError: one of these is out of its range.
     """
 
+    class Config(Config):
+        lr: float = 3e-3
+        """The learning rate of AdamW rises to this value."""
+        weight_decay: float = 0.1
+        """AdamW decays the weights of linear maps, and no others, by lr times this factor."""
+        betas: tuple[float, float] = (0.9, 0.95)
+        """AdamW averages gradients and their squares with these decays."""
+        warmup: float = 0.05
+        """The learning rate rises linearly over this share of the steps."""
+        schedule: Literal["cosine", "constant"] = "cosine"
+        """After the warmup the learning rate falls to zero at the last step, as a cosine, or
+        stays constant."""
+
+        def check(self) -> None:
+            super().check()
+            within("lr", self.lr, 0)
+            within("weight_decay", self.weight_decay, 0)
+            within("warmup", self.warmup, 0, 1)
+            within("betas", min(self.betas), 0, 1)
+            within("betas", max(self.betas), 0, 1 - 1e-9)
+
+    config: Any
     model: Any
 
-    def __init__(
-        self,
-        lr: float = 3e-3,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
-        warmup: float = 0.05,
-        schedule: Literal["cosine", "constant"] = "cosine",
-    ) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.save_hyperparameters(
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "betas": list(betas),
-                "warmup": warmup,
-                "schedule": schedule,
-            }
-        )
-        within("lr", lr, 0, math.inf)
-        within("weight_decay", weight_decay, 0, math.inf)
-        within("warmup", warmup, 0, 1)
-        within("betas", min(betas), 0, 1)
-        within("betas", max(betas), 0, 1 - 1e-9)
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
-        self.warmup, self.schedule = warmup, schedule
+        self.config = config
+        self.save_hyperparameters(config.to_fields())
         self.metrics = WideDict()
         self.readout: nn.Module | None = None  # of a task that has one
+
+    @classmethod
+    def located(cls, error: SpecError) -> str:
+        dot = "." if re.match(r"\w+[:.]", str(error)) else ": "
+        return f"model{dot}{error}"
+
+    def save_hyperparameters(self, *args: Any, **options: Any) -> None:
+        """As Lightning's, of a mapping. Lightning would look for the arguments of constructors in
+        the frames that call it; this one frame has no callers."""
+        super().save_hyperparameters(*args, **{"frame": ORPHAN, **options})
 
     def setup(self, stage: str) -> None:
         task = getattr(self.trainer, "datamodule", None)
@@ -169,23 +177,25 @@ class TaskModule(LightningModule):
                 found.setdefault(self.rate(name), ([], []))[p not in linear].append(p)
         groups: list[dict[str, Any]] = []
         for rate, (decayed, rest) in sorted(found.items(), key=lambda item: item[0] != 1):
-            groups.append({"params": decayed, "lr": rate * self.lr})
-            groups.append({"params": rest, "lr": rate * self.lr, "weight_decay": 0.0})
+            lr = rate * self.config.lr
+            groups.append({"params": decayed, "lr": lr})
+            groups.append({"params": rest, "lr": lr, "weight_decay": 0.0})
         return groups
 
     def configure_optimizers(self) -> Any:
+        config = self.config
         optimiser = torch.optim.AdamW(
-            self.groups(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+            self.groups(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         total = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
             if math.isinf(total):
                 return 1.0
-            warm = max(1, round(self.warmup * total))
+            warm = max(1, round(config.warmup * total))
             if step < warm:
                 return (step + 1) / warm
-            if self.schedule == "constant":
+            if config.schedule == "constant":
                 return 1.0
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
 
@@ -196,8 +206,8 @@ class TaskModule(LightningModule):
         }
 
 
-def within(name: str, value: float, low: float, high: float) -> None:
-    """Refuse an option of the module that is out of its range, or not finite."""
-    if not (low <= value <= high and math.isfinite(value)):
-        end = f"{high}]" if math.isfinite(high) else "inf)"
-        raise SpecError(f"model.{name}: must be in [{low}, {end}, got {value}")
+def within(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse an option that is out of its range, or not finite."""
+    end = f"{high}]" if math.isfinite(high) else "inf)"
+    possible = low <= value <= high and math.isfinite(value)
+    require(possible, f"{name}: must be in [{low}, {end}, got {value}")

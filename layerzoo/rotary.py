@@ -38,12 +38,10 @@ def rotary(x: Tensor, start: int, base: float, scaling: Any = None) -> Tensor:
 
 
 class Scaling(Config):
-    """A map of the frequencies theta_n = base^(-2n / K), n < K / 2.
-
-    factor: how many times longer the sequences may be; at least 1.
-    """
+    """A map of the frequencies theta_n = base^(-2n / K), n < K / 2."""
 
     factor: float
+    """Sequences may be this many times longer. It is at least 1."""
 
     def check(self) -> None:
         for field in self.fields():
@@ -88,9 +86,14 @@ class Yarn(Scaling):
     """
 
     original_length: int
+    """The model was trained on sequences of this length."""
     fast: float = 32.0
+    """A frequency that turns more often than this in original_length tokens stays as it is."""
     slow: float = 1.0
+    """A frequency that turns less often than this in original_length tokens is divided by
+    factor."""
     attention: float | None = None
+    """Queries and keys are multiplied by this number; null is 0.1 ln factor + 1."""
 
     def check(self) -> None:
         Scaling.check(self)
@@ -119,8 +122,12 @@ class Llama3(Scaling):
     factor where less than `low` times, linear in the turns between (Llama 3.1 2024)."""
 
     original_length: int
+    """The model was trained on sequences of this length."""
     low: float = 1.0
+    """A frequency that turns less often than this in original_length tokens is divided by
+    factor."""
     high: float = 4.0
+    """A frequency that turns more often than this in original_length tokens stays as it is."""
 
     def check(self) -> None:
         Scaling.check(self)
@@ -142,17 +149,15 @@ SCALINGS: dict[str, type[Scaling]] = {
 
 
 class RotaryConfig(Config):
-    """Rotary positions of q and k.
-
-    rotary: base of the wavelengths, for keys of an even number of channels; null means no rotary
-        positions.
-    rotary_scaling: null, or a mapping with name (linear, ntk, yarn or llama3) and factor. yarn
-        also takes original_length, fast, slow and attention; llama3 takes original_length, low
-        and high. No scaling depends on the length of the sequence that is read.
-    """
+    """Rotary positions of q and k."""
 
     rotary: float | None = None
+    """The wavelengths of the rotary positions have this base. Keys then have an even number of
+    channels. null means no rotary positions."""
     rotary_scaling: Mapping[str, Any] | None = None
+    """null, or a mapping that has name (linear, ntk, yarn or llama3) and factor. yarn also takes
+    original_length, fast, slow and attention; llama3 takes original_length, low and high. No
+    scaling depends on the length of the sequence that is read."""
 
     def check(self) -> None:
         if self.rotary is not None and self.rotary <= 0:

@@ -21,26 +21,24 @@ GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 class Shell(RotaryConfig):
-    """Fields that every layer with heads has, memory or attention.
-
-    heads: number of heads H that read.
-    key_dim, value_dim: channels K of a query and key, and V of a value, per head; null means
-        dim / heads.
-    qk_norm: norm of q and k per head. l2 gives them unit length, rms has a learned weight per
-        channel, none leaves them as they are.
-    key_bias: adds a learned vector to each key before its norm, so that keys which point in nearly
-        the same direction can be told apart.
-    out_norm: rms normalises what each head reads; none does not.
-    out_gate: multiplies what is read by this function of a projection of x; none does not.
-    """
+    """Fields that every layer with heads has, memory or attention."""
 
     heads: int = 4
+    """H heads read."""
     key_dim: int | None = None
+    """A query and a key have K channels per head; null means dim / heads."""
     value_dim: int | None = None
+    """A value has V channels per head; null means dim / heads."""
     qk_norm: Literal["l2", "rms", "none"]
+    """q and k are normalised per head. l2 gives them unit length, rms has a learned weight per
+    channel, and none leaves them as they are."""
     key_bias: bool = False
+    """A learned vector is added to each key before its norm, so that keys which point in nearly
+    the same direction can be told apart."""
     out_norm: Literal["rms", "none"]
+    """rms normalises what each head reads; none does not."""
     out_gate: Literal["none", "silu", "sigmoid"] = "none"
+    """What is read is multiplied by this function of a projection of x; with none it is not."""
 
     grouped: ClassVar[str]
     """The name of the field that sets how many heads are not repeated: key_heads in a memory,

@@ -5,11 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    Self,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 Spec = str | Mapping[str, Any]
 """A layer's registered name, or a mapping of ``name`` and its config fields."""
@@ -44,6 +54,12 @@ def suggest(word: object, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
 
 
+def require(condition: object, message: str) -> None:
+    """Raise a `SpecError` with this message unless the condition holds."""
+    if not condition:
+        raise SpecError(message)
+
+
 def divide(total: int, parts: int, what: str) -> int:
     """`total / parts`, which must be whole."""
     if total % parts:
@@ -55,8 +71,9 @@ def divide(total: int, parts: int, what: str) -> int:
 class Config:
     """Base of every config: a subclass statement makes a frozen, keyword-only dataclass.
 
-    Values are checked against their annotations (bool, int, float, str, Literal, tuple and
-    unions of them; a float is finite, an int has 64 bits) and in `check`, which a subclass
+    Values are checked against their annotations (bool, int, float, str, Literal, tuple, Sequence
+    and unions of them; a list becomes a tuple, a float is finite, an int has 64 bits) and in
+    `check`, which a subclass
     overrides to refuse impossible values.
 
     Raises:
@@ -74,24 +91,33 @@ class Config:
     def __post_init__(self) -> None:
         hints = _hints(type(self))
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, field.name)
+            value, hint = getattr(self, field.name), hints[field.name]
             if isinstance(value, list):  # YAML has no tuples
                 value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            if isinstance(value, Mapping) and isinstance(hint, type) and issubclass(hint, Config):
+                with at(field.name):
+                    value = hint.from_fields(value)
                 object.__setattr__(self, field.name, value)
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise SpecError(f"{field.name}: must be finite, got {value!r}")
                 if isinstance(number, int) and number.bit_length() > 63:
                     raise SpecError(f"{field.name}: {value} does not fit 64 bits")
-            if not _matches(value, hints[field.name]):
-                want = _describe(hints[field.name])
+            if not _matches(value, hint):
+                want = _describe(hint)
                 why = self.reasons.get(field.name)
                 got = f"{value!r}: {why}" if why else repr(value)
                 raise SpecError(f"{field.name}: expected {want}, got {got}")
-        self.check()
+        if self.chosen() is self:  # another config has been checked when it was made
+            self.check()
 
     def check(self) -> None:
         """Refuse values that are of the right type but make no sense."""
+
+    def chosen(self) -> Self:
+        """The config that counts, where the value of a field stands for those of others."""
+        return self
 
     @classmethod
     def fields(cls) -> tuple[dataclasses.Field[Any], ...]:
@@ -109,9 +135,20 @@ class Config:
                 raise SpecError(f"{name}: missing, and it has no default")
         return cls(**fields)
 
+    @classmethod
+    def nearest_first(cls) -> list[dataclasses.Field[Any]]:
+        """The fields, those that the class itself declares in front of those of its bases."""
+        known = {field.name: field for field in cls.fields()}
+        names = (name for base in cls.__mro__ for name in inspect.get_annotations(base))
+        return [known[name] for name in dict.fromkeys(names) if name in known]
+
+    def field_values(self) -> dict[str, Any]:
+        """The fields' values, as they are."""
+        return {field.name: getattr(self, field.name) for field in self.fields()}
+
     def to_fields(self) -> dict[str, Any]:
         """The inverse of `from_fields`, in plain types that YAML and JSON hold."""
-        return {field.name: plain(getattr(self, field.name)) for field in self.fields()}
+        return {name: plain(value) for name, value in self.field_values().items()}
 
 
 def required(field: dataclasses.Field[Any]) -> bool:
@@ -132,13 +169,21 @@ def _matches(value: Any, hint: Any) -> bool:
         return any(value == arg and type(value) is type(arg) for arg in args)
     if origin in (Union, types.UnionType):
         return any(_matches(value, arg) for arg in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_matches(item, args[0]) for item in value)
+    if origin in (tuple, Sequence):
+        if not isinstance(value, tuple):
+            return False
+        items = args if _fixed(hint) else args[:1] * len(value)
+        return len(value) == len(items) and all(map(_matches, value, items))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or hint)
+
+
+def _fixed(hint: Any) -> bool:
+    """Whether the hint of a list says how many items it has."""
+    return get_origin(hint) is tuple and get_args(hint)[-1] is not ...
 
 
 def _describe(hint: Any) -> str:
@@ -147,8 +192,9 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(repr(arg) for arg in args)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in args)
-    if origin is tuple:
-        return f"a list of {_describe(args[0])}"
+    if origin in (tuple, Sequence):
+        count = f"{len(args)} of " if _fixed(hint) else ""
+        return f"a list of {count}{_describe(args[0])}"
     if origin is dict:
         return "a mapping"
     return "null" if hint is type(None) else getattr(origin or hint, "__name__", str(hint))
@@ -160,4 +206,6 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    return value.spec() if hasattr(value, "spec") else value
+    if hasattr(value, "spec"):
+        return value.spec()
+    return value.to_fields() if isinstance(value, Config) else value

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, get_args
 
 import jsonargparse
@@ -20,8 +21,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from layerzoo import foreign
-from layerzoo.arguments import make_folder
+from layerzoo import foreign, internals
+from layerzoo.arguments import OneLine, make_folder
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.checkpoints import AtomicIO, Resume, find_checkpoint
 from layerzoo.config_files import (
@@ -32,7 +33,9 @@ from layerzoo.config_files import (
     read_yaml,
     split_option,
 )
+from layerzoo.configured import Configured
 from layerzoo.data import Task, list_tasks
+from layerzoo.field_docs import field_docs
 from layerzoo.finite import Finite
 from layerzoo.held_out import Figures
 from layerzoo.identity import TRAINED_ON, TrainedOn
@@ -40,7 +43,7 @@ from layerzoo.layer import EXECUTION
 from layerzoo.lit import LitModel, read_checkpoint
 from layerzoo.model import ModelConfig
 from layerzoo.resumed import Resumed, same_start
-from layerzoo.spec import SpecError, at, plain, suggest
+from layerzoo.spec import Config, SpecError, at, plain, suggest
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 MAX_SEED = 2**32 - 1
@@ -77,22 +80,40 @@ def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-class Parser(LightningArgumentParser):
-    """Reports an error as a SpecError of one line, with a suggestion for a mistyped option."""
+class Parser(OneLine, LightningArgumentParser):
+    """Reports an error as a SpecError of one line, and takes the help of an option from the
+    docstring of its field."""
 
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+    def add_class_arguments(
+        self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any
+    ) -> list[str]:
         """As jsonargparse's, but 4 is a number of batches, and never the share 4.0.
 
         Its type may have become `Union[float, int, None]`: typing takes the orders of a union for
         equal, and answers with the one that any module has used first.
         """
-        added = super().add_class_arguments(*args, **kwargs)
-        for action in self._actions:
-            kinds = get_args(getattr(action, "_typehint", None))
+        added = super().add_class_arguments(class_type, nested_key, *args, **kwargs)
+        for action in internals.actions(self):
+            kinds = get_args(internals.type_of(action))
             if int in kinds and float in kinds:
                 others = [kind for kind in kinds if kind not in (int, float)]
-                vars(action)["_typehint"] = reduce(or_, others, int | float)
+                internals.set_type(action, reduce(or_, others, int | float))
+        config = class_type.Config if issubclass(class_type, Configured) else class_type
+        if issubclass(config, Config):
+            prefix = f"{nested_key}." if nested_key else ""
+            self.configs = {**self.configs, prefix: config}
         return added
+
+    configs: Mapping[str, type[Config]] = MappingProxyType({})
+    """The configs whose fields are options, by what is before the field's name."""
+
+    def format_help(self, *args: Any, **options: Any) -> str:
+        known = {action.dest: action for action in internals.actions(self)}
+        for prefix, config in self.configs.items():
+            for name, doc in field_docs(config).items():
+                if action := known.get(prefix + name):
+                    action.help = doc.replace("%", "%%")
+        return super().format_help(*args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         key = re.search(r'Parser key "([^"]+)"', message)
@@ -106,8 +127,7 @@ class Parser(LightningArgumentParser):
             raise SpecError(f"{place}{cause}") from None
         if unknown:
             word = next(filter(None, unknown.groups())).split("=")[0]
-            known = _options(self)
-            raise SpecError(f"{place}{word}: no such option; {suggest(word, known)}") from None
+            raise SpecError(f"{place}{self.no_option(word)}") from None
         if path and place in ("", "data: "):
             known = [cls.__name__ for cls in list_tasks()]
             raise SpecError(f"{place}no task '{path[1]}'; {suggest(path[1], known)}") from None
@@ -143,15 +163,7 @@ def check_trainer(options: Mapping[str, Any]) -> None:
                     raise SpecError(f"must be a number of {way}; got {value}")
 
 
-def _options(parser: jsonargparse.ArgumentParser) -> set[str]:
-    """The names of a parser's options, and of its subcommands'."""
-    names = {action.dest for action in parser._actions}
-    subcommands = parser._subcommands_action
-    for sub in subcommands._name_parser_map.values() if subcommands else ():
-        names |= _options(sub)
-    return names
-
-
+@internals.reads_checkpoints
 class TrainCLI(LightningCLI):
     """LightningCLI over the `TaskModule` that the arguments name, else `LitModel`, and any `Task`,
     with omegaconf interpolation in configs."""
@@ -215,7 +227,7 @@ class TrainCLI(LightningCLI):
             raise SpecError(f"seed_everything: must be in [0, {MAX_SEED}], got {seed}")
         check_trainer(options["trainer"])
 
-    def _parse_ckpt_path(self) -> None:
+    def read_checkpoint(self) -> None:
         """A checkpoint's network, of a module that has one, replaces the config's; everything else
         is the config's. Training goes on only with the hyperparameters that it began with."""
         options = self.config[self.config.subcommand] if "subcommand" in self.config else {}
@@ -248,7 +260,7 @@ class TrainCLI(LightningCLI):
     """What `fit` goes on from."""
 
     def after_instantiate_classes(self) -> None:
-        seed = self._get(self.config, "seed_everything")
+        seed = internals.cli_option(self, "seed_everything")
         trainer: Any = self.trainer
         for callback in trainer.callbacks:
             if isinstance(callback, TrainedOn):

@@ -181,14 +181,13 @@ class Linear(MatrixMemory, name="linear"):
     """
 
     class Config(MatrixConfig):
-        """feature_map: phi. identity; elu1, elu(x) + 1 (Katharopoulos et al.); relu; softmax over
-            the channels; taylor, 1 + s q k + (s q k)^2 / 2 with s the shell's scale of q k (Based,
-            arXiv 2402.18668): F = 1 + K + K (K + 1) / 2.
-        normaliser: divide by phi(q) z, held at 1e-6 or more; needs a positive feature map.
-        """
-
         feature_map: Literal["identity", "elu1", "relu", "softmax", "taylor"] = "identity"
+        """This is phi. It is identity; elu1, elu(x) + 1 (Katharopoulos et al.); relu; softmax over
+        the channels; or taylor, 1 + s q k + (s q k)^2 / 2 with s the shell's scale of q k (Based,
+        arXiv 2402.18668): F = 1 + K + K (K + 1) / 2."""
         normaliser: bool = False
+        """What is read is divided by phi(q) z, held at 1e-6 or more. It needs a positive feature
+        map."""
 
         def check(self) -> None:
             super().check()

@@ -23,23 +23,21 @@ if TYPE_CHECKING:
 
 
 class MatrixConfig(Memory.Config):
-    """Fields that every matrix memory has.
-
-    decay: the factor D_t in S_t = D_t S_{t-1}. none is 1. constant is 1 - 2^-(5+h) in head h
-        (RetNet). scalar is exp(g_t), with a gate g_t per head and token (Mamba-2). vector has a
-        gate per key channel and token, through a projection of rank 16.
-    decay_gate: how g_t follows from z_t = x_t W + b. softplus is -exp(A) softplus(z_t). bounded is
-        -5 sigmoid(exp(A) z_t), which is never below -5 (Kimi K3).
-    decay_rate: range from which exp(A) is drawn at the start, uniformly.
-    decay_step: range from which softplus(b) is drawn at the start, uniformly in its logarithm.
-        Half of what is written is gone after ln 2 / (rate step) tokens. A bounded gate starts
-        with the same decays.
-    """
+    """Fields that every matrix memory has."""
 
     decay: Literal["none", "constant", "scalar", "vector"] = "none"
+    """This is the factor D_t in S_t = D_t S_{t-1}. none is 1. constant is 1 - 2^-(5+h) in head h
+    (RetNet). scalar is exp(g_t), with a gate g_t per head and token (Mamba-2). vector has a gate
+    per key channel and token, through a projection of rank 16."""
     decay_gate: Literal["softplus", "bounded"] = "softplus"
+    """g_t follows from z_t = x_t W + b. softplus is -exp(A) softplus(z_t). bounded is -5
+    sigmoid(exp(A) z_t), which is never below -5 (Kimi K3)."""
     decay_rate: tuple[float, ...] = (1.0, 1.0)
+    """exp(A) is drawn from this range at the start, uniformly."""
     decay_step: tuple[float, ...] = (1e-3, 1e-1)
+    """softplus(b) is drawn from this range at the start, uniformly in its logarithm. Half of what
+    is written is gone after ln 2 / (rate step) tokens. A bounded gate starts with the same
+    decays."""
 
     def check(self) -> None:
         super().check()

@@ -141,16 +141,15 @@ class Mesa(MatrixMemory, name="mesa"):
     """
 
     class Config(MatrixConfig):
-        """decay: not `vector`, with which A would not stay symmetric.
-        steps: steps of conjugate gradient at each read; null solves exactly. The paper takes at
-            most 30.
-        beta_bias: b in beta_t = sigmoid(x_t w + b) at the start. null means no b, so that beta_t
-            starts at 1/2.
-        """
-
         decay: Literal["none", "constant", "scalar"] = "scalar"
+        """This is the factor D_t, as in other matrix memories. It is not vector, with which A
+        would not stay symmetric."""
         steps: int | None = 30
+        """Each read takes this many steps of conjugate gradient; null solves exactly. The paper
+        takes at most 30."""
         beta_bias: float | None = None
+        """b in beta_t = sigmoid(x_t w + b) starts at this value. null means no b, so that beta_t
+        starts at 1/2."""
 
         reasons: ClassVar[Any] = {
             "decay": "with a decay per key channel A would not stay symmetric"

@@ -78,7 +78,10 @@ class Mamba2(Linear, name="mamba2"):
 
     class Config(Linear.Config):
         decay: Literal["scalar"] = "scalar"
+        """The decay has a gate per head and token (scalar), because the size of a write is made of
+        the same dt."""
         decay_gate: Literal["softplus"] = "softplus"
+        """dt is a softplus."""
         decay_rate: tuple[float, ...] = (1.0, 16.0)
 
         reasons: ClassVar[Any] = {

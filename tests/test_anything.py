@@ -275,7 +275,7 @@ def damaged(draw: Any, content: bytes) -> bytes:
 def test_files(count: int, write_results: Callable[..., Path]) -> None:
     torch.manual_seed(0)
     network = {"vocab_size": 16, "dim": 8, "layers": [{"name": "linear", "heads": 1}]}
-    lit = LitModel(ModelConfig.from_fields(network))
+    lit = LitModel(network=ModelConfig.from_fields(network))
     content = {"state_dict": lit.state_dict(), "hyper_parameters": dict(lit.hparams)}
     torch.save(content, "whole.ckpt")
     generate = ("generate", "whole.ckpt", "--tokens", "1", "--max_new_tokens", "1")

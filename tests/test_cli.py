@@ -194,7 +194,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     layers = {"bytes": "sliding", "tokens": "sliding", "other": "linear"}
     for name, layer in layers.items():
         network = {"vocab_size": 16 if name == "tokens" else 256, "dim": 16, "layers": [layer]}
-        lit = LitModel(ModelConfig.from_fields(network))
+        lit = LitModel(network=ModelConfig.from_fields(network))
         content = {"state_dict": lit.state_dict(), "hyper_parameters": dict(lit.hparams)}
         torch.save(content, folder / name)
     return {name: str(folder / name) for name in layers}

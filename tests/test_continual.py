@@ -149,8 +149,8 @@ def test_what_the_tasks_have_in_common() -> None:
 class Sized(MQAR):
     """Has a batch size of its own by default, which is not one that the user asks for."""
 
-    def __init__(self, batch_size: int = 3, **options: Any) -> None:
-        super().__init__(batch_size=batch_size, **options)
+    class Config(MQAR.Config):
+        batch_size: int = 3
 
 
 class Headed(MQAR):
@@ -338,8 +338,8 @@ def test_test_logs_the_matrix_of_training_beside_its_own_figures(
 def test_options_under_the_cli_are_each_tasks_own() -> None:
     args = ["--config", config_path("continual"), "--data.init_args.batch_size", "16"]
     task = TrainCLI(args, run=False).datamodule
-    assert set(task.options) == set(continual().options)
-    assert [part.options["vocab_size"] for part in task.parts("val").values()] == [32, 64, 128]
+    assert type(task.given) is type(continual().given)
+    assert [part.vocab_size for part in task.parts("val").values()] == [32, 64, 128]
     args = ["--config", config_path("mqar"), "--data.init_args.lengths", "32,64"]
     task = TrainCLI(args, run=False).datamodule
     assert [part.length for part in task.parts("test").values()] == [32, 64]

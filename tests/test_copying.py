@@ -44,9 +44,9 @@ def test_the_special_token_is_answered_by_what_followed_it() -> None:
 
 def test_induction_has_a_ceiling_for_a_window() -> None:
     # The special token stands at most `reach` before the end: at one of 9 places in 4 of 9 cases.
-    ceiling = Induction(6, length=12, reach=6, test_samples=3000).ceiling()
+    ceiling = Induction(vocab_size=6, length=12, reach=6, test_samples=3000).ceiling()
     assert ceiling == pytest.approx(4 / 9, abs=0.03)
-    task = Induction(6, length=12)
+    task = Induction(vocab_size=6, length=12)
     layers = [{"name": "sliding", "heads": 1, "window": 5}]
     task.attach(LanguageModel(vocab_size=6, dim=8, depth=1, conv=3, layers=layers))
     assert task.ceiling() == pytest.approx(4 / 9, abs=0.03)  # the model's own: 4 + 2

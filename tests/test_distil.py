@@ -213,7 +213,7 @@ class Trainer:
 
 
 def module(**options: Any) -> Distil:
-    lit = Distil("converted", **options)
+    lit = Distil(source="converted", **options)
     lit._trainer = Trainer()
     lit.logged = {}
     lit.log = lambda name, value, **how: lit.logged.update({name: value.item()})

@@ -30,7 +30,7 @@ def source(request: Any, tmp_path: Path) -> str:
 
 
 def step(source: str, precision: Any = torch.float32, **options: Any) -> dict[str, torch.Tensor]:
-    lit = Distil(source, l2=1.0, **options)
+    lit = Distil(source=source, l2=1.0, **options)
     lit._trainer = Trainer()
     lit.log = lit.log_dict = lambda *args, **how: None
     tokens = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(0))

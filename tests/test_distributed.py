@@ -64,7 +64,7 @@ def task(batch_size: int) -> MQAR:
 
 def phases(batch_size: int) -> Continual:
     tasks: list[Task] = [MQAR(**SMALL, keys=(1, 3)), MQAR(**SMALL, keys=(3, 5))]
-    return Continual(tasks, updates=3, **SIZES, batch_size=batch_size)
+    return Continual(tasks=tasks, updates=3, **SIZES, batch_size=batch_size)
 
 
 class Recorder(LitModel):
@@ -77,7 +77,9 @@ class Recorder(LitModel):
 
 def model() -> Recorder:
     seed_everything(0, verbose=False)
-    lit = Recorder(ModelConfig(vocab_size=12, layers=("gated_delta",), dim=16, depth=1), lr=0.01)
+    lit = Recorder(
+        network=ModelConfig(vocab_size=12, layers=("gated_delta",), dim=16, depth=1), lr=0.01
+    )
     lit.seen = []
     return lit
 

@@ -124,7 +124,7 @@ def fit(tmp_path: Path, spec: Any, *callbacks: Any, **options: Any) -> Any:
     task = MQAR(vocab_size=32, length=32, pairs=4, batch_size=4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(LitModel(config, **options), task)
+        trainer.fit(LitModel(network=config, **options), task)
     return trainer, [str(w.message) for w in caught if "mini-batch" in str(w.message)]
 
 

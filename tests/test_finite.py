@@ -137,7 +137,7 @@ def train(folder: Path, *callbacks: Callback, **options: Any) -> LitModel:
         **{"max_steps": 6, "enable_checkpointing": False, "limit_val_batches": 0, **options},
     )
     quiet()
-    lit = LitModel(ModelConfig(vocab_size=16, layers=("linear",), dim=16, depth=2))
+    lit = LitModel(network=ModelConfig(vocab_size=16, layers=("linear",), dim=16, depth=2))
     trainer.fit(lit, MQAR(vocab_size=16, length=16, pairs=2, batch_size=4, train_samples=48))
     return lit
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from lightning import Trainer
@@ -12,9 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from layerzoo import SpecError
 from layerzoo.cli import main
-from layerzoo.data import MQAR, Task
+from layerzoo.data import MQAR
 from layerzoo.figures import Family, draw, families
 from layerzoo.held_out import Figures, Rows, markdown, table
 from layerzoo.lit import LitModel
@@ -110,25 +109,7 @@ def test_a_setting_is_varied_from_what_it_sets() -> None:
     task = MQAR(setting="figure2/128x8", lengths=[256], vocab_size=1024)
     part = task.parts("test")["length=256"]
     assert isinstance(part, MQAR)
-    assert (part.length, part.pairs, part.vocab_size) == (256, 8, 1024)
-
-
-def test_a_task_may_read_its_setting_late() -> None:
-    class Late(Task):
-        SETTINGS: ClassVar = {"long": {"length": 64}}
-
-        def __init__(self, length: int = 8, setting: str | None = None, **options: Any) -> None:
-            super().__init__(**options)
-            self.length = self.preset(setting, length=length)["length"]
-
-    task = Late(setting="long", seed=2, batch_size=5)
-    other = task.varied(seed=3)
-    assert (other.length, other.seed, other.batch_size) == (64, 3, 5)
-    assert Late(16, seed=2).varied().length == 16  # given by place
-    with pytest.raises(SpecError, match="length: 9, but setting long has 64"):
-        Late(length=9, setting="long")
-    with pytest.raises(SpecError, match="no 'lang'; did you mean 'long'"):
-        Late(setting="lang")
+    assert (part.length, part.config.pairs, part.vocab_size) == (256, 8, 1024)
 
 
 def test_the_mix_is_of_the_published_sets() -> None:
@@ -170,7 +151,9 @@ def test_a_model_that_is_lost_is_measured_all_the_same(
 ) -> None:
     quiet()
     task = MQAR(vocab_size=64, length=32, pairs=4, test_samples=8, batch_size=8)
-    lit = LitModel(ModelConfig.from_fields({"vocab_size": 64, "dim": 8, "layers": ["linear"]}))
+    lit = LitModel(
+        network=ModelConfig.from_fields({"vocab_size": 64, "dim": 8, "layers": ["linear"]})
+    )
     lit.model.norm.weight.data *= scale
     logger: Any = TensorBoardLogger(tmp_path, name="", version="")
     less: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}

@@ -145,7 +145,7 @@ def test_a_config_survives_json_and_a_checkpoint(fields: dict[str, Any]) -> None
     assert config.overrides and all(type(index) is int for index in config.overrides)
     full = config.to_fields()
     assert ModelConfig.from_fields(json.loads(json.dumps(full))).to_fields() == full
-    assert LitModel(config).hparams["network"] == full
+    assert LitModel(network=config).hparams["network"] == full
     assert ModelConfig.from_fields(full).blocks() == [
         (place, build(spec, dim=16).spec()) for place, spec in config.blocks()
     ]

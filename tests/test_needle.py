@@ -25,7 +25,7 @@ def digits(task: Needle, tokens: list[int], keys: range) -> dict[int, list[list[
 @pytest.mark.parametrize("case", Needle.cases, ids=str)
 def test_the_answers_stand_after_the_keys_asked_and_nowhere_else(case: dict) -> None:
     task = Needle(**case)
-    keys = range(1 + BASE, 1 + BASE + task.keys)
+    keys = range(1 + BASE, 1 + BASE + task.config.keys)
     batch = task.batch("train", range(50))
     for tokens, labels, lag in zip(batch["tokens"], batch["labels"], batch["lag"], strict=True):
         row = tokens.tolist()
@@ -80,7 +80,7 @@ def test_each_depth_has_as_many_samples_and_the_needle_stands_there(needles: int
     assert off.abs().max() <= (0.5 if needles == 1 else task.size / 2)
     if needles > 1:  # the others are anywhere, on both sides
         others = (batch["tokens"][:, : task.context] > BASE) & (
-            batch["tokens"][:, : task.context] <= BASE + task.keys
+            batch["tokens"][:, : task.context] <= BASE + task.config.keys
         )
         before = [int(row[:s].sum()) for row, s in zip(others, start.tolist(), strict=True)]
         assert {*before} == {0, 1, 2, 3}
@@ -115,7 +115,7 @@ def test_a_setting_holds_at_other_lengths() -> None:
     assert [part.length for part in parts.values()] == [48, 96]
     for part in parts.values():
         assert isinstance(part, Needle)
-        assert (part.filler, part.digits, part.depth) == ("repeat", 5, [0, 100])
+        assert (part.config.filler, part.digits, part.depth) == ("repeat", 5, (0, 100))
     pairs = Needle(setting="key-value", length=64, lengths="64,128").parts("test")
     assert [p.needles for p in pairs.values() if isinstance(p, Needle)] == [9, 20]
 

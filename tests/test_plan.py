@@ -101,7 +101,7 @@ def test_work_is_what_lightning_does(trainer: Any, data: Any, tmp_path: Path) ->
         one.config["data"] = {"class_path": "layerzoo.data.Continual", "init_args": options}
     found, count = work(one), Count()
     fields = dict(one.config["model"])
-    model = LitModel(ModelConfig.from_fields(fields.pop("network")), **fields)
+    model = LitModel(network=ModelConfig.from_fields(fields.pop("network")), **fields)
     bare = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     lightning = Trainer(
         **one.config["trainer"],

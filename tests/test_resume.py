@@ -120,7 +120,7 @@ def fit(
         **{"enable_progress_bar": False, "enable_model_summary": False},
         **options,
     )
-    trainer.fit(LitModel(network, lr=0.01, schedule=schedule), data, ckpt_path=checkpoint)
+    trainer.fit(LitModel(network=network, lr=0.01, schedule=schedule), data, ckpt_path=checkpoint)
     return watch
 
 

@@ -168,7 +168,7 @@ def test_a_task_of_tasks_is_compared_task_by_task() -> None:
     def now(seed: int = 0, files: str = "data/*.txt") -> dict[str, Any]:
         tasks = [Copying(length=16), Text(files=[files], length=8)]
         trainer = Trainer(accelerator="cpu", logger=False)
-        return trained_on(trainer, TaskModule(), Continual(tasks, seed=seed, updates=2), 0)
+        return trained_on(trainer, TaskModule(), Continual(tasks=tasks, seed=seed, updates=2), 0)
 
     def check(**changes: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:

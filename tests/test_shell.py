@@ -153,7 +153,7 @@ THEN = {
 
 def test_a_checkpoint_of_before_is_read_with_the_defaults_of_its_time(tmp_path: Path) -> None:
     config = ModelConfig.from_fields(THEN)
-    lit = LitModel(config)
+    lit = LitModel(network=config)
     saved = {"state_dict": lit.state_dict(), "hyper_parameters": {"network": OLD}}
     torch.save(saved, tmp_path / "old.ckpt")
     model = load_model(tmp_path / "old.ckpt")
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_before_is_read_with_the_defaults_of_its_time(tmp_path: 
 def test_a_checkpoint_of_today_is_read_as_it_is(tmp_path: Path) -> None:
     """Whatever becomes of a default: its specs hold all their fields."""
     config = ModelConfig(vocab_size=11, dim=24, layers=("softmax", {"name": "kda", "heads": 2}))
-    lit = LitModel(config)
+    lit = LitModel(network=config)
     layers = lit.hparams["network"]["layers"]
     assert layers == [block.layer.spec() for block in lit.model.each_block()]
     torch.save(

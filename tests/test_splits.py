@@ -168,11 +168,11 @@ def test_a_digest_is_of_what_a_task_has_read() -> None:
 
 def test_a_task_of_tasks_has_the_digests_of_all() -> None:
     one, other = Text(files=["data/*.txt"], length=16), Text(files=["data/0*.txt"], length=16)
-    assert Continual([one, other]).digest() == {
+    assert Continual(tasks=[one, other]).digest() == {
         "tasks.1.files": one.digest()["files"],
         "tasks.2.files": other.digest()["files"],
     }
-    assert [*Continual([one, other], only=2).digest()] == ["tasks.2.files"]
+    assert [*Continual(tasks=[one, other], only=2).digest()] == ["tasks.2.files"]
 
 
 def test_a_task_that_reads_a_tokenizer_says_which() -> None:

@@ -70,9 +70,9 @@ def test_labels_are_the_products_of_all_tokens_so_far(options: dict[str, Any]) -
 
 
 def test_parity_and_the_side_of_the_product() -> None:
-    parity = StateTracking("Z2", length=64).sample("val", np.arange(100))
+    parity = StateTracking(group="Z2", length=64).sample("val", np.arange(100))
     assert (parity["labels"] == parity["tokens"].cumsum(1) % 2).all()
-    rotations = StateTracking("Z60", length=64).sample("val", np.arange(100))
+    rotations = StateTracking(group="Z60", length=64).sample("val", np.arange(100))
     assert (rotations["labels"] == rotations["tokens"].cumsum(1) % 60).all()
     # First swap the points 0 and 1, then 1 and 2: what was at 0 is at 2 in the end.
     first, then = elements("S3").index((1, 0, 2)), elements("S3").index((0, 2, 1))
@@ -81,7 +81,7 @@ def test_parity_and_the_side_of_the_product() -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_tokens_and_products_are_uniform(group: str) -> None:
-    task = StateTracking(group, length=20)  # type: ignore[arg-type]
+    task = StateTracking(group=group, length=20)  # type: ignore[arg-type]
     batch, n = task.sample("train", np.arange(6000)), SIZES[group]
     assert task.chance == 1 / n and task.vocab_size == n
     for values in (batch["tokens"], batch["labels"][:, 0], batch["labels"][:, -1]):
@@ -91,7 +91,9 @@ def test_tokens_and_products_are_uniform(group: str) -> None:
 
 def test_swaps_move_two_points_or_none() -> None:
     tokens = {
-        *StateTracking("S5", tokens="swaps").sample("train", np.arange(50))["tokens"].flatten()
+        *StateTracking(group="S5", tokens="swaps")
+        .sample("train", np.arange(50))["tokens"]
+        .flatten()
     }
     moved = [sum(i != p for i, p in enumerate(elements("S5")[token])) for token in tokens]
     assert sorted(moved) == [0] + 10 * [2]
@@ -101,9 +103,9 @@ def test_swaps_move_two_points_or_none() -> None:
     ("options", "message"),
     [
         ({"length": 0}, "length: must be at least 1"),
-        ({"group": "M11"}, "group: no 'M11'; known: A5, S3, S5, Z2, Z60"),
+        ({"group": "M11"}, "group: expected one of 'Z2', 'Z60', 'S3', 'A5', 'S5', got 'M11'"),
         ({"group": "A5", "tokens": "swaps"}, "tokens: A5 has no swaps"),
-        ({"tokens": "some"}, "tokens: 'some'; take all or swaps"),
+        ({"tokens": "some"}, "tokens: expected one of 'all', 'swaps', got 'some'"),
     ],
 )
 def test_bad_options_are_one_clear_line(options: dict[str, Any], message: str) -> None:

@@ -435,7 +435,7 @@ def test_another_module_that_is_missing_is_not_taken_for_the_extra(
 
 def checkpoint(vocab_size: int) -> str:
     network = {"vocab_size": vocab_size, "dim": 16, "layers": ["sliding"]}
-    lit = LitModel(ModelConfig.from_fields(network))
+    lit = LitModel(network=ModelConfig.from_fields(network))
     content = {"state_dict": lit.state_dict(), "hyper_parameters": dict(lit.hparams)}
     torch.save(content, "model.ckpt")
     return "model.ckpt"

@@ -108,7 +108,7 @@ def test_training_goes_on_only_with_its_hyperparameters(
 
 
 def test_a_batch_without_labels_does_no_harm() -> None:
-    lit = LitModel(ModelConfig(vocab_size=64, layers=("linear",), dim=32))
+    lit = LitModel(network=ModelConfig(vocab_size=64, layers=("linear",), dim=32))
     lit.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     batch = MQAR(vocab_size=64, pairs=4).batch("train", range(2))
     batch["labels"][:] = IGNORE
@@ -136,7 +136,7 @@ def test_recall_is_logged_with_ceiling_and_beyond_window(small_run: Path) -> Non
 
 def test_only_matrices_of_linear_maps_decay() -> None:
     network = ModelConfig(vocab_size=64, layers=("gated_delta",), dim=32, mlp=1, tie=True)
-    lit = LitModel(network)
+    lit = LitModel(network=network)
 
     class Trainer:
         estimated_stepping_batches = 100
@@ -155,7 +155,7 @@ def test_logits_are_made_only_where_labels_are(monkeypatch: pytest.MonkeyPatch) 
     asked = []
     head = LanguageModel.head
     monkeypatch.setattr(LanguageModel, "head", lambda m, h: asked.append(h.shape) or head(m, h))
-    lit = LitModel(ModelConfig(vocab_size=64, layers=("linear",), dim=32))
+    lit = LitModel(network=ModelConfig(vocab_size=64, layers=("linear",), dim=32))
     lit.labelled(MQAR(vocab_size=64, pairs=4).batch("train", range(5)))
     assert asked == [(20, 32)]
 

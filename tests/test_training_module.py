@@ -61,10 +61,12 @@ class Bag(nn.Module):
 
 
 class Own(TaskModule):
-    def __init__(self, size: int = 8, betas: tuple[float, float] = (0.9, 0.95), **options) -> None:
-        super().__init__(betas=betas, **options)
-        self.save_hyperparameters({"size": size})
-        self.model = Bag(size)
+    class Config(TaskModule.Config):
+        size: int = 8
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.model = Bag(config.size)
 
     def rate(self, name: str) -> float:
         return 7.0 if "bias" in name else 1.0

@@ -188,7 +188,7 @@ def found_by_testing(precision: Any) -> tuple[dict[str, float], Task]:
     network = ModelConfig.from_fields(
         {"vocab_size": 64, "dim": 8, "depth": 1, "layers": ["linear"]}
     )
-    lit = Sure(network)
+    lit = Sure(network=network)
     quietly: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", logger=False, precision=precision, **quietly)
     (found,) = trainer.test(lit, task, verbose=False)

@@ -11,23 +11,22 @@ from .source import Source
 
 
 class Claim(Config):
-    """A figure of an arm, or the difference of two arms' figures, expected.
-
-    arm: as the table names it. metric: of its test split, the mean over seeds counts.
-    minus: another arm: the claim is about the difference of the means, arm - minus.
-    value: expected, or window_bound: what an arm recalls that answers all in its reach and
-        guesses the rest, `ceiling + (1 - ceiling) chance` of its own cells.
-    tolerance: the largest absolute deviation with which the claim holds. Or sign: a difference
-        holds if it has the sign of `value`, and 0 has none.
-    source: where the value is from.
-    """
+    """A figure of an arm, or the difference of two arms' figures, expected."""
 
     arm: str
+    """The claim is about this arm, as the table names it."""
     metric: str
+    """It is about this figure of the test split, as a mean over seeds."""
     value: float | Literal["window_bound"]
+    """The figure should have this value, or window_bound: `ceiling + (1 - ceiling) chance` of the
+    arm's own cells, which an arm recalls that answers all in its reach and guesses the rest."""
     tolerance: float | Literal["sign"]
+    """The claim holds up to this absolute deviation. Or it is sign: a difference holds if it has
+    the sign of `value`, and 0 has none."""
     source: str
+    """The value is from this paper or derivation."""
     minus: str | None = None
+    """The claim is about the difference from this other arm, arm - minus."""
 
     def check(self) -> None:
         if self.minus == self.arm:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from layerzoo.layer import EXECUTION
 from layerzoo.lit import LitModel, initial_weights
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.module import TaskModule
-from layerzoo.spec import SpecError, at, plain, suggest
+from layerzoo.spec import SpecError, at, plain, required, suggest
 from layerzoo.training import Parser, check_trainer
 
 Tree = dict[str, Any]
@@ -43,8 +43,7 @@ def resolve(config: Tree) -> Tree:
     for name in config:
         if name not in SECTIONS:
             raise SpecError(f"{name}: no such section; {suggest(name, SECTIONS)}")
-    known = {"model": _options(LitModel), "trainer": _options(Trainer)}
-    for section, options in known.items():
+    for section, options in known_options().items():
         found = config.get(section, {})
         if not isinstance(found, dict):
             raise SpecError(f"{section}: expected a mapping of options, got {found}")
@@ -75,11 +74,9 @@ def resolve(config: Tree) -> Tree:
 
 def _completed(tree: Tree) -> Tree:
     """The section of the module, with the options that it leaves at their defaults."""
-    known = inspect.signature(LitModel.__init__).parameters.values()
+    known = LitModel.Config.fields()
     defaults = {
-        p.name: plain(p.default)
-        for p in known
-        if p.default is not p.empty and p.name not in EXECUTION
+        f.name: plain(f.default) for f in known if not required(f) and f.name not in EXECUTION
     }
     written = tree.get("model") or {}
     with at("model.network"):
@@ -119,13 +116,11 @@ def _parsed(options: Tree) -> Tree:
     Raises:
         SpecError: an option of another type, or out of its range.
     """
-    parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
-    parser.add_class_arguments(LitModel, "model", skip={"network"}, instantiate=False)
+    parser, _ = _parser()
     parsed = parser.parse_object(copy.deepcopy(options)).as_dict()
     check_trainer(parsed["trainer"])
-    optimiser = {*_options(TaskModule)} & {*parsed["model"]}
-    TaskModule(**{name: parsed["model"][name] for name in optimiser})
+    fields = {field.name for field in TaskModule.Config.fields()}
+    TaskModule(**{name: value for name, value in parsed["model"].items() if name in fields})
     return {
         section: {
             name: parsed[section][name]
@@ -136,8 +131,22 @@ def _parsed(options: Tree) -> Tree:
     }
 
 
-def _options(cls: type) -> list[str]:
-    return [*inspect.signature(cls.__init__).parameters][1:]
+@cache
+def _parser() -> tuple[Parser, dict[str, list[str]]]:
+    """The parser of the trainer's and the module's options, and their names by section."""
+    parser = Parser(exit_on_error=False)
+    trainer = parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    model = parser.add_class_arguments(LitModel, "model", skip={"network"}, instantiate=False)
+    names = {"trainer": trainer, "model": [*model, "model.network"]}
+    return parser, {
+        section: [name.removeprefix(f"{section}.") for name in added]
+        for section, added in names.items()
+    }
+
+
+def known_options() -> dict[str, list[str]]:
+    """The names of the trainer's and the module's options, by section."""
+    return _parser()[1]
 
 
 def task(config: Tree) -> Task:

@@ -17,21 +17,19 @@ WALK = 64
 
 
 class Match(Config):
-    """Make the arms' models equally large.
-
-    by: parameters; flops, of the forward pass, a token; or state_bytes, after as many tokens as a
-        sample of the arm's task has.
-    to: an arm, by its name or as {axis: option}, or a number; null is the first arm.
-    tolerance: how far from it an arm may be, as a share.
-    solve: what to change in an arm that is further away, each alone and in this order: `dim` and
-        `mlp` of the network, or a whole-numbered field of its layers, to one value in all of
-        them.
-    """
+    """Makes the arms' models equally large."""
 
     by: Figure
+    """Models are compared by parameters, by flops of the forward pass per token, or by state_bytes
+    after as many tokens as a sample of the arm's task has."""
     to: Any = None
+    """The size to match is that of an arm, by its name or as {axis: option}, or a number; null is
+    the first arm."""
     tolerance: float = 0.05
+    """An arm may differ from it by this share."""
     solve: tuple[str, ...] = ("heads", "dim")
+    """An arm that is further away is changed in these, each alone and in this order: `dim` and
+    `mlp` of the network, or a whole-numbered field of its layers, to one value in all of them."""
 
     def check(self) -> None:
         if not 0 <= self.tolerance < 1:

@@ -23,17 +23,16 @@ class Contrast:
 
 
 class ScalingLaw(Config):
-    """A figure as a power law of sizes, see `reporting.scaling.fit_scaling`.
-
-    y: a figure of the test split. x: one or two sizes, as metrics.json names them.
-    by: axes; each of their options has a law of its own.
-    rises: y grows with x.
-    """
+    """A figure as a power law of sizes, see `reporting.scaling.fit_scaling`."""
 
     y: str
+    """The law is fitted to this figure of the test split."""
     x: tuple[str, ...]
+    """The law has one or two sizes, as metrics.json names them."""
     by: tuple[str, ...] = ()
+    """Each option of these axes has a law of its own."""
     rises: bool = False
+    """The figure grows with the size."""
 
     def check(self) -> None:
         if len(self.x) not in (1, 2):
@@ -41,24 +40,23 @@ class ScalingLaw(Config):
 
 
 class Report(Config):
-    """What the report of a grid shows, beside what it finds by itself.
-
-    metric: the headline; null is the accuracy that the task has.
-    columns: further figures of the test split, each a column of the table and contrasted, too.
-    by: the axes to group by.
-    baseline: an arm that every other is compared with, seed by seed.
-    contrasts: others: two arms, [arm, arm]; or {axis: [option, option], ..}, which are all pairs
-        of arms that differ in this axis and agree in all others that both have; further axes,
-        each with one option, say which are meant of the arms that have these axes.
-    scaling: the fields of `ScalingLaw`s.
-    """
+    """What the report of a grid shows, beside what it finds by itself."""
 
     metric: str | None = None
+    """The report leads with this figure; null is the accuracy that the task has."""
     columns: tuple[str, ...] = ()
+    """The table has a column for each of these figures of the test split, and they are contrasted,
+    too."""
     by: tuple[str, ...] = ()
+    """Arms are grouped by these axes."""
     baseline: str | None = None
+    """Every other arm is compared with this one, seed by seed."""
     contrasts: tuple[Any, ...] = ()
+    """Further comparisons are two arms, [arm, arm], or {axis: [option, option], ..}: all pairs of
+    arms that differ in this axis and agree in all others that both have. Further axes, each with
+    one option, select among the arms that have these axes."""
     scaling: tuple[Any, ...] = ()
+    """The report fits these laws, each by the fields of `ScalingLaw`."""
 
 
 def read_report(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm]) -> Report:

@@ -13,42 +13,45 @@ from .source import Source
 
 
 class Fields(Config):
-    """A grid file.
-
-    name: of the grid and its folder of results.
-    base: a shipped config's name, a path relative to the grid file, or the training config.
-    axes: axis -> options, in one of three forms (see `ablations/README.md`).
-    seeds: each arm runs with each: a number for initialisation and data, or {init: 0, data: 10};
-        cells of one seed are paired.
-    set: overrides for every cell, dotted config keys and their values.
-    budget: updates of each run; it sets `trainer.max_steps`.
-    when: axis -> {earlier axis: option or options}: the arms that the axis applies to.
-    exclude: arms left out, each {axis: option or options, ..}.
-    design: of the arms. one_at_a_time is the baseline, the first option of every axis, and what
-        differs from it in one axis.
-    window_arm: axis -> option of the arms whose models' reach defines the ceiling of all.
-    match: the fields of `Match`. tune: of `Tune`. report: of `Report`. expect: of `Claim`s.
-    minutes: how long a run takes on 2 CPU cores, measured or planned; for grids with claims.
-    sizes: names, and the fields that each changes, see `Source`. size: the one that is meant.
-    """
+    """The fields of a grid file."""
 
     name: str
+    """The grid and its folder of results have this name."""
     base: str | dict[str, Any]
+    """The base is a shipped config's name, a path relative to the grid file, or the training
+    config itself."""
     axes: dict[str, Any]
+    """Each axis has options, in one of three forms (see `ablations/README.md`)."""
     seeds: tuple[int | dict[str, int], ...] = (0, 1, 2)
+    """Each arm runs with each seed: a number for initialisation and data, or {init: 0, data: 10}.
+    Cells of one seed are paired."""
     set: dict[str, Any] | None = None
+    """These overrides are for every cell: dotted config keys and their values."""
     budget: int | None = None
+    """Each run has this many updates. It sets `trainer.max_steps`."""
     when: dict[str, Any] | None = None
+    """An axis applies to some arms only: axis -> {earlier axis: option or options}."""
     exclude: tuple[dict[str, Any], ...] = ()
+    """These arms are left out, each as {axis: option or options, ..}."""
     design: Literal["product", "one_at_a_time"] = "product"
+    """The arms are the product of the axes, or one_at_a_time: the baseline, which is the first
+    option of every axis, and the arms that differ from it in one axis."""
     window_arm: dict[str, Any] | None = None
+    """axis -> option names the arms whose models' reach defines the ceiling of all arms."""
     match: dict[str, Any] | None = None
+    """The arms are made equally large by these fields of `Match`."""
     tune: dict[str, Any] | None = None
+    """Options are tuned for each arm by these fields of `Tune`."""
     report: dict[str, Any] | None = None
+    """The report compares cells by these fields of `Report`."""
     expect: tuple[dict[str, Any], ...] = ()
+    """The grid claims published figures, each by the fields of `Claim`."""
     minutes: float | None = None
+    """A run takes this long on 2 CPU cores, measured or planned. Grids with claims have it."""
     sizes: dict[str, Any] | None = None
+    """Each size has a name, and the fields that it changes (see `Source`)."""
     size: str | None = None
+    """This size is run, if the command names none."""
 
     def check(self) -> None:
         with at("name"):

@@ -20,18 +20,19 @@ Figures = Mapping[str, Mapping[str, Any] | str]
 
 
 class Tune(Config):
-    """Of a grid: tries every arm with the product of some axes, and keeps what is best.
-
-    axes: in the forms of the grid's axes. seeds: of the tuning runs; none is one of the grid's.
-    metric: of the validation split, the mean over the seeds counts. mode: which is best.
-    budget: updates of a tuning run; null is the grid's.
-    """
+    """Tries every arm with the product of some axes, and keeps the best options."""
 
     axes: dict[str, Any]
+    """The tuned options, in the forms of the grid's axes, are tried in all combinations."""
     seeds: tuple[int | dict[str, int], ...]
+    """The tuning runs have these seeds. None of them may be one of the grid's."""
     metric: str = "loss/held_out"
+    """The best options are chosen by this figure of the validation split, as a mean over the
+    seeds."""
     mode: Literal["min", "max"] = "min"
+    """The smallest (min) or the largest (max) figure is best."""
     budget: int | None = None
+    """A tuning run has this many updates; null is the grid's budget."""
 
     def check(self) -> None:
         if self.budget is not None and self.budget < 1:

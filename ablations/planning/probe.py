@@ -108,7 +108,7 @@ def probe(config: Tree, threads: int = 1) -> Speed:
     try:
         with _quiet():
             started = time.perf_counter()
-            model = LitModel(network, **options)
+            model = LitModel(network=network, **options)
             Trainer(**trainer, limit_val_batches=0, callbacks=[clock]).fit(model, task)
             measure = Trainer(**trainer, limit_val_batches=HELD_OUT, callbacks=[clock])
             measure.validate(model, task, verbose=False)

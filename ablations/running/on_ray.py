@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from layerzoo import internals
 from layerzoo.spec import SpecError
 
 from .executor import Outcome
@@ -153,4 +154,4 @@ def _connect(ray: Any) -> None:
     finally:
         signal.signal(signal.SIGTERM, terminate)  # Ray puts its own, which prints a backtrace
     # What became of nodes and workers we report ourselves; Ray dumps its logs on our output.
-    ray._private.worker._worker_logs_enabled = False
+    internals.silence_workers(ray)

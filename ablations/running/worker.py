@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from layerzoo import internals
 from layerzoo.callbacks import record
 from layerzoo.checkpoints import Checkpoints, first_step, log_missing, newest_checkpoint
 from layerzoo.finite import refuse_held_out
@@ -158,7 +159,7 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
         stale.unlink()
     trainer.logger = _logger(folder, filename_suffix=MEASURED)
     # The step of what is logged now, which a run that was killed after its training lacks.
-    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    internals.set_logged_step(trainer, trainer.global_step)
     measure = trainer.test if about["split"] == "test" else trainer.validate
     figures, *_ = measure(cli.model, cli.datamodule, verbose=False)  # each part has all
     figures = {name.removeprefix("test/"): value for name, value in figures.items()}

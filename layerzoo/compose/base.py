@@ -11,9 +11,10 @@ from layerzoo.spec import Config, SpecError, at
 
 
 class ChildrenConfig(Config):
-    """children: specs of layers, or built layers."""
+    """Fields that every composition has."""
 
     children: tuple[Any, ...]
+    """The children are specs of layers, or built layers."""
 
     count: ClassVar[int | None] = None
     """How many children there must be; None is any number from 1."""

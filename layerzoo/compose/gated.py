@@ -23,12 +23,11 @@ class Gated(Composition, name="gated"):
     Titans calls the first form, of a window and a memory, memory as a gate (MAG); it normalises
     both outputs before, which memories here do by themselves (`out_norm`). tanh is the zero start
     of Flamingo (Alayrac et al. 2022, arXiv 2204.14198).
-
-    children: specs of two layers, or built layers. gate: sigmoid or tanh.
     """
 
     class Config(ChildrenConfig):
         gate: Literal["sigmoid", "tanh"] = "sigmoid"
+        """s is this function of g. It also decides the form of the mixture."""
 
         count = 2
 

@@ -31,21 +31,23 @@ class Parallel(Composition, name="parallel"):
     once, so that each token is in one of the two (Fang et al. 2025, arXiv 2510.07318): at token i
     the memory has read tokens up to i - window. Sinks never leave. What waits is in the state.
 
-    children: specs of layers, or built layers. scale_init: start of every scale_n. share: the
-    others use the first child's projections of q, k and v (qkv), and of the output, too (qkvo);
-    they must have the same shapes, but that grouped keys and values are repeated. write: all, or
-    evicted. drop: in training, probability with which a row goes without the first child, which
-    makes a memory learn what a window knows.
-
     The attribute `off` of the layer names children to leave out, as a control at test time; the
     attribute `drop` is the config's until it is set.
     """
 
     class Config(ChildrenConfig):
         scale_init: float = 1.0
+        """Every scale_n starts at this value."""
         share: Literal["none", "qkv", "qkvo"] = "none"
+        """The other children use the first child's projections of q, k and v (qkv), and of the
+        output, too (qkvo). The projections must have the same shapes, except that grouped keys and
+        values are repeated."""
         write: Literal["all", "evicted"] = "all"
+        """The other children take every token at once (all), or when it leaves the window of the
+        first child (evicted)."""
         drop: float = 0.0
+        """In training a row goes without the first child with this probability, so that a memory
+        learns what a window knows."""
 
         def check(self) -> None:
             ChildrenConfig.check(self)

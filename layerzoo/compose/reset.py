@@ -21,13 +21,13 @@ class Reset(Composition, name="reset"):
     A memory that is trained and tested so can adapt to its segment, but remembers nothing of
     earlier segments. What a hybrid still achieves with it is not due to long memory.
 
-    children: one spec, or built layer.
-    every: tokens of a segment; null never resets. The attribute `every` of the layer may be set
-        after training (see `layerzoo.callbacks.Controls`).
+    The attribute `every` of the layer may be set after training (see
+    `layerzoo.callbacks.Controls`).
     """
 
     class Config(ChildrenConfig):
         every: int | None = 64
+        """A segment has this many tokens; with null the state never starts anew."""
 
         count = 1
 

@@ -16,12 +16,11 @@ class Sequential(Composition, name="sequential"):
                                   y = sum of the child_n(z_n), as the block adds x itself
 
     Titans calls a memory in front of a window memory as a layer (MAL).
-
-    children: specs of layers, or built layers. residual: what a child adds goes on beside it.
     """
 
     class Config(ChildrenConfig):
         residual: bool = False
+        """Each child reads x plus what the children before it have added."""
 
     source = "Titans, Behrouz et al. 2025, arXiv 2501.00663, MAL"
     cases = (

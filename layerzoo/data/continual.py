@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,17 +14,14 @@ from torch.utils.data import DataLoader
 from layerzoo.data.random import bits
 from layerzoo.data.task import SPLITS, Task
 from layerzoo.metrics import ContinualMatrix
+from layerzoo.spec import require
 
 if TYPE_CHECKING:
     from layerzoo.model import LanguageModel
 
 ACCURACY = ("recall/accuracy", "accuracy/all")
 """What R is made of: the first of these that a task has."""
-SHARED = [
-    option.name
-    for option in inspect.signature(Task.__init__).parameters.values()
-    if option.kind is inspect.Parameter.KEYWORD_ONLY
-]
+SHARED = [field.name for field in Task.Config.fields()]
 """The options that all tasks have."""
 
 
@@ -43,44 +40,45 @@ class Continual(Task):
     updates: there is forgetting, but no transfer, because no task has a phase of its own; and
     `only`, which trains and evaluates a single task, so that R holds the baseline and what its
     phase reaches when no other came before, at the same place [j, j].
-
-    Args:
-        tasks: one a phase. They take batch_size, the numbers of samples, shuffled and num_workers
-            from here, and seeds hashed from this seed and j: runs of one seed are paired.
-        updates: optimiser steps a phase.
-        order: phases, one task after another; interleaved, in turn, an update each; joint, the
-            same updates shuffled.
-        only: j, to train on the j-th task alone, for `updates` steps.
-        See `Task` for the others; `lengths` is not for phases.
     """
 
-    def __init__(
-        self,
-        tasks: list[Task],
-        updates: int = 200,
-        order: Literal["phases", "interleaved", "joint"] = "phases",
-        only: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        K = len(tasks)
-        self.require(K >= 2, f"tasks: needs at least two, one a phase, got {K}")
-        self.require(updates >= 1, f"updates: must be at least 1, got {updates}")
-        self.require(only is None or 1 <= only <= K, f"only: must be in 1..{K}, got {only}")
-        self.require(
-            only is None or order == "phases", f"only: one task has no order, got {order}"
-        )
-        self.require(not self.lengths, "lengths: not for phases; give each task its length")
+    class Config(Task.Config):
+        tasks: Sequence[Task]
+        """Each phase is one of these tasks. They take batch_size, the numbers of samples,
+        shuffled and num_workers from here, and seeds hashed from this seed and j, so that runs
+        of one seed are paired."""
+        updates: int = 200
+        """A phase has this many optimiser steps."""
+        order: Literal["phases", "interleaved", "joint"] = "phases"
+        """One task follows another (phases), the tasks take turns, an update each (interleaved),
+        or the same updates are shuffled (joint)."""
+        only: int | None = None
+        """The model is trained on the task of this number alone, for `updates` steps."""
+
+        def check(self) -> None:
+            super().check()
+            K = len(self.tasks)
+            require(K >= 2, f"tasks: needs at least two, one a phase, got {K}")
+            require(self.updates >= 1, f"updates: must be at least 1, got {self.updates}")
+            if self.only is not None:
+                require(1 <= self.only <= K, f"only: must be in 1..{K}, got {self.only}")
+                phases = self.order == "phases"
+                require(phases, f"only: one task has no order, got {self.order}")
+            require(not self.lengths, "lengths: not for phases; give each task its length")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        tasks, only = config.tasks, config.only
         for j, task in enumerate(tasks, 1):
             self._check(f"tasks: {j}", task)
         self.tasks = {f"task={j}": self._own(j, task) for j, task in enumerate(tasks, 1)}
         if only is not None:
             self.tasks = {f"task={only}": self.tasks[f"task={only}"]}
-        self.updates, self.sequence, self.only = updates, order, only
+        self.updates, self.sequence, self.only = config.updates, config.order, only
         self.vocab_size = max(task.vocab_size for task in tasks)
         self.length = max(task.length for task in tasks)
         # Each process updates it with figures that are of all already.
-        self.matrix = ContinualMatrix(K, sync_on_compute=False)
+        self.matrix = ContinualMatrix(len(tasks), sync_on_compute=False)
 
     def _check(self, place: str, task: Task) -> None:
         name = type(task).__name__
@@ -94,18 +92,19 @@ class Continual(Task):
             type(task).readout is Task.readout,
             f"{place}: {name} trains a head of its own, which the phases cannot share",
         )
+        defaults = {field.name: field.default for field in task.Config.fields()}
         for option in SHARED:
-            given = task.options[option]
+            given = getattr(task.given, option)
             self.require(
-                given in (_default(type(task), option), self.options[option]),
+                given in (defaults[option], getattr(self.config, option)),
                 f"{place}: {option}: {given}; set it for all tasks, beside tasks",
             )
 
     def _own(self, j: int, task: Task) -> Task:
         """The j-th task, with the options of all and a seed of its own."""
-        shared = {option: self.options[option] for option in SHARED}
+        shared = {option: getattr(self.config, option) for option in SHARED}
         seed = int(bits(self.seed, j)[0] >> np.uint64(32))
-        return type(task)(**{**task.options, **shared, "seed": seed})
+        return type(task)(**{**task.given.field_values(), **shared, "seed": seed})
 
     @property
     def chance(self) -> float | None:
@@ -224,9 +223,3 @@ class Continual(Task):
         parts = [*self.parts("test").values()]
         counts = [part.batches("test") for part in parts]
         return self._loader(parts, "test", np.repeat(np.arange(len(parts)), counts))
-
-
-def _default(cls: type[Task], option: str) -> Any:
-    """Of the subclass, if it has one of its own."""
-    signatures = (inspect.signature(base.__init__).parameters for base in cls.__mro__)
-    return next(known[option].default for known in signatures if option in known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, AccuracyBy, Answers, TokenLoss
 from layerzoo.metrics.binned import octaves
+from layerzoo.spec import require
 
 MARK = 0
 """The separator of `Copying`, the special token of `Induction`; letters are the others."""
@@ -36,28 +37,33 @@ class Copying(Task):
 
     Source: Jelassi et al. 2024, arXiv 2402.01032. Deviations: strings of one length, no token
     for the end.
-
-    Args:
-        alphabet: number of letters; the vocabulary has the separator besides.
-        length: T = 2 n, even.
-        See `Task` for the others.
     """
+
+    class Config(Task.Config):
+        alphabet: int = 26
+        """There are this many letters. The vocabulary has the separator, too."""
+        length: int = 64
+        """T = 2 n is even."""
+
+        def check(self) -> None:
+            super().check()
+            require(self.alphabet >= 2, f"alphabet: must be at least 2, got {self.alphabet}")
+            require(
+                self.length >= 2 and self.length % 2 == 0,
+                "length: string, separator and copy need an even number of tokens, got "
+                f"{self.length}",
+            )
 
     cases: ClassVar = ({"alphabet": 8, "length": 32},)
 
-    def __init__(self, alphabet: int = 26, length: int = 64, **options: Any) -> None:
-        super().__init__(**options)
-        self.require(alphabet >= 2, f"alphabet: must be at least 2, got {alphabet}")
-        self.require(
-            length >= 2 and length % 2 == 0,
-            f"length: string, separator and copy need an even number of tokens, got {length}",
-        )
-        self.alphabet, self.length, self.vocab_size = alphabet, length, alphabet + 1
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size, self.length = config.alphabet + 1, config.length
 
     @property
     def chance(self) -> float:
         """The accuracy of guessing a letter."""
-        return 1 / self.alphabet
+        return 1 / self.config.alphabet
 
     def metrics(self) -> list[Metric]:
         by_position = AccuracyBy("position", octaves(self.length // 2))
@@ -66,7 +72,7 @@ class Copying(Task):
     def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
         B, n = len(index), self.length // 2
         key = (self.seed, SPLITS.index(split), index[:, None])
-        string = letters(self.alphabet, bits(*key, np.arange(n)))
+        string = letters(self.config.alphabet, bits(*key, np.arange(n)))
         first, last = np.zeros((B, n), np.int64), np.ones((B, n), np.int64)
         return {
             "tokens": np.concatenate([string, np.full((B, 1), MARK), string[:, :-1]], 1),
@@ -93,19 +99,24 @@ class Induction(RecallTask):
 
     Source: Olsson et al. 2022, arXiv 2209.11895, in the form of Gu and Dao 2023, arXiv
     2312.00752: 16 tokens, trained at length 256, tested (by `lengths`) far beyond.
-
-    Args:
-        vocab_size: the special token and the letters. length: T.
-        See `RecallTask` and `Task` for the others.
     """
+
+    class Config(RecallTask.Config):
+        vocab_size: int = 16
+        """The vocabulary is the special token and the letters."""
+        length: int = 256
+        """A sample has T tokens."""
+
+        def check(self) -> None:
+            super().check()
+            require(self.vocab_size >= 3, f"vocab_size: must be at least 3, got {self.vocab_size}")
+            require(self.length >= 4, f"length: must be at least 4, got {self.length}")
 
     cases: ClassVar = ({"vocab_size": 9, "length": 24},)
 
-    def __init__(self, vocab_size: int = 16, length: int = 256, **options: Any) -> None:
-        super().__init__(**options)
-        self.require(vocab_size >= 3, f"vocab_size: must be at least 3, got {vocab_size}")
-        self.require(length >= 4, f"length: must be at least 4, got {length}")
-        self.vocab_size, self.length = vocab_size, length
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size, self.length = config.vocab_size, config.length
 
     @property
     def chance(self) -> float:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from layerzoo.data.task import SPLITS
 from layerzoo.data.tokenizer import NOWHERE, extra, reason
-from layerzoo.spec import SpecError, at, suggest
+from layerzoo.spec import Config, SpecError, at, require, suggest
 
 Contents = dict[str, bytes]
 """Documents by their digests."""
@@ -26,33 +25,41 @@ STDLIB = "stdlib"
 """The entry of `files` that stands for the standard library's source."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where text comes from, and as what tokens it is read; see `Text` for the fields."""
+class Source(Config):
+    """Where text comes from, and as what tokens it is read."""
 
-    files: list[str] | None
-    dataset: str | None
-    subset: str | None
-    column: str
-    max_bytes: int
-    held_out: float
-    tokenizer: str | None
+    files: Sequence[str] | None = None
+    """The text is in these files, paths or globs (`**` is recursive). null is the source of the
+    running interpreter's standard library: real text, always there. An entry `stdlib` stands for
+    the same and can be mixed with others (`[stdlib, ~/books/**/*.txt]`); a file of that name is
+    `./stdlib`."""
+    held_out: float = 0.05
+    """This share of the files is for validation, and as much for testing."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a folder that holds one, or a Hugging Face id names the tokenizer. With
+    null a token is a byte."""
+    dataset: str | None = None
+    """The text is in this dataset and not in files: a Hugging Face id, or a folder or file of
+    JSON lines, Parquet or the like. It is streamed."""
+    subset: str | None = None
+    """This configuration of the dataset is read."""
+    column: str = "text"
+    """This column of the dataset holds the text."""
+    max_bytes: int = 100_000_000
+    """Each split of the dataset ends with the document that reaches this size."""
 
-    def __post_init__(self) -> None:
-        for valid, message in (
-            (0 < self.held_out < 0.5, f"held_out: must be in (0, 0.5), got {self.held_out}"),
-            (self.max_bytes >= 1, f"max_bytes: must be at least 1, got {self.max_bytes}"),
-            (
-                self.files is None or self.dataset is None,
-                "dataset: the text is from files or from a dataset; leave one of them out",
-            ),
-            (
-                self.subset is None or self.dataset is not None,
-                f"subset: '{self.subset}' is of no dataset; give dataset, too",
-            ),
-        ):
-            if not valid:
-                raise SpecError(message)
+    def check(self) -> None:
+        super().check()
+        require(0 < self.held_out < 0.5, f"held_out: must be in (0, 0.5), got {self.held_out}")
+        require(self.max_bytes >= 1, f"max_bytes: must be at least 1, got {self.max_bytes}")
+        require(
+            self.files is None or self.dataset is None,
+            "dataset: the text is from files or from a dataset; leave one of them out",
+        )
+        require(
+            self.subset is None or self.dataset is not None,
+            f"subset: '{self.subset}' is of no dataset; give dataset, too",
+        )
 
     def read(self) -> Read:
         """Read it all now.
@@ -93,7 +100,7 @@ def distinct(documents: Iterable[bytes]) -> Contents:
     return dict(sorted(found.items()))
 
 
-def read_files(files: list[str] | None) -> Contents:
+def read_files(files: Sequence[str] | None) -> Contents:
     """The contents of files, see `distinct`; what a path is, and how it is written, does not
     matter."""
     paths = dict.fromkeys(_standard_library() if files is None or STDLIB in files else ())

@@ -8,13 +8,13 @@ from typing import Any
 
 from layerzoo.data import list_tasks
 from layerzoo.data.task import Task
+from layerzoo.field_docs import field_lines, field_rows
+from layerzoo.spec import required
 
 
 def describe(cls: type[Task]) -> dict[str, Any]:
     """A task at its defaults; None where it has none."""
-    parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
-    ready = all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters)
-    task = cls() if ready else None
+    task = None if any(map(required, cls.Config.fields())) else cls()
     return {
         "name": cls.__name__,
         "vocabulary": task and task.vocab_size,
@@ -22,8 +22,13 @@ def describe(cls: type[Task]) -> dict[str, Any]:
         "chance": task and task.chance,
         "annotations": [] if task is None else _annotations(task),
         "source": _source(cls),
-        "settings": [*cls.SETTINGS],
+        "settings": [*cls.Config.settings],
     }
+
+
+def describe_fully(cls: type[Task]) -> dict[str, Any]:
+    """`describe`, the docstring, and the fields with types, defaults and docstrings."""
+    return {**describe(cls), "doc": inspect.getdoc(cls), "fields": field_rows(cls.Config)}
 
 
 def _source(cls: type[Task]) -> str | None:
@@ -56,11 +61,8 @@ def table() -> list[tuple[str, ...]]:
 
 
 def page(cls: type[Task]) -> str:
-    """A task's docstring, its settings, and the options of all tasks."""
-    settings = "\n".join(f"  {name}: {options}" for name, options in cls.SETTINGS.items())
+    """A task's docstring, its settings, and its options."""
+    settings = "\n".join(f"  {name}: {fields}" for name, fields in cls.Config.settings.items())
     parts = [f"{cls.__name__} (task)", inspect.getdoc(cls) or ""]
     parts += [f"Settings:\n{settings}"] if settings else []
-    for base in cls.__mro__[1:]:
-        if issubclass(base, Task):
-            parts.append(f"Of every {base.__name__}: {inspect.getdoc(base)}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "Options:", "\n".join(field_lines(field_rows(cls.Config)))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from layerzoo.data.mad_recall import Ints, MadTask
 from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, TokenLoss
+from layerzoo.spec import require
 
 
 class SelectiveCopying(MadTask):
@@ -23,28 +24,33 @@ class SelectiveCopying(MadTask):
     token is right before the copy token. Labels are on the last N positions. Annotation `lag` =
     query position - position of the token; a query is `reachable` if the token is, whose number
     then follows from the tokens after it (in the sinks, before it). Chance is a guess among the
-    V-2 tokens. Source: Poli et al. 2024, arXiv 2403.17844, of whose baseline the defaults are.
-
-    Args:
-        vocab_size: V. length: T. copies: N.
-        See `RecallTask` and `Task` for the others.
+    V-2 tokens. Source: Poli et al. 2024, arXiv 2403.17844; the defaults are its baseline's.
     """
+
+    class Config(MadTask.Config):
+        vocab_size: int = 16
+        """V counts the blank and the copy token, too."""
+        length: int = 256
+        """A sample has T tokens."""
+        copies: int = 16
+        """N tokens are to be copied."""
+
+        def check(self) -> None:
+            super().check()
+            require(self.vocab_size >= 4, f"vocab_size: must be at least 4, got {self.vocab_size}")
+            require(self.copies >= 1, f"copies: must be at least 1, got {self.copies}")
+            need = 2 * self.copies + 1
+            require(
+                self.length >= need,
+                f"length: {self.copies} copies need at least {need}, got {self.length}",
+            )
 
     cases = ({"vocab_size": 6, "length": 32, "copies": 8},)
 
-    def __init__(
-        self,
-        vocab_size: int = 16,
-        length: int = 256,
-        copies: int = 16,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.require(vocab_size >= 4, f"vocab_size: must be at least 4, got {vocab_size}")
-        self.require(copies >= 1, f"copies: must be at least 1, got {copies}")
-        need = 2 * copies + 1
-        self.require(length >= need, f"length: {copies} copies need at least {need}, got {length}")
-        self.vocab_size, self.length, self.copies = vocab_size, length, copies
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size, self.length = config.vocab_size, config.length
+        self.copies = config.copies
 
     @property
     def chance(self) -> float:
@@ -82,39 +88,34 @@ class Memorization(Task):
     samples and splits. Labels are on the insert tokens. Chance is a guess among the values.
     Since no answer is in the context, there is none to shuffle: the control is the facts of
     another seed, which a trained model must answer by chance.
-    Source: Poli et al. 2024, arXiv 2403.17844, of whose baseline the defaults are.
-
-    Args:
-        vocab_size: V. length: T, even.
-        See `Task` for the others.
+    Source: Poli et al. 2024, arXiv 2403.17844; the defaults are its baseline's.
     """
+
+    class Config(Task.Config):
+        vocab_size: int = 256
+        """V counts the insert token, too."""
+        length: int = 32
+        """T is even."""
+        batch_size: int = 128
+        train_samples: int = 256
+        test_samples: int = 1_280
+
+        def check(self) -> None:
+            super().check()
+            require(self.vocab_size >= 5, f"vocab_size: must be at least 5, got {self.vocab_size}")
+            require(
+                self.length >= 2 and self.length % 2 == 0,
+                f"length: must be even and positive, got {self.length}",
+            )
 
     cases = ({"vocab_size": 18, "length": 16},)
     in_context: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        vocab_size: int = 256,
-        length: int = 32,
-        *,
-        batch_size: int = 128,
-        train_samples: int = 256,
-        test_samples: int = 1_280,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            train_samples=train_samples,
-            test_samples=test_samples,
-            **options,
-        )
-        self.require(vocab_size >= 5, f"vocab_size: must be at least 5, got {vocab_size}")
-        self.require(
-            length >= 2 and length % 2 == 0, f"length: must be even and positive, got {length}"
-        )
-        self.vocab_size, self.length = vocab_size, length
-        self.keys = (vocab_size - 1) // 2
-        self.values = vocab_size - 1 - self.keys
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size, self.length = config.vocab_size, config.length
+        self.keys = (self.vocab_size - 1) // 2
+        self.values = self.vocab_size - 1 - self.keys
 
     @property
     def chance(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from layerzoo.data.mad_recall import MadTask
 from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 from layerzoo.nn import RMSNorm
+from layerzoo.spec import require
 
 if TYPE_CHECKING:
     from layerzoo.model import LanguageModel
@@ -26,26 +27,26 @@ class Compression(MadTask):
     the last is that position's own token: the task's readout, an MLP, predicts it from the hidden
     state of the *last* position and the number of its own. Annotation `lag` is the distance from
     the token to the last position, and `reachable` whether that position reaches it. Chance is a
-    guess among V-1 tokens. Source: Poli et al. 2024, arXiv 2403.17844, of whose baseline the
-    defaults are. There the compression token, too, is to be told.
-
-    Args:
-        vocab_size: V. length: T.
-        See `RecallTask` and `Task` for the others.
+    guess among V-1 tokens. Source: Poli et al. 2024, arXiv 2403.17844; the defaults are its
+    baseline's. There the compression token, too, is to be told.
     """
+
+    class Config(MadTask.Config):
+        vocab_size: int = 16
+        """V counts the compression token, too."""
+        length: int = 32
+        """A sample has T tokens."""
+
+        def check(self) -> None:
+            super().check()
+            require(self.vocab_size >= 3, f"vocab_size: must be at least 3, got {self.vocab_size}")
+            require(self.length >= 2, f"length: must be at least 2, got {self.length}")
 
     cases = ({"vocab_size": 5, "length": 16},)
 
-    def __init__(
-        self,
-        vocab_size: int = 16,
-        length: int = 32,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.require(vocab_size >= 3, f"vocab_size: must be at least 3, got {vocab_size}")
-        self.require(length >= 2, f"length: must be at least 2, got {length}")
-        self.vocab_size, self.length = vocab_size, length
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size, self.length = config.vocab_size, config.length
 
     @property
     def chance(self) -> float:

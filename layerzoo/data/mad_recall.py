@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from layerzoo.data.random import below, bits
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
+from layerzoo.spec import require
 
 Ints = NDArray[np.int64]
 
@@ -18,20 +19,10 @@ class MadTask(RecallTask):
     """A recall task with the batches and splits of MAD's baseline (Poli et al. 2024, arXiv
     2403.17844)."""
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 128,
-        train_samples: int = 12_800,
-        test_samples: int = 1_280,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            train_samples=train_samples,
-            test_samples=test_samples,
-            **options,
-        )
+    class Config(RecallTask.Config):
+        batch_size: int = 128
+        train_samples: int = 12_800
+        test_samples: int = 1_280
 
 
 class InContextRecall(MadTask):
@@ -44,15 +35,33 @@ class InContextRecall(MadTask):
     earlier position of its value; a query is `reachable` if that key and value are, or the first
     ones. Chance is a guess among the values.
 
-    Source: Poli et al. 2024, arXiv 2403.17844, and its code (mad-lab), of whose baseline the
-    defaults are. There training is scored at every token; here at the labels alone, which are
-    all that can be predicted. There the row lacks its last value, and the last key is drawn from
-    the distinct keys seen; here from all earlier pairs.
-
-    Args:
-        vocab_size: V. length: T, even.
-        See `RecallTask` and `Task` for the others.
+    Source: Poli et al. 2024, arXiv 2403.17844, and its code (mad-lab); the defaults are its
+    baseline's. There training is scored at every token; here at the labels alone, which are all
+    that can be predicted. There the row lacks its last value, and the last key is drawn from the
+    distinct keys seen; here from all earlier pairs.
     """
+
+    class Config(MadTask.Config):
+        vocab_size: int = 16
+        """The first half of the V tokens are keys, and the second half values."""
+        length: int = 128
+        """T is even."""
+
+        @property
+        def free(self) -> int:
+            """The tokens that are keys or values."""
+            return self.vocab_size
+
+        def check(self) -> None:
+            super().check()
+            need = 4 + self.vocab_size - self.free
+            enough = self.free >= 4
+            require(enough, f"vocab_size: must be at least {need}, got {self.vocab_size}")
+            self.check_length()
+
+        def check_length(self) -> None:
+            require(self.length % 2 == 0, f"length: must be even, got {self.length}")
+            require(self.length >= 4, f"length: must be at least 4, got {self.length}")
 
     cases: ClassVar[tuple[dict[str, Any], ...]] = ({"vocab_size": 8, "length": 32},)
 
@@ -60,26 +69,10 @@ class InContextRecall(MadTask):
     """The most tokens of a key, and of a value."""
     noise, noise_tokens = 0.0, 0
 
-    def __init__(
-        self,
-        vocab_size: int = 16,
-        length: int = 128,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.vocab_size, self.length = vocab_size, length
-        self._divide_tokens(vocab_size)
-        self._check_length()
-
-    def _divide_tokens(self, free: int) -> None:
-        """Keys and values from the tokens that have no other use."""
-        need = 4 + self.vocab_size - free
-        self.require(free >= 4, f"vocab_size: must be at least {need}, got {self.vocab_size}")
-        self.keys, self.values = free // 2, free - free // 2
-
-    def _check_length(self) -> None:
-        self.require(self.length % 2 == 0, f"length: must be even, got {self.length}")
-        self.require(self.length >= 4, f"length: must be at least 4, got {self.length}")
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size, self.length = config.vocab_size, config.length
+        self.keys, self.values = config.free // 2, config.free - config.free // 2
 
     @property
     def chance(self) -> float:
@@ -181,28 +174,31 @@ class NoisyRecall(InContextRecall):
     The last `noise_tokens` tokens of the vocabulary are noise; of the others the first half are
     keys and the second half values. Each pair but the last, and but the one that the last
     repeats, is noise with probability `noise`. Otherwise as `InContextRecall`.
-
-    Args:
-        vocab_size: V, with the noise. length: T, even.
-        noise_tokens: how many tokens of the vocabulary are noise. noise: the share of the pairs.
-        See `RecallTask` and `Task` for the others.
     """
+
+    class Config(InContextRecall.Config):
+        vocab_size: int = 32
+        """V counts the noise tokens, too."""
+        noise_tokens: int = 16
+        """The last tokens of the vocabulary, as many as this, are noise."""
+        noise: float = 0.2
+        """This share of the pairs is noise."""
+
+        @property
+        def free(self) -> int:
+            return self.vocab_size - self.noise_tokens
+
+        def check(self) -> None:
+            least = self.noise_tokens >= 1
+            require(least, f"noise_tokens: must be at least 1, got {self.noise_tokens}")
+            super().check()
+            require(0 <= self.noise <= 1, f"noise: must be in [0, 1], got {self.noise}")
 
     cases = ({"vocab_size": 12, "length": 32, "noise_tokens": 4},)
 
-    def __init__(
-        self,
-        vocab_size: int = 32,
-        length: int = 128,
-        noise_tokens: int = 16,
-        noise: float = 0.2,
-        **options: Any,
-    ) -> None:
-        super().__init__(vocab_size, length, **options)
-        self.require(noise_tokens >= 1, f"noise_tokens: must be at least 1, got {noise_tokens}")
-        self.require(0 <= noise <= 1, f"noise: must be in [0, 1], got {noise}")
-        self._divide_tokens(vocab_size - noise_tokens)
-        self.noise_tokens, self.noise = noise_tokens, noise
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.noise_tokens, self.noise = config.noise_tokens, config.noise
 
 
 class FuzzyRecall(InContextRecall):
@@ -214,32 +210,41 @@ class FuzzyRecall(InContextRecall):
     key's first. In val and test all keys are of `motif` tokens. Few of those come again by
     chance, so there the last key makes up most of the labels. Otherwise as `InContextRecall`.
     There the tokens of a motif are distinct; here not, so that chance is the same for all.
-
-    Args:
-        vocab_size: V, with the padding. length: T. motif: the most tokens of a key and a value.
-        See `RecallTask` and `Task` for the others.
     """
+
+    class Config(InContextRecall.Config):
+        vocab_size: int = 16
+        """V counts the padding, too."""
+        length: int = 128
+        """A sample has T tokens."""
+        motif: int = 3
+        """A key has at most this many tokens, and so has a value."""
+
+        @property
+        def free(self) -> int:
+            return self.vocab_size - 1
+
+        def check(self) -> None:
+            super().check()
+            require(
+                (self.free // 2 + 1) ** self.motif < 2**63,  # the keys' names are integers
+                f"motif: {self.motif} tokens of {self.free // 2} make too many keys; take a "
+                "smaller motif",
+            )
+
+        def check_length(self) -> None:
+            require(self.motif >= 1, f"motif: must be at least 1, got {self.motif}")
+            need = 4 * self.motif
+            require(self.length >= need, f"length: must be at least {need}, got {self.length}")
 
     cases = (
         {"vocab_size": 9, "length": 64},
         {"vocab_size": 8, "length": 41, "motif": 2},
     )
 
-    def __init__(
-        self, vocab_size: int = 16, length: int = 128, motif: int = 3, **options: Any
-    ) -> None:
-        self.motif = motif
-        super().__init__(vocab_size, length, **options)
-        self._divide_tokens(vocab_size - 1)
-        self.require(
-            (self.keys + 1) ** motif < 2**63,  # the keys' names are integers
-            f"motif: {motif} tokens of {self.keys} make too many keys; take a smaller motif",
-        )
-
-    def _check_length(self) -> None:
-        self.require(self.motif >= 1, f"motif: must be at least 1, got {self.motif}")
-        need = 4 * self.motif
-        self.require(self.length >= need, f"length: must be at least {need}, got {self.length}")
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.motif = config.motif
 
 
 def occurrences(names: Ints) -> tuple[Ints, Ints]:

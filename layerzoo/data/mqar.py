@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from layerzoo.data.random import below, bits, choose, choose_weighted, slot_weig
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Capacity
+from layerzoo.spec import plain, require
 
 TRAINED = {(64, 4): 100_000, (128, 8): 20_000} | {(256, d): 20_000 for d in (16, 32, 64)}
 TESTED = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
@@ -32,67 +34,75 @@ class MQAR(RecallTask):
     of lengths and pairs of Arora et al. 2024, arXiv 2402.18668, figure 2: trained on five sets
     (a batch is of one of them), tested on seven, with figures for each and their mean; there
     train_samples and test_samples are of all sets together, 180,000 and 7,000 in the paper.
-
-    Args:
-        vocab_size: V. length: T, even.
-        pairs: D, at most T / 4; of a list, samples take each in turn, and `capacity/d90` is the
-            largest that is still answered (see `layerzoo.metrics.Capacity`).
-        alpha: the smaller, the nearer to the pairs the queries stand.
-        filler: what stands between the queries: zero, or random tokens of the vocabulary.
-        keys: the first and the last key in use, for tasks with keys of their own; null is all.
-        setting: a published setting, in place of length and pairs.
-        See `RecallTask` and `Task` for the others.
     """
+
+    class Config(RecallTask.Config):
+        vocab_size: int = 8192
+        """V is even. The lower half of the tokens are keys, and the upper half values."""
+        length: int = 64
+        """T is even."""
+        pairs: int | Sequence[int] = 4
+        """D is at most T / 4. Samples take the numbers of a list in turn, and then
+        `capacity/d90` is the largest that is still answered."""
+        alpha: float = 0.01
+        """The smaller alpha is, the nearer to the pairs the queries stand."""
+        filler: Literal["zero", "random"] = "zero"
+        """This token stands between the queries: 0, or a random one of the vocabulary."""
+        keys: tuple[int, int] | None = None
+        """Only keys from the first to the last of these are used; null uses all. Tasks can so
+        have keys of their own."""
+        setting: str | None = None
+        """A published setting replaces length and pairs."""
+
+        settings: ClassVar = {
+            **{
+                f"figure2/{length}x{pairs}": {"length": length, "pairs": pairs}
+                for length, pairs in ((64, 4), (128, 8), (256, 16), (512, 64))
+            },
+            "recall-memory": {"length": TESTED[-1][0], "pairs": TESTED[-1][1]},
+        }
+
+        @property
+        def sizes(self) -> tuple[int, ...]:
+            """The numbers of pairs that samples have."""
+            return (self.pairs,) if isinstance(self.pairs, int) else tuple(self.pairs)
+
+        @property
+        def used_keys(self) -> tuple[int, int]:
+            return self.keys or (1, self.vocab_size // 2 - 1)
+
+        def check(self) -> None:
+            super().check()
+            V, T = self.vocab_size, self.length
+            require(V % 2 == 0, f"vocab_size: must be even, got {V}")
+            first, last = self.used_keys
+            possible = 1 <= first <= last < V // 2
+            require(possible, f"keys: must be in 1..{V // 2 - 1}, got {self.keys}")
+            require(self.sizes, "pairs: an empty list")
+            low, high, keys = min(self.sizes), max(self.sizes), last - first + 1
+            require(
+                low >= 1 and high <= keys,
+                f"pairs: {plain(self.pairs)}, but a vocabulary of {V} has {keys} keys",
+            )
+            require(T % 2 == 0, f"length: must be even, got {T}")
+            require(
+                4 * high <= T,
+                f"length: {high} pairs and as many queries need at least {4 * high}, got {T}",
+            )
+            require(0 < self.alpha <= 2, f"alpha: must be in (0, 2], got {self.alpha}")
 
     cases = (
         {"vocab_size": 32, "length": 64, "pairs": 8},
         {"vocab_size": 32, "length": 40, "pairs": 6, "filler": "random", "keys": (4, 11)},
         {"vocab_size": 64, "length": 64, "pairs": [2, 4, 16]},
     )
-    SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {
-        **{
-            f"figure2/{length}x{pairs}": {"length": length, "pairs": pairs}
-            for length, pairs in ((64, 4), (128, 8), (256, 16), (512, 64))
-        },
-        "recall-memory": {"length": TESTED[-1][0], "pairs": TESTED[-1][1]},
-    }
 
-    def __init__(
-        self,
-        vocab_size: int = 8192,
-        length: int = 64,
-        pairs: int | list[int] = 4,
-        alpha: float = 0.01,
-        filler: Literal["zero", "random"] = "zero",
-        keys: tuple[int, int] | None = None,
-        setting: str | None = None,
-        **options: Any,
-    ) -> None:
-        chosen = self.preset(setting, length=length, pairs=pairs)
-        length, pairs = chosen["length"], chosen["pairs"]
-        super().__init__(**options)
-        self.require(vocab_size % 2 == 0, f"vocab_size: must be even, got {vocab_size}")
-        first, last = keys or (1, vocab_size // 2 - 1)
-        self.require(
-            1 <= first <= last < vocab_size // 2,
-            f"keys: must be in 1..{vocab_size // 2 - 1}, got {keys}",
-        )
-        self.sizes = pairs if isinstance(pairs, list) else [pairs]
-        self.require(len(self.sizes) > 0, "pairs: an empty list")
-        low, high = min(self.sizes), max(self.sizes)
-        self.require(
-            low >= 1 and high <= last - first + 1,
-            f"pairs: {pairs}, but a vocabulary of {vocab_size} has {last - first + 1} keys",
-        )
-        self.require(length % 2 == 0, f"length: must be even, got {length}")
-        self.require(
-            4 * high <= length,
-            f"length: {high} pairs and as many queries need at least {4 * high}, got {length}",
-        )
-        self.require(0 < alpha <= 2, f"alpha: must be in (0, 2], got {alpha}")
-        self.vocab_size, self.length, self.pairs, self.alpha = vocab_size, length, pairs, alpha
-        self.filler, self.keys, self.setting = filler, (first, last), setting
-        self.weights = {D: slot_weights(length // 2 - D, alpha) for D in self.sizes}
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        config = self.config
+        self.vocab_size, self.length, self.sizes = config.vocab_size, config.length, config.sizes
+        free = {D: self.length // 2 - D for D in self.sizes}
+        self.weights = {D: slot_weights(slots, config.alpha) for D, slots in free.items()}
 
     @property
     def chance(self) -> float:
@@ -100,7 +110,7 @@ class MQAR(RecallTask):
         return 2 / self.vocab_size
 
     def divide(self, split: str) -> dict[str, Task]:
-        if self.setting != "recall-memory" or self.lengths:
+        if self.given.setting != "recall-memory" or self.lengths:
             return super().divide(split)
         sizes = {size: self.samples[split] // len(TESTED) for size in TESTED}
         if split == "train":
@@ -131,12 +141,12 @@ class MQAR(RecallTask):
 
     def _sample(self, D: int, split: str, index: NDArray[np.int64]) -> Arrays:
         B, T, half = len(index), self.length, self.vocab_size // 2
-        first, last = self.keys
+        first, last = self.config.used_keys
         key = (self.seed, SPLITS.index(split), index[:, None])
         keys = first + choose(last - first + 1, D, bits(*key, 0, np.arange(D)))
         values = half + choose(half, D, bits(*key, 1, np.arange(D)))
         slots = choose_weighted(self.weights[D], D, bits(*key, 2, np.arange(D)))
-        if self.filler == "zero":
+        if self.config.filler == "zero":
             tokens = np.zeros((B, T), np.int64)
         else:
             tokens = below(self.vocab_size, bits(*key, 3, np.arange(T)))

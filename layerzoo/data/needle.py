@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from layerzoo.data.random import below, bits, choose
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 from layerzoo.metrics import AccuracyBy, Answers
+from layerzoo.spec import plain, require
 
 ASK = 0
 """The token before each key that is asked."""
@@ -43,22 +45,116 @@ class Needle(RecallTask):
     `niah_single`, `niah_multikey`, `niah_multivalue`, `niah_multiquery`, 7 digits, in a phrase
     that repeats if single, else in random words for RULER's essays (Hsieh et al. 2024, arXiv
     2404.06654; its numbers do not begin with 0).
-
-    Args:
-        vocab_size, length: at least one word must be left, and room for needles and question.
-        needles: how many are hidden; null is as many as fit.
-        queries: how many keys are asked.
-        values: needles of each key, all of which must be told.
-        digits: tokens of a value. repeats: how many of them repeat the one before.
-        filler: random words, or the phrase of all words again and again (repeat).
-        depth: where the asked needle stands, in percent; of a list each sample takes the next, so
-            that each depth has as many; null is anywhere. It keeps clear of other needles, by
-            up to half its length.
-        keys: how many keys there are to draw from.
-        setting: a published setting, in place of needles, queries, values, digits, repeats and
-            filler (key-value leaves digits open).
-        See `RecallTask` and `Task` for the others.
     """
+
+    class Config(RecallTask.Config):
+        vocab_size: int = 64
+        """The vocabulary has the question, ten digits, the keys, and at least one word."""
+        length: int = 128
+        """A sample has T tokens, with room for the needles and the question."""
+        needles: int | None = 1
+        """This many needles are hidden; with null, as many as fit."""
+        queries: int = 1
+        """This many keys are asked."""
+        values: int = 1
+        """Each key has this many needles, and all their values must be told."""
+        digits: int = 5
+        """A value has this many tokens."""
+        repeats: int = 0
+        """This many digits of a value repeat the digit before."""
+        filler: Literal["random", "repeat"] = "random"
+        """The needles are hidden in random words, or in a phrase of all words that repeats."""
+        depth: int | Sequence[int] | None = None
+        """The asked needle stands at this percentage of the context, and with null anywhere.
+        Each sample takes the next depth of a list, so that all depths are equally frequent. The
+        needle keeps clear of other needles, by up to half its length."""
+        keys: int = 32
+        """Keys are drawn from this many."""
+        setting: str | None = None
+        """A published setting replaces needles, queries, values, digits, repeats and filler
+        (key-value leaves digits open)."""
+
+        settings: ClassVar = {
+            name: {"needles": 1, "queries": 1, "values": 1, "repeats": 0, **options}
+            for name, options in {
+                "passkey": {"digits": 5, "filler": "repeat"},
+                "number": {"digits": 10, "repeats": 5, "filler": "repeat"},
+                "key-value": {"needles": None},
+                "niah_single": {"digits": 7, "filler": "repeat"},
+                "niah_multikey": {"needles": 4, "digits": 7, "filler": "random"},
+                "niah_multivalue": {"needles": 4, "values": 4, "digits": 7, "filler": "random"},
+                "niah_multiquery": {"needles": 4, "queries": 4, "digits": 7, "filler": "random"},
+            }.items()
+        }
+
+        @property
+        def size(self) -> int:
+            """The tokens of a needle."""
+            return 1 + self.digits
+
+        @property
+        def context(self) -> int:
+            """The tokens before the question."""
+            return self.length - self.queries * (2 + self.values * self.digits) + 1
+
+        @property
+        def fit(self) -> int:
+            """The most needles that the context has room for."""
+            return max(0, self.context // self.size // self.values * self.values)
+
+        @property
+        def hidden(self) -> int:
+            """The needles that are hidden."""
+            return self.fit if self.needles is None else self.needles
+
+        @property
+        def words(self) -> int:
+            return self.vocab_size - 1 - BASE - self.keys
+
+        @property
+        def depths(self) -> Sequence[int] | None:
+            return (self.depth,) if isinstance(self.depth, int) else self.depth
+
+        def check(self) -> None:
+            super().check()
+            queries, values, digits = self.queries, self.values, self.digits
+            for name in ("queries", "values", "digits"):
+                number = getattr(self, name)
+                require(number >= 1, f"{name}: must be at least 1, got {number}")
+            possible = 0 <= self.repeats < digits
+            require(possible, f"repeats: must be in 0..{digits - 1}, got {self.repeats}")
+            needles = self.hidden
+            least = max(needles, queries * values)
+            require(
+                least <= self.fit,
+                f"length: {least} needles of {self.size} tokens and "
+                f"{self.length - self.context} of question do not fit into {self.length}",
+            )
+            require(
+                needles >= 1 and needles % values == 0,
+                f"needles: must be a positive multiple of the {values} values of a key, got "
+                f"{needles}",
+            )
+            hidden = needles // values
+            require(
+                queries <= hidden,
+                f"queries: must be at most the {hidden} keys hidden, got {queries}",
+            )
+            require(
+                self.keys >= hidden,
+                f"keys: {hidden} different ones are hidden, but there are {self.keys}; set keys "
+                "and vocab_size higher",
+            )
+            over = f"must be over {1 + BASE + self.keys} with {self.keys} keys"
+            require(self.words >= 1, f"vocab_size: {over}")
+            if self.depths is not None:
+                inside = self.depths and all(0 <= d <= 100 for d in self.depths)
+                require(inside, f"depth: must be percentages in 0..100, got {plain(self.depth)}")
+                require(
+                    queries == values == 1,
+                    "depth: is of the one needle asked; leave it out with several queries or "
+                    "values",
+                )
 
     cases = (
         {"setting": "passkey", "length": 64, "depth": [0, 25, 50, 75, 100]},
@@ -69,86 +165,14 @@ class Needle(RecallTask):
         {"setting": "niah_multiquery", "length": 96},
         {"length": 48, "needles": 6, "queries": 2, "values": 2, "digits": 1},
     )
-    SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {
-        name: {"needles": 1, "queries": 1, "values": 1, "repeats": 0, **options}
-        for name, options in {
-            "passkey": {"digits": 5, "filler": "repeat"},
-            "number": {"digits": 10, "repeats": 5, "filler": "repeat"},
-            "key-value": {"needles": None},
-            "niah_single": {"digits": 7, "filler": "repeat"},
-            "niah_multikey": {"needles": 4, "digits": 7, "filler": "random"},
-            "niah_multivalue": {"needles": 4, "values": 4, "digits": 7, "filler": "random"},
-            "niah_multiquery": {"needles": 4, "queries": 4, "digits": 7, "filler": "random"},
-        }.items()
-    }
 
-    def __init__(
-        self,
-        vocab_size: int = 64,
-        length: int = 128,
-        needles: int | None = 1,
-        queries: int = 1,
-        values: int = 1,
-        digits: int = 5,
-        repeats: int = 0,
-        filler: Literal["random", "repeat"] = "random",
-        depth: int | list[int] | None = None,
-        keys: int = 32,
-        setting: str | None = None,
-        **options: Any,
-    ) -> None:
-        chosen = self.preset(
-            setting,
-            needles=needles,
-            queries=queries,
-            values=values,
-            digits=digits,
-            repeats=repeats,
-            filler=filler,
-        )
-        needles, queries, values = chosen["needles"], chosen["queries"], chosen["values"]
-        digits, repeats, filler = chosen["digits"], chosen["repeats"], chosen["filler"]
-        super().__init__(**options)
-        for name, number in (("queries", queries), ("values", values), ("digits", digits)):
-            self.require(number >= 1, f"{name}: must be at least 1, got {number}")
-        self.require(0 <= repeats < digits, f"repeats: must be in 0..{digits - 1}, got {repeats}")
-        self.size = 1 + digits
-        self.context = length - queries * (2 + values * digits) + 1
-        fit = max(0, self.context // self.size // values * values)
-        needles = fit if needles is None else needles
-        least = max(needles, queries * values)
-        self.require(
-            least <= fit,
-            f"length: {least} needles of {self.size} tokens and {length - self.context} of "
-            f"question do not fit into {length}",
-        )
-        self.require(
-            needles >= 1 and needles % values == 0,
-            f"needles: must be a positive multiple of the {values} values of a key, got {needles}",
-        )
-        self.require(
-            queries <= needles // values,
-            f"queries: must be at most the {needles // values} keys hidden, got {queries}",
-        )
-        self.require(
-            keys >= needles // values,
-            f"keys: {needles // values} different ones are hidden, but there are {keys}; "
-            "set keys and vocab_size higher",
-        )
-        words = vocab_size - 1 - BASE - keys
-        self.require(words >= 1, f"vocab_size: must be over {1 + BASE + keys} with {keys} keys")
-        self.depth = [depth] if isinstance(depth, int) else depth
-        self.require(
-            self.depth is None or (len(self.depth) > 0 and all(0 <= d <= 100 for d in self.depth)),
-            f"depth: must be percentages in 0..100, got {depth}",
-        )
-        self.require(
-            self.depth is None or queries == values == 1,
-            "depth: is of the one needle asked; leave it out with several queries or values",
-        )
-        self.vocab_size, self.length, self.words = vocab_size, length, words
-        self.needles, self.queries, self.values = needles, queries, values
-        self.digits, self.repeats, self.keys, self.filler = digits, repeats, keys, filler
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        config = self.config
+        self.vocab_size, self.length, self.words = config.vocab_size, config.length, config.words
+        self.needles, self.queries, self.values = config.hidden, config.queries, config.values
+        self.digits, self.repeats, self.size = config.digits, config.repeats, config.size
+        self.context, self.depth = config.context, config.depths
 
     @property
     def chance(self) -> float:
@@ -167,14 +191,14 @@ class Needle(RecallTask):
         B, T, C, V, N = len(index), self.length, self.context, self.values, self.needles
         Q, D, K = self.queries, self.digits, N // V
         key = (self.seed, SPLITS.index(split), index[:, None])
-        keys = 1 + BASE + choose(self.keys, K, bits(*key, 0, np.arange(K)))
+        keys = 1 + BASE + choose(self.config.keys, K, bits(*key, 0, np.arange(K)))
         values = 1 + self._values(key)
         # A key's values in the order of their places: [B, K, V].
         start = np.sort(self._starts(key, index).reshape(B, K, V), axis=-1)
 
-        word = np.arange(T) if self.filler == "repeat" else bits(*key, 3, np.arange(T))
+        word = np.arange(T) if self.config.filler == "repeat" else bits(*key, 3, np.arange(T))
         word = (word % np.array(self.words, word.dtype)).astype(np.int64)
-        tokens = np.broadcast_to(1 + BASE + self.keys + word, (B, T)).copy()
+        tokens = np.broadcast_to(1 + BASE + self.config.keys + word, (B, T)).copy()
         named = np.broadcast_to(keys[:, :, None, None], (B, K, V, 1))
         at = start[..., None] + np.arange(self.size)
         needles = np.concatenate([named, values], axis=-1)

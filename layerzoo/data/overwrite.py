@@ -13,6 +13,7 @@ from layerzoo.data.random import bits, choose, choose_weighted, shuffle, slot_we
 from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 from layerzoo.metrics import AccuracyBy, Collateral, ErrorKinds
+from layerzoo.spec import require
 
 
 class Overwrite(RecallTask):
@@ -29,50 +30,58 @@ class Overwrite(RecallTask):
     there are none; and of the row `bound`, all values written. A wrong answer is stale (an old
     value of the key), another key's value, or off the set (`errors/..`, see `ErrorKinds`); keys
     that are written once show what writes to others cost (`Collateral`).
-
-    Args:
-        vocab_size: V. length: T, even.
-        keys: D. writes: how often the keys are written, in turn.
-        alpha: the smaller, the nearer to the writes the queries stand; 1 is uniform.
-        See `RecallTask` and `Task` for the others.
     """
+
+    class Config(RecallTask.Config):
+        vocab_size: int = 8192
+        """V is even. The lower half of the tokens are keys, and the upper half values."""
+        length: int = 128
+        """T is even."""
+        keys: int = 8
+        """A sample has D keys."""
+        writes: Sequence[int] = (1, 2, 4)
+        """Keys are written this often: the first key takes the first number, and so on in
+        turn."""
+        alpha: float = 1.0
+        """The smaller alpha is, the nearer to the writes the queries stand; 1 is uniform."""
+
+        @property
+        def times(self) -> list[int]:
+            """How often each key is written."""
+            return [self.writes[n % len(self.writes)] for n in range(self.keys)]
+
+        def check(self) -> None:
+            super().check()
+            V, T, half = self.vocab_size, self.length, self.vocab_size // 2
+            require(V % 2 == 0, f"vocab_size: must be even, got {V}")
+            require(
+                1 <= self.keys < half,
+                f"keys: {self.keys}, but a vocabulary of {V} has {half - 1}",
+            )
+            require(
+                self.writes and min(self.writes) >= 1,
+                f"writes: must be 1 or more, got {[*self.writes]}",
+            )
+            total = sum(self.times)
+            require(total <= half, f"writes: {total} in all, but there are {half} values to write")
+            least = 2 * (total + self.keys)
+            require(
+                T % 2 == 0 and least <= T,
+                f"length: {total} writes and {self.keys} queries need an even number of at least "
+                f"{least}, got {T}",
+            )
+            require(0 < self.alpha <= 2, f"alpha: must be in (0, 2], got {self.alpha}")
 
     cases = (
         {"vocab_size": 64, "length": 64, "keys": 6},
         {"vocab_size": 64, "length": 40, "keys": 4, "writes": [1, 3], "alpha": 0.1},
     )
 
-    def __init__(
-        self,
-        vocab_size: int = 8192,
-        length: int = 128,
-        keys: int = 8,
-        writes: Sequence[int] = (1, 2, 4),
-        alpha: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        half = vocab_size // 2
-        self.require(vocab_size % 2 == 0, f"vocab_size: must be even, got {vocab_size}")
-        self.require(
-            1 <= keys < half, f"keys: {keys}, but a vocabulary of {vocab_size} has {half - 1}"
-        )
-        self.require(
-            len(writes) > 0 and min(writes) >= 1, f"writes: must be 1 or more, got {[*writes]}"
-        )
-        self.times = np.array([writes[n % len(writes)] for n in range(keys)])
-        total = int(self.times.sum())
-        self.require(
-            total <= half, f"writes: {total} in all, but there are {half} values to write"
-        )
-        self.require(
-            length % 2 == 0 and length >= 2 * (total + keys),
-            f"length: {total} writes and {keys} queries need an even number of at least "
-            f"{2 * (total + keys)}, got {length}",
-        )
-        self.require(0 < alpha <= 2, f"alpha: must be in (0, 2], got {alpha}")
-        self.vocab_size, self.length, self.keys, self.writes = vocab_size, length, keys, writes
-        self.weights = slot_weights(length // 2 - total, alpha)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size, self.length = config.vocab_size, config.length
+        self.times = np.array(config.times)
+        self.weights = slot_weights(self.length // 2 - sum(config.times), config.alpha)
 
     @property
     def chance(self) -> float:
@@ -80,11 +89,11 @@ class Overwrite(RecallTask):
         return 2 / self.vocab_size
 
     def metrics(self) -> list[Metric]:
-        by = AccuracyBy("writes", sorted({*self.writes}), "recall_writes")
+        by = AccuracyBy("writes", sorted({*self.config.writes}), "recall_writes")
         return [*super().metrics(), by, ErrorKinds(), Collateral()]
 
     def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
-        B, T, D, half = len(index), self.length, self.keys, self.vocab_size // 2
+        B, T, D, half = len(index), self.length, self.config.keys, self.vocab_size // 2
         U, rows = int(self.times.sum()), np.arange(B)[:, None]
         key = (self.seed, SPLITS.index(split), index[:, None])
         keys = 1 + choose(half - 1, D, bits(*key, 0, np.arange(D)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from layerzoo.data.task import IGNORE, Task
 from layerzoo.layer import Reach
 from layerzoo.metrics import Recall, RecallByLag, TokenLoss
+from layerzoo.spec import require
 
 if TYPE_CHECKING:
     from layerzoo.model import LanguageModel
@@ -20,17 +21,24 @@ class RecallTask(Task):
     """A task with the annotations `lag`, how many positions before the query the answer stands,
     and `reachable`, whether a model of limited reach can answer it at all: because all that the
     answer needs is at most `reach` positions back, or among the first `sinks` tokens.
-
-    Args:
-        reach, sinks: of the model that defines `recall/ceiling`; null takes the trained model's
-            own, which for a memory is unbounded.
-        See `Task` for the others.
     """
 
-    def __init__(self, *, reach: int | None = None, sinks: int = 0, **options: Any) -> None:
-        super().__init__(**options)
-        self.require(sinks >= 0, f"sinks: must not be negative, got {sinks}")
-        self.require(reach is None or reach >= 0, f"reach: must not be negative, got {reach}")
+    class Config(Task.Config):
+        reach: int | None = None
+        """A query counts for `recall/ceiling` if its answer stands at most this many positions
+        back. null takes the reach of the trained model, and a memory's is unbounded."""
+        sinks: int = 0
+        """Answers among the first tokens, as many as this, count for the ceiling too."""
+
+        def check(self) -> None:
+            super().check()
+            require(self.sinks >= 0, f"sinks: must not be negative, got {self.sinks}")
+            low = self.reach is not None and self.reach < 0
+            require(not low, f"reach: must not be negative, got {self.reach}")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        reach, sinks = self.config.reach, self.config.sinks
         self.own_reach = None if reach is None else Reach(reach, sinks)  # not of any model
         self.reach = self.own_reach
 

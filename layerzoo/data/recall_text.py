@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from layerzoo.data.retrieval import longest, plant
 from layerzoo.data.task import IGNORE, SPLITS
 from layerzoo.data.text import Text
 from layerzoo.metrics import LossByPosition, MarkedAnswers, TokenLoss
-from layerzoo.spec import at, suggest
+from layerzoo.spec import at, require, suggest
 
 GRAIN = 10**6
 """Depths and the share of questions are drawn in such parts, as integers."""
@@ -36,37 +38,37 @@ class RecallText(Text):
     2305.16300, but in real text); `needle`, one of 16 words that ends a made-up fact;
     `key_value`, one of eight numbers in lines of JSON, by its key (as Liu et al. 2023, arXiv
     2307.03172). `layerzoo.data.retrieval` makes them, says their chance, and has a grid of depths
-    for evaluation.
-
-    Args:
-        tokenizer: as of `Text`, but needed.
-        recall: share of the samples with a question, 0 to 1.
-        kinds: which questions, each as likely; null is all.
-        See `Text` for the others. With `documents`, a sample with a question is one document.
+    for evaluation. With `documents`, a sample with a question is one document.
 
     Raises:
         SpecError: see `Text`; no tokenizer; no such kind; `length` is less than twice what a
             question takes with its needle.
     """
 
-    def __init__(
-        self,
-        *,
-        tokenizer: str,
-        recall: float = 0.15,
-        kinds: list[str] | None = None,
-        **options: Any,
-    ) -> None:
-        self.require(bool(tokenizer), "tokenizer: its questions are of tokens; give one")
-        self.require(0 <= recall <= 1, f"recall: must be in [0, 1], got {recall}")
-        kinds = [*KINDS] if kinds is None else kinds
-        self.require(bool(kinds), f"kinds: give some of {', '.join(KINDS)}, or leave it out")
-        for kind in kinds:
-            self.require(kind in KINDS, f"kinds: no '{kind}'; {suggest(kind, KINDS)}")
-        super().__init__(tokenizer=tokenizer, **options)
+    class Config(Text.Config):
+        tokenizer: str = dataclasses.field()
+        """A tokenizer.json, a folder that holds one, or a Hugging Face id names the tokenizer,
+        which is needed here."""
+        recall: float = 0.15
+        """This share of the samples, 0 to 1, has a question."""
+        kinds: Sequence[str] | None = None
+        """Questions are of these kinds, each as likely; null is all kinds."""
+
+        def check(self) -> None:
+            require(self.tokenizer, "tokenizer: its questions are of tokens; give one")
+            require(0 <= self.recall <= 1, f"recall: must be in [0, 1], got {self.recall}")
+            known = f"give some of {', '.join(KINDS)}, or leave it out"
+            require(self.kinds != (), f"kinds: {known}")
+            for kind in self.kinds or ():
+                require(kind in KINDS, f"kinds: no '{kind}'; {suggest(kind, KINDS)}")
+            super().check()
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         assert self.tokenizer is not None
-        self.recall, self.kinds = recall, kinds
-        for kind in kinds if recall else ():
+        self.recall = config.recall
+        self.kinds = [*(KINDS if config.kinds is None else config.kinds)]
+        for kind in self.kinds if self.recall else ():
             with at(f"data: {type(self).__name__}"):
                 size = longest(kind, self.tokenizer)
             self.require(

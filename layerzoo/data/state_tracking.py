@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from layerzoo.data.random import below, bits
 from layerzoo.data.task import SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, AccuracyBy, TokenLoss
 from layerzoo.metrics.binned import octaves
-from layerzoo.spec import suggest
+from layerzoo.spec import require
 
 Permutation = tuple[int, ...]
 
@@ -78,36 +78,38 @@ class StateTracking(Task):
     256 for testing (of parity), are of Grazzi et al. 2024, arXiv 2411.12537. Deviations: that
     paper's parity varies the length and is scored at the end of the row alone; here the length
     is fixed and every prefix is scored.
-
-    Args:
-        group: Z2, Z60, S3, A5 or S5.
-        length: T.
-        tokens: all elements, or the swaps: those that move at most two points, the identity
-            among them. After a few swaps not every product can have been reached, so that at the
-            first positions a guess is better than chance.
-        See `Task` for the others.
     """
+
+    class Config(Task.Config):
+        group: Literal["Z2", "Z60", "S3", "A5", "S5"] = "S5"
+        """The tokens are the elements of this group."""
+        length: int = 40
+        """A sample has T tokens."""
+        tokens: Literal["all", "swaps"] = "all"
+        """Tokens are drawn from all elements, or from the swaps, which move at most two points
+        (the identity is one). After a few swaps not every product can have been reached, so that
+        a guess is better than chance at the first positions."""
+
+        @property
+        def drawn(self) -> list[int]:
+            """The elements that are tokens."""
+            found = enumerate(elements(self.group))
+            return [n for n, element in found if self.tokens == "all" or moved(element) <= 2]
+
+        def check(self) -> None:
+            super().check()
+            require(self.length >= 1, f"length: must be at least 1, got {self.length}")
+            require(
+                len(self.drawn) > 1,
+                f"tokens: {self.group} has no swaps; take all, or one of Z2, S3, S5",
+            )
 
     cases: ClassVar = tuple({"group": group} for group in GROUPS)
 
-    def __init__(
-        self,
-        group: Literal["Z2", "Z60", "S3", "A5", "S5"] = "S5",
-        length: int = 40,
-        tokens: Literal["all", "swaps"] = "all",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.require(group in GROUPS, f"group: no '{group}'; {suggest(group, GROUPS)}")
-        self.require(tokens in ("all", "swaps"), f"tokens: '{tokens}'; take all or swaps")
-        self.require(length >= 1, f"length: must be at least 1, got {length}")
-        self.group, self.length = group, length
-        self.vocab_size = len(elements(group))
-        drawn = [n for n, g in enumerate(elements(group)) if tokens == "all" or moved(g) <= 2]
-        self.require(
-            len(drawn) > 1, f"tokens: {group} has no swaps; take all, or one of Z2, S3, S5"
-        )
-        self.drawn = np.array(drawn)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.group, self.length = config.group, config.length
+        self.vocab_size, self.drawn = len(elements(self.group)), np.array(config.drawn)
 
     @property
     def chance(self) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from layerzoo.configured import Configured
 from layerzoo.data.loading import IGNORE, Batches, ResumableLoader, loader
 from layerzoo.data.random import bits
 from layerzoo.metrics.accuracy import extrapolation
-from layerzoo.spec import SpecError, suggest
+from layerzoo.spec import Config as BaseConfig
+from layerzoo.spec import SpecError, require, suggest
 
 if TYPE_CHECKING:
     from layerzoo.model import LanguageModel
@@ -26,133 +29,123 @@ SPLITS = ("train", "val", "test")
 Arrays = dict[str, NDArray[Any]]
 
 
-class Task(LightningDataModule):
+class Task(Configured, LightningDataModule):
     """Yields batches `{tokens, labels, documents?, annotations...}`.
 
     Tokens and labels are `[B, T]`; labels are aligned with the tokens that must predict them,
     `IGNORE` elsewhere. An annotation says something of each position, `[B, T, ...]`, or of the
     whole row, `[B, 1, ...]`; the metrics get them at the labelled positions.
 
-    A subclass takes its own options and `**options` for these, and defines `vocab_size`,
-    `length`, `sample`, `metrics`, `chance` and `solve`.
-
-    Args:
-        batch_size: samples a batch, in each process.
-        seed: of the data, apart from the seed of the initialisation (`seed_everything`).
-        train_samples, val_samples, test_samples: size of the splits; training passes over its
-            split in order and then again.
-        lengths: test at each of these lengths, `64,128` or a list, instead of the task's own.
-        shuffled: a control: the context is another sample's, question and answer are this one's,
-            so that what is still answered above chance leaks from somewhere.
-        num_workers: processes that make batches; 0 makes them in the training process.
+    A subclass extends `Config` by its own options, sets `vocab_size` and `length` in its
+    constructor, and defines `sample`, `metrics`, `chance` and `solve`.
     """
 
+    class Config(BaseConfig):
+        batch_size: int = 64
+        """A batch holds this many samples, in each process."""
+        seed: int = 0
+        """The samples are hashed from this seed. The seed of the weights is `seed_everything`."""
+        train_samples: int = 100_000
+        """The training split has this many samples. Training passes over them in order, and then
+        again."""
+        val_samples: int = 1000
+        """The validation split has this many samples."""
+        test_samples: int = 3000
+        """The test split has this many samples."""
+        lengths: Sequence[int] | str | None = None
+        """The model is tested at each of these lengths, `64,128` or a list, and not at the
+        task's own length."""
+        shuffled: bool = False
+        """This control puts another sample's context before the question and answer of this one.
+        What is still answered above chance then leaks from somewhere."""
+        num_workers: int = 0
+        """This many processes make batches; with 0 the training process makes them."""
+
+        settings: ClassVar[Mapping[str, dict[str, Any]]] = MappingProxyType({})
+        """Published settings: values of fields by name. A config that has some has a field
+        `setting`, which names one of them."""
+
+        def check(self) -> None:
+            super().check()
+            require(self.batch_size >= 1, f"batch_size: must be at least 1, got {self.batch_size}")
+            for name in ("num_workers", "seed"):
+                value = getattr(self, name)
+                require(value >= 0, f"{name}: must not be negative, got {value}")
+            require(
+                self.train_samples >= self.batch_size,
+                f"train_samples: {self.train_samples} do not fill one batch of {self.batch_size}",
+            )
+            for split in SPLITS:  # beyond are the samples whose contexts the control takes
+                count = getattr(self, f"{split}_samples")
+                require(
+                    1 <= count <= 2**32, f"{split}_samples: must be in [1, {2**32}], got {count}"
+                )
+            if isinstance(self.lengths, str):
+                require(
+                    all(word.strip().isdecimal() for word in self.lengths.split(",")),
+                    f"lengths: expected numbers, as in 64,128, got '{self.lengths}'",
+                )
+
+        def chosen(self) -> Self:
+            """The config with the values of its published setting in place of the defaults.
+
+            Raises:
+                SpecError: no such setting, or a field has a value that the setting excludes.
+            """
+            name, known = getattr(self, "setting", None), self.settings
+            if name is None:
+                return self
+            require(name in known, f"setting: no '{name}'; {suggest(name, known)}")
+            values, defaults = known[name], {f.name: f.default for f in self.fields()}
+            for field, value in values.items():
+                given = getattr(self, field)
+                require(
+                    given in (value, defaults[field]),
+                    f"{field}: {given}, but setting {name} has {value}; leave one of them out",
+                )
+            return dataclasses.replace(self, **values, setting=None)
+
+    config: Any
+    """The config, with the values of a published setting where it names one."""
     cases: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Small options for the tests, one for each thing that the task can do."""
     in_context: ClassVar[bool] = True
     """Whether the answers stand in the context; if not, shuffling it is no control."""
-    SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Published settings: options by name."""
 
     vocab_size: int
     length: int
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 64,
-        seed: int = 0,
-        train_samples: int = 100_000,
-        val_samples: int = 1000,
-        test_samples: int = 3000,
-        lengths: list[int] | str | None = None,
-        shuffled: bool = False,
-        num_workers: int = 0,
-    ) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.options = self._options()
-        for name, value in self.options.items():
-            self.require(
-                type(value) is not int or abs(value) < 2**63,
-                f"{name}: {value} does not fit into 64 bits",
-            )
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
-        self.shuffled = shuffled
-        self.samples: dict[str, int] = dict(
-            zip(SPLITS, (train_samples, val_samples, test_samples), strict=True)
-        )
-        self.lengths = self._lengths(lengths)
+        self.config = config = config.chosen()
+        self.batch_size, self.seed, self.shuffled = config.batch_size, config.seed, config.shuffled
+        self.samples = {split: getattr(config, f"{split}_samples") for split in SPLITS}
+        lengths = config.lengths or ()
+        words = lengths.split(",") if isinstance(lengths, str) else lengths
+        self.lengths = [int(word) for word in words]
         self._parts: dict[str, dict[str, Task]] = {}
-        self.require(batch_size >= 1, f"batch_size: must be at least 1, got {batch_size}")
-        self.require(num_workers >= 0, f"num_workers: must not be negative, got {num_workers}")
-        self.require(seed >= 0, f"seed: must not be negative, got {seed}")
         self.require(
-            train_samples >= batch_size,
-            f"train_samples: {train_samples} do not fill one batch of {batch_size}",
-        )
-        self.require(
-            self.in_context or not shuffled,
+            self.in_context or not self.shuffled,
             "shuffled: its answers do not stand in the context, so there is nothing to shuffle",
         )
-        for split, count in self.samples.items():
-            # Beyond are the samples whose contexts the control takes.
-            self.require(
-                1 <= count <= 2**32, f"{split}_samples: must be in [1, {2**32}], got {count}"
-            )
+
+    @classmethod
+    def located(cls, error: SpecError) -> str:
+        return f"data: {cls.__name__}: {error}"
 
     @classmethod
     def require(cls, condition: bool, message: str) -> None:
-        if not condition:
-            raise SpecError(f"data: {cls.__name__}: {message}")
-
-    def _options(self) -> dict[str, Any]:
-        """The arguments of all constructors of this object, the subclass's too: they are on the
-        stack. (A recording `__new__` would hide them from the command line.)"""
-        options: dict[str, Any] = {}
-        frame = inspect.currentframe()
-        while frame := frame and frame.f_back:
-            if frame.f_code.co_name != "__init__" or frame.f_locals.get("self") is not self:
-                break
-            names, _, more, values = inspect.getargvalues(frame)
-            options |= {name: values[name] for name in names[1:]}
-            options |= values[more] if more else {}
-        return options
-
-    def _lengths(self, lengths: list[int] | str | None) -> list[int]:
-        if isinstance(lengths, str):
-            words = lengths.split(",")
-            self.require(
-                all(word.strip().isdecimal() for word in words),
-                f"lengths: expected numbers, as in 64,128, got '{lengths}'",
-            )
-            return [int(word) for word in words]
-        return list(lengths or ())
-
-    @classmethod
-    def preset(cls, setting: str | None, **given: Any) -> dict[str, Any]:
-        """The given options with a published setting's values in place of the defaults.
+        """Refuse options that cannot be, for a reason that the constructor finds.
 
         Raises:
-            SpecError: no such setting, or an option is given that it sets otherwise.
+            SpecError: the condition does not hold.
         """
-        if setting is None:
-            return given
-        known = cls.SETTINGS
-        cls.require(setting in known, f"setting: no '{setting}'; {suggest(setting, known)}")
-        parameters = inspect.signature(cls.__init__).parameters
-        for name, value in known[setting].items():
-            cls.require(
-                given[name] in (value, parameters[name].default),
-                f"{name}: {given[name]}, but setting {setting} has {value}; leave one of them out",
-            )
-        return {**given, **known[setting]}
+        if not condition:
+            raise SpecError(cls.located(SpecError(message)))
 
     def varied(self, **changes: Any) -> Self:
-        """A task with the same options but for these."""
-        options = dict(self.options)
-        if setting := options.pop("setting", None):  # what it set stays, but can be changed
-            options |= self.SETTINGS[setting]
-        return type(self)(**{**options, **changes})
+        """A task with the same options but for these. What a setting set can be changed."""
+        return type(self)(**{**self.given.chosen().field_values(), **changes})
 
     # What a task is made of
 
@@ -255,7 +248,7 @@ class Task(LightningDataModule):
     def _loader(self, parts: list[Task], split: str, order: NDArray[np.int64]) -> ResumableLoader:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return loader(Batches(parts, split, order), rank, world, self.num_workers)
+        return loader(Batches(parts, split, order), rank, world, self.config.num_workers)
 
     def _held_out(self, split: str) -> list[DataLoader[Any]]:
         return [

@@ -13,7 +13,7 @@ from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE, SPLITS, Task
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.metrics import LossByPosition, TokenLoss
-from layerzoo.spec import at
+from layerzoo.spec import at, require
 
 
 class Corpus(NamedTuple):
@@ -38,50 +38,32 @@ class Text(Task):
     and with it the bits a byte, is the same whatever the tokens are; `documents` keeps them
     apart.
 
-    Args:
-        files: paths or globs (`**` is recursive); null is the source of the running
-            interpreter's standard library: real text, always there. An entry `stdlib` stands for
-            the same, to be mixed with others (`[stdlib, ~/books/**/*.txt]`); a file of that name
-            is `./stdlib`.
-        length: T, tokens a sample.
-        held_out: share of the files for val, and again for test.
-        documents: do not let a window's files see each other: emit `documents`, and do not
-            score the first token of a file.
-        tokenizer: a tokenizer.json, a folder that holds one, or a Hugging Face id; null is bytes.
-        dataset: instead of files: a Hugging Face id, or a folder or file of JSON lines, Parquet
-            or the like; it is streamed.
-        subset, column: of the dataset: the configuration's name, and where its text is.
-        max_bytes: of the dataset: each split ends with the document that reaches this size.
-        See `Task` for the others.
-
     Raises:
         SpecError: no file matches, a file, dataset or tokenizer cannot be read, the extra that it
             needs is missing, or a split is shorter than a sample.
     """
 
+    class Config(Task.Config, Source):
+        length: int = 256
+        """A sample has T tokens."""
+        documents: bool = False
+        """The files in a window do not see each other, and the first token of a file is not
+        scored. The batch then has `documents`."""
+
+        def check(self) -> None:
+            super().check()
+            require(self.length >= 1, f"length: must be at least 1, got {self.length}")
+
     # No `cases`: the standard library is another text in every version of Python.
     in_context: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        files: list[str] | None = None,
-        length: int = 256,
-        held_out: float = 0.05,
-        documents: bool = False,
-        tokenizer: str | None = None,
-        dataset: str | None = None,
-        subset: str | None = None,
-        column: str = "text",
-        max_bytes: int = 100_000_000,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.require(length >= 1, f"length: must be at least 1, got {length}")
-        with at(f"data: {type(self).__name__}"):
-            self.source = Source(files, dataset, subset, column, max_bytes, held_out, tokenizer)
-            with at("tokenizer"):
-                self.tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
-        self.length, self.documents = length, documents
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.source = Source(**{f.name: getattr(config, f.name) for f in Source.fields()})
+        with at(f"data: {type(self).__name__}: tokenizer"):
+            name = config.tokenizer
+            self.tokenizer = None if name is None else Tokenizer(name)
+        self.length, self.documents = config.length, config.documents
         self.vocab_size = 256 if self.tokenizer is None else self.tokenizer.vocab_size
         self._corpus: dict[str, Corpus] = {}
         self._documents: Documents = {}  # that are read, and not encoded yet

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
@@ -13,6 +11,7 @@ from layerzoo.data.recall import RecallTask
 from layerzoo.data.task import IGNORE, SPLITS, Arrays
 from layerzoo.data.words import guess_distinct
 from layerzoo.metrics import AccuracyBy, Answers
+from layerzoo.spec import require
 
 ASK, SET = 0, 1
 """The question; `name SET source`, an assignment."""
@@ -32,55 +31,64 @@ class VariableTracking(RecallTask):
 
     Source: Hsieh et al. 2024, arXiv 2404.06654 (RULER), with one chain of 4 hops, and more for
     harder tasks; there the noise is a phrase that repeats, and values are numbers.
-
-    Args:
-        vocab_size, length: at least one word must be left, and room for it all.
-        chains: number of chains; one is asked.
-        hops: assignments of a chain after the first.
-        names, values: how many there are to draw from.
-        See `RecallTask` and `Task` for the others.
     """
+
+    class Config(RecallTask.Config):
+        vocab_size: int = 64
+        """The vocabulary has names, values, two signs, and at least one word."""
+        length: int = 128
+        """A sample has T tokens."""
+        chains: int = 1
+        """A sample has this many chains, and one is asked."""
+        hops: int = 4
+        """A chain has this many assignments after the first."""
+        names: int = 24
+        """Names are drawn from this many."""
+        values: int = 16
+        """Values are drawn from this many."""
+
+        @property
+        def links(self) -> int:
+            """The assignments of a chain."""
+            return self.hops + 1
+
+        @property
+        def words(self) -> int:
+            return self.vocab_size - 2 - self.values - self.names
+
+        def check(self) -> None:
+            super().check()
+            for name, least in (("chains", 1), ("hops", 0)):
+                number = getattr(self, name)
+                require(number >= least, f"{name}: must be at least {least}, got {number}")
+            chains, links, names, values = self.chains, self.links, self.names, self.values
+            require(values >= chains, f"values: {chains} chains need as many values, got {values}")
+            require(
+                names >= chains * links,
+                f"names: {chains} chains of {links} need {chains * links} names, got {names}",
+            )
+            require(
+                self.words >= 1,
+                f"vocab_size: must be over {2 + values + names} with {names} names and {values} "
+                f"values, got {self.vocab_size}",
+            )
+            least = (3 * chains + 1) * links + 1
+            require(
+                self.length >= least,
+                f"length: {chains} chains of {links} need at least {least}, got {self.length}",
+            )
 
     cases = (
         {"length": 64},
         {"length": 64, "chains": 3, "hops": 2},
     )
 
-    def __init__(
-        self,
-        vocab_size: int = 64,
-        length: int = 128,
-        chains: int = 1,
-        hops: int = 4,
-        names: int = 24,
-        values: int = 16,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        for name, number, least in (("chains", chains, 1), ("hops", hops, 0)):
-            self.require(number >= least, f"{name}: must be at least {least}, got {number}")
-        links = hops + 1
-        self.require(
-            values >= chains, f"values: {chains} chains need as many values, got {values}"
-        )
-        self.require(
-            names >= chains * links,
-            f"names: {chains} chains of {links} need {chains * links} names, got {names}",
-        )
-        words = vocab_size - 2 - values - names
-        self.require(
-            words >= 1,
-            f"vocab_size: must be over {2 + values + names} with {names} names and {values} "
-            f"values, got {vocab_size}",
-        )
-        self.context = length - 1 - links
-        self.require(
-            self.context >= 3 * chains * links,
-            f"length: {chains} chains of {links} need at least {(3 * chains + 1) * links + 1}, "
-            f"got {length}",
-        )
-        self.vocab_size, self.length, self.words = vocab_size, length, words
-        self.chains, self.links, self.names, self.values = chains, links, names, values
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size, self.length = config.vocab_size, config.length
+        self.names, self.values, self.words = config.names, config.values, config.words
+        self.chains, self.links = config.chains, config.links
+        self.context = self.length - 1 - self.links
 
     @property
     def chance(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from layerzoo.data.random import bits, choose, shuffle
 from layerzoo.data.task import IGNORE, SPLITS, Arrays, Task
 from layerzoo.metrics import Accuracy, AccuracyBy, Answers, TokenLoss
+from layerzoo.spec import require
 
 ASK, ANSWER, NOISE = 0, 1, 2
 """The question, after which nothing is said of the context any more, and where its answer begins
@@ -30,10 +31,33 @@ class _Words(Task):
 
     counts: NDArray[np.int64]
 
-    def _set(self, vocab_size: int, length: int, answers: int) -> None:
-        self.vocab_size, self.length, self.answers = vocab_size, length, answers
-        self.words, self.context = vocab_size - FIRST, length - answers - 1
-        self.require(answers >= 1, f"answers: must be at least 1, got {answers}")
+    class Config(Task.Config):
+        vocab_size: int = 64
+        """The tokens from 3 on are words."""
+        length: int = 128
+        """A sample has T tokens."""
+        answers: int
+        """This many words are asked."""
+
+        @property
+        def words(self) -> int:
+            """The words that there are."""
+            return self.vocab_size - FIRST
+
+        @property
+        def context(self) -> int:
+            """The tokens before the question."""
+            return self.length - self.answers - 1
+
+        def check(self) -> None:
+            super().check()
+            require(self.answers >= 1, f"answers: must be at least 1, got {self.answers}")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        config = self.config
+        self.vocab_size, self.length = config.vocab_size, config.length
+        self.answers, self.words, self.context = config.answers, config.words, config.context
 
     @property
     def chance(self) -> float:
@@ -86,43 +110,47 @@ class FrequentWords(_Words):
     `ANSWER` the first, at each answer the next one. Annotations: `rank` of the answer, from 0,
     and `answer`, see `Answers`. Chance is a guess among the words not yet told. RULER asks for
     three words, of several tokens each, with alpha = 2 (Hsieh et al. 2024, arXiv 2404.06654).
-
-    Args:
-        vocab_size, length: tokens 3.. are words. Each word that is asked has to occur more often
-            than the next.
-        answers: how many words are asked.
-        alpha: the larger, the fewer words there are, and the less alike in number.
-        See `Task` for the others.
     """
+
+    class Config(_Words.Config):
+        length: int = 128
+        """A sample has T tokens. Each word that is asked must occur more often than the next."""
+        answers: int = 3
+        alpha: float = 2.0
+        """The larger alpha is, the fewer words there are, and the less alike in number."""
+
+        @property
+        def counts(self) -> NDArray[np.int64]:
+            """How often the word of each rank stands there."""
+            ranks = np.arange(1, self.words + 2, dtype=np.float64)
+            # Integers, so that a rounding of the power cannot change a count elsewhere.
+            share = np.rint(2.0**32 * ranks**-self.alpha).astype(np.int64)
+            return (self.context * share // share.sum())[1:]
+
+        def check(self) -> None:
+            super().check()
+            answers = self.answers
+            require(0 < self.alpha <= 8, f"alpha: must be in (0, 8], got {self.alpha}")
+            require(
+                self.words > answers,
+                f"vocab_size: {answers} answers need at least {answers + 1 + FIRST}, got "
+                f"{self.vocab_size}",
+            )
+            differ = self.context > 0 and (np.diff(self.counts[: answers + 1]) < 0).all()
+            require(
+                differ,
+                f"length: {self.length} is too short for the {answers} most frequent words to "
+                "differ",
+            )
 
     cases = (
         {"length": 128},
         {"vocab_size": 32, "length": 100, "answers": 2, "alpha": 1.5},
     )
 
-    def __init__(
-        self,
-        vocab_size: int = 64,
-        length: int = 128,
-        answers: int = 3,
-        alpha: float = 2.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self._set(vocab_size, length, answers)
-        self.require(0 < alpha <= 8, f"alpha: must be in (0, 8], got {alpha}")
-        self.require(
-            self.words > answers,
-            f"vocab_size: {answers} answers need at least {answers + 1 + FIRST}, got {vocab_size}",
-        )
-        ranks = np.arange(1, self.words + 2, dtype=np.float64)
-        # Integers, so that a rounding of the power cannot change a count elsewhere.
-        share = np.rint(2.0**32 * ranks**-alpha).astype(np.int64)
-        counts = (self.context * share // share.sum())[1:]
-        self.require(
-            self.context > 0 and bool((np.diff(counts[: answers + 1]) < 0).all()),
-            f"length: {length} is too short for the {answers} most frequent words to differ",
-        )
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        counts = config.counts
         self.counts = counts[counts > 0]
 
     def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
@@ -149,50 +177,52 @@ class CommonWords(_Words):
 
     Setting `ruler`: 10 common words, 30 times each, the others 3 times (Hsieh et al. 2024, arXiv
     2404.06654; there they may be told in any order).
-
-    Args:
-        vocab_size, length: tokens 3.. are words; all that fit in must be different.
-        answers: how many common words there are. times, others: how often a word is there.
-        setting: a published setting, in place of answers, times and others.
-        See `Task` for the others.
     """
 
-    cases = ({"length": 96}, {"vocab_size": 160, "length": 500, "setting": "ruler"})
-    SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {
-        "ruler": {"answers": 10, "times": 30, "others": 3}
-    }
+    class Config(_Words.Config):
+        length: int = 128
+        """A sample has T tokens. All words that fit into it must be different."""
+        answers: int = 4
+        """There are this many common words, and all are asked."""
+        times: int = 8
+        """Each common word stands there this often."""
+        others: int = 2
+        """Each other word stands there this often."""
+        setting: str | None = None
+        """A published setting replaces answers, times and others."""
 
-    def __init__(
-        self,
-        vocab_size: int = 64,
-        length: int = 128,
-        answers: int = 4,
-        times: int = 8,
-        others: int = 2,
-        setting: str | None = None,
-        **options: Any,
-    ) -> None:
-        chosen = self.preset(setting, answers=answers, times=times, others=others)
-        answers, times, others = chosen["answers"], chosen["times"], chosen["others"]
-        super().__init__(**options)
-        self._set(vocab_size, length, answers)
-        self.require(
-            1 <= others < times, f"others: must be in 1..{times - 1}, below times, got {others}"
-        )
-        rest = self.context - answers * times
-        self.require(
-            rest >= 0,
-            f"length: {answers} words of {times} need at least {answers * (times + 1) + 1}, "
-            f"got {length}",
-        )
-        different = answers + -(-rest // others)
-        self.require(
-            self.words >= different,
-            f"vocab_size: {different} different words need at least {different + FIRST}, "
-            f"got {vocab_size}",
-        )
+        settings: ClassVar = {"ruler": {"answers": 10, "times": 30, "others": 3}}
+
+        @property
+        def rest(self) -> int:
+            """The tokens that are left for other words."""
+            return self.context - self.answers * self.times
+
+        def check(self) -> None:
+            super().check()
+            answers, times, others = self.answers, self.times, self.others
+            below = 1 <= others < times
+            require(below, f"others: must be in 1..{times - 1}, below times, got {others}")
+            require(
+                self.rest >= 0,
+                f"length: {answers} words of {times} need at least {answers * (times + 1) + 1}, "
+                f"got {self.length}",
+            )
+            different = answers + -(-self.rest // others)
+            require(
+                self.words >= different,
+                f"vocab_size: {different} different words need at least {different + FIRST}, "
+                f"got {self.vocab_size}",
+            )
+
+    cases = ({"length": 96}, {"vocab_size": 160, "length": 500, "setting": "ruler"})
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        config = self.config
+        times, others, rest = config.times, config.others, config.rest
         left = [rest % others] if rest % others else []
-        self.counts = np.array([times] * answers + [others] * (rest // others) + left)
+        self.counts = np.array([times] * self.answers + [others] * (rest // others) + left)
 
     def sample(self, split: str, index: NDArray[np.int64]) -> Arrays:
         which, words = self._draw(split, index)

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from layerzoo.arguments import PICTURES, Parser, check_file
 from layerzoo.json_files import write_json
 from layerzoo.model import ModelConfig
-from layerzoo.spec import SpecError, at, plain, suggest
+from layerzoo.spec import SpecError, at, plain
 
 from . import report
 from .costs import Part, cost, full_attention, layer_parts, on_meta, other_parts, title
@@ -46,8 +46,7 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     fields = {}
     for name, value in pairs(rest):
         if not name.startswith(f"--{NETWORK}."):
-            known = [option for action in parser._actions for option in action.option_strings]
-            raise SpecError(f"{name}: no such option; {suggest(name, [*known, f'--{NETWORK}.'])}")
+            raise SpecError(parser.no_option(name, f"--{NETWORK}."))
         fields[name.removeprefix("--")] = parse(name, value)
     if options.network is not None:
         network = parse("--network", options.network)

@@ -19,7 +19,7 @@ from layerzoo.layer import State
 from layerzoo.model import unpack
 from layerzoo.module import TaskModule, within
 from layerzoo.ops import accumulator_dtype
-from layerzoo.spec import SpecError, at
+from layerzoo.spec import SpecError, at, plain, require
 
 from . import modes
 from .convert import load, source_digest
@@ -42,76 +42,75 @@ class Distil(TaskModule):
     same model's with full attention, which is the teacher. Checkpoints hold what is trained; at
     the end of training the whole model is saved in `model`, beside the logs.
 
-    Args:
-        source: folder of a converted model. kl, ce, l2: weights of the parts of the loss.
-        tokens: positions that count: all, or past_window, those that a window which starts with
-            the first token (of the document) does not reach.
-        windows, sinks, mini_batches: each optimiser step draws one of each; null is the model's.
-        window_dropout: probability with which a row goes without the window in a step.
-        gate_lr: learning rate of scales, gates, decays and key biases, as a multiple of lr.
-        piece: tokens that are read at a time, null is all; the state goes on without gradient, so
-            that memory is bounded, and no gradient reaches back beyond a piece.
-        checkpoint: keep less for the backward pass and compute it again.
-        seed: of what the steps draw. See `TaskModule` for the others.
-
     Raises:
-        SpecError: an option is out of its range, or the source is no converted model.
+        SpecError: the source is no converted model, or has no memory.
     """
 
-    def __init__(
-        self,
-        source: str,
-        kl: float = 1.0,
-        ce: float = 0.0,
-        l2: float = 0.0,
-        tokens: Literal["all", "past_window"] = "all",
-        windows: list[int] | None = None,
-        sinks: list[int] | None = None,
-        mini_batches: list[int] | None = None,
-        window_dropout: float = 0.0,
-        gate_lr: float = 10.0,
-        piece: int | None = None,
-        checkpoint: bool = False,
-        seed: int = 0,
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
-        warmup: float = 0.05,
-        schedule: Literal["cosine", "constant"] = "cosine",
-    ) -> None:
-        super().__init__(lr, weight_decay, betas, warmup, schedule)
-        weights = {"kl": kl, "ce": ce, "l2": l2}
-        self.choices = {"window": windows, "sinks": sinks, "mini_batch": mini_batches}
-        self.save_hyperparameters(
-            {
-                **{"source": source, **weights, "tokens": tokens},
-                **{"windows": windows, "sinks": sinks, "mini_batches": mini_batches},
-                **{"window_dropout": window_dropout, "gate_lr": gate_lr, "piece": piece},
-                **{"checkpoint": checkpoint, "seed": seed},
+    class Config(TaskModule.Config):
+        source: str
+        """The converted model is in this folder."""
+        kl: float = 1.0
+        """The divergence from full attention has this weight in the loss."""
+        ce: float = 0.0
+        """The cross entropy of the labels has this weight in the loss."""
+        l2: float = 0.0
+        """The distance of the blocks' outputs has this weight in the loss."""
+        tokens: Literal["all", "past_window"] = "all"
+        """All positions count in the loss, or only those past the window: a window that starts
+        with the first token (of the document) does not reach them."""
+        windows: Sequence[int] | None = None
+        """Each optimiser step draws its window from these; null is the model's."""
+        sinks: Sequence[int] | None = None
+        """Each optimiser step draws its number of sinks from these; null is the model's."""
+        mini_batches: Sequence[int] | None = None
+        """Each optimiser step draws its mini-batch from these; null is the model's."""
+        window_dropout: float = 0.0
+        """With this probability a row goes without the window in a step."""
+        gate_lr: float = 10.0
+        """Scales, gates, decays and key biases learn at this multiple of lr."""
+        piece: int | None = None
+        """So many tokens are read at a time; null is all. The state goes on without gradient, so
+        that memory is bounded, and no gradient reaches back beyond a piece."""
+        checkpoint: bool = False
+        """The model keeps less for the backward pass and computes it again."""
+        seed: int = 0
+        """The steps draw their windows, sinks and mini-batches from this seed."""
+        lr: float = 1e-3
+
+        def check(self) -> None:
+            super().check()
+            for name in ("kl", "ce", "l2", "gate_lr", "seed"):
+                within(name, getattr(self, name), 0)
+            within("window_dropout", self.window_dropout, 0, 1)
+            within("piece", 1 if self.piece is None else self.piece, 1)
+            for name, least in (("windows", 1), ("sinks", 0), ("mini_batches", 1)):
+                values = getattr(self, name)
+                possible = values is None or (values and min(values) >= least)
+                got = plain(values)
+                require(possible, f"{name}: expected numbers from {least} on, got {got}")
+            learns = self.kl or self.ce or self.l2
+            require(learns, "kl, ce and l2 are all 0, so there is nothing to learn")
+
+        @property
+        def choices(self) -> dict[str, Sequence[int] | None]:
+            """What each step draws, by the name of the model's option."""
+            return {
+                "window": self.windows,
+                "sinks": self.sinks,
+                "mini_batch": self.mini_batches,
             }
-        )
-        for name, value in (*weights.items(), ("gate_lr", gate_lr), ("seed", seed)):
-            within(name, value, 0, math.inf)
-        within("window_dropout", window_dropout, 0, 1)
-        within("piece", 1 if piece is None else piece, 1, math.inf)
-        lists = (("windows", windows, 1), ("sinks", sinks, 0), ("mini_batches", mini_batches, 1))
-        for name, values, least in lists:
-            if values == [] or min(values or [least]) < least:
-                raise SpecError(f"model.{name}: expected numbers from {least} on, got {values}")
-        if not any(weights.values()):
-            raise SpecError("model: kl, ce and l2 are all 0, so there is nothing to learn")
-        self.kl, self.ce, self.l2, self.tokens = kl, ce, l2, tokens
-        self.window_dropout, self.gate_lr = window_dropout, gate_lr
-        self.piece, self.seed, self.source = piece, seed, source
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         with at("model.source"):
-            self.model = load(source, torch.float32)
-        self.source_digest = source_digest(source)
-        self.model.checkpoint = checkpoint
+            self.model = load(config.source, torch.float32)
+        self.source_digest = source_digest(config.source)
+        self.model.checkpoint = config.checkpoint
         self.model.train().requires_grad_(False)
         for _, parameter in self.model.memory_parameters():
             parameter.requires_grad_()
         if not self.trained():
-            raise SpecError(f"model.source: {source} has no memory to train")
+            raise SpecError(f"model.source: {config.source} has no memory to train")
 
     def digest(self) -> dict[str, str]:
         return {"source": self.source_digest}
@@ -122,7 +121,7 @@ class Distil(TaskModule):
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def rate(self, name: str) -> float:
-        return self.gate_lr if any(part in name for part in FAST) else 1.0
+        return self.config.gate_lr if any(part in name for part in FAST) else 1.0
 
     def on_fit_start(self) -> None:
         memory = {parameter for _, parameter in self.model.memory_parameters()}
@@ -133,8 +132,8 @@ class Distil(TaskModule):
                     f"without a readout, and freeze it"
                 )
         length = getattr(getattr(self.trainer, "datamodule", None), "length", math.inf)
-        widest = max(self.choices["window"] or [self.model.config.window])
-        if self.tokens == "past_window" and length <= widest:
+        widest = max(self.config.choices["window"] or [self.model.config.window])
+        if self.config.tokens == "past_window" and length <= widest:
             raise SpecError(
                 f"model.tokens: no token of {length} is past a window of {widest}; set a smaller "
                 f"window or a larger data.length"
@@ -143,15 +142,15 @@ class Distil(TaskModule):
     def draw(self) -> dict[str, int | None]:
         """What this optimiser step varies: a pure function of the seed and the step."""
         drawn: dict[str, int | None] = {}
-        for n, (name, values) in enumerate(self.choices.items()):
-            random = bits(self.seed, STREAM + n, self.global_step)
+        for n, (name, values) in enumerate(self.config.choices.items()):
+            random = bits(self.config.seed, STREAM + n, self.global_step)
             drawn[name] = values[int(below(len(values), random)[0])] if values else None
         return drawn
 
     def counted(self, batch: Batch, window: int | None) -> Tensor:
         """Which positions `[B, T]` count in the loss."""
         tokens, documents = batch["tokens"], batch.get("documents")
-        if self.tokens == "all":
+        if self.config.tokens == "all":
             return torch.ones_like(tokens, dtype=torch.bool)
         if documents is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -164,9 +163,9 @@ class Distil(TaskModule):
         batch = {n: batch[n] for n in ("tokens", "labels", "documents") if n in batch}
         batch["counted"] = self.counted(batch, drawn["window"])
         T = batch["tokens"].shape[1]
-        piece = min(T, self.piece or T)
-        if "documents" in batch and (piece < T or self.l2):
-            name = "l2" if self.l2 else "piece"
+        piece = min(T, self.config.piece or T)
+        if "documents" in batch and (piece < T or self.config.l2):
+            name = "l2" if self.config.l2 else "piece"
             raise SpecError(f"model.{name}: cannot be with documents; set data.documents to false")
         N = max(1, int(batch["counted"].sum()))
         M = max(1, int((batch["counted"] & (batch["labels"] != IGNORE)).sum()))
@@ -183,8 +182,8 @@ class Distil(TaskModule):
                 for a, b in zip(grads, new, strict=True)
             ]
             parts += piece_parts
-        loss = parts @ parts.new_tensor([self.kl, self.ce, self.l2])
-        names = ("loss/kl", "loss/ce", "loss/l2")[: 3 if self.l2 else 2]
+        loss = parts @ parts.new_tensor([self.config.kl, self.config.ce, self.config.l2])
+        names = ("loss/kl", "loss/ce", "loss/l2")[: 3 if self.config.l2 else 2]
         self.log("loss/train", loss, prog_bar=True, batch_size=N)
         self.log_dict(dict(zip(names, parts, strict=False)), batch_size=N)
         return KnownGradients.apply(loss, grads, *trained)
@@ -204,25 +203,25 @@ class Distil(TaskModule):
         with torch.no_grad(), modes.mode(model, "full"):
             goal, teacher, goals = self._hidden(batch, states[0])
         # The backward pass is in here, because a checkpointed layer runs forward in it.
-        varied = modes.vary(model, **drawn, drop=self.window_dropout)
+        varied = modes.vary(model, **drawn, drop=self.config.window_dropout)
         with modes.mode(model, "memory"), varied:
             h, student, outputs = self._hidden(batch, states[1])
             labels = batch["labels"][where]
             n, m = len(labels) / N, int((labels != IGNORE).sum()) / M
             head = model.get_output_embeddings().weight
             loss, kl, ce = kl_from_hidden(
-                h[where], goal[where], labels, head, kl=self.kl * n, ce=self.ce * m
+                h[where], goal[where], labels, head, kl=self.config.kl * n, ce=self.config.ce * m
             )
             l2 = distance(outputs, goals, where) / N
             with torch.autocast(self.device.type, enabled=False):
-                grads = torch.autograd.grad(loss + self.l2 * l2, trained, allow_unused=True)
+                grads = torch.autograd.grad(loss + self.config.l2 * l2, trained, allow_unused=True)
         parts = torch.stack([n * kl, m * ce, l2.detach()]).to(accumulator_dtype(*trained))
         return grads, parts, tree_map(_detached, (teacher, student))
 
     def _hidden(self, batch: Batch, state: State) -> tuple[Tensor, State, list[Tensor]]:
         """Hidden states, the state, and, where they are compared, the outputs of the blocks."""
         trace: list[Tensor] = []
-        more = {"trace": trace} if self.l2 else {}
+        more = {"trace": trace} if self.config.l2 else {}
         h, state = self.model.hidden(batch["tokens"], state, batch.get("documents"), **more)
         return h, state, trace
 
@@ -239,7 +238,7 @@ class Distil(TaskModule):
         if before not in (None, self.source_digest):
             raise SpecError(
                 f"checkpoint: its memory was trained in another model ({before[:12]}) than "
-                f"model.source, {self.source} ({self.source_digest[:12]}); give its own"
+                f"model.source, {self.config.source} ({self.source_digest[:12]}); give its own"
             )
         own, trained, given = self.state_dict(), self.trained(), checkpoint["state_dict"]
         for name in sorted(trained.keys() | given.keys()):
@@ -255,7 +254,7 @@ class Distil(TaskModule):
             return
         path = Path(folder, "model")
         self.model.save_pretrained(path)
-        for file in Path(self.source).glob("*token*.json"):  # the tokenizer goes with it
+        for file in Path(self.config.source).glob("*token*.json"):  # the tokenizer goes with it
             shutil.copy(file, path)
         print(f"model: {path}")
 

@@ -49,9 +49,10 @@ class Decay(Forgetting, name="decay"):
 
 
 class Mapped(Forgetting):
-    """decay: there is a decay, too."""
+    """Rules by a map, which may have a decay as well."""
 
     decay: bool = False
+    """The weights also decay."""
 
     @property
     def has_decay(self) -> bool:
@@ -63,6 +64,7 @@ class Norm(Mapped, name="norm"):
     over the input dimension. (LaCT has eps 1e-5, AllMem none.)"""
 
     eps: float = 0.0
+    """This is added to the norm by which weights are divided."""
 
     def check(self) -> None:
         if self.eps < 0:
@@ -77,6 +79,7 @@ class Lq(Mapped, name="lq"):
     The bound is ours: without it phi grows as 1 / |A|^(q - 3) where A is small."""
 
     q: float = 4.0
+    """The norm raises weights to this power."""
 
     def check(self) -> None:
         if self.q < 2:

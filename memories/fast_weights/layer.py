@@ -68,25 +68,23 @@ class FastWeights(Memory, name="fast_weights"):
     """
 
     class Config(Memory.Config, Rule):
-        """lr: the highest learning rate.
-        init_scale: scale of the last matrix at the start. In a converted model, of which little is
-            trained, a small scale lets what is written outweigh the noise that an untrained
-            network reads.
-        lr_per_matrix: gives every matrix a rate of its own.
-        row: token i of a mini-batch reads its writes times max(0, 1 / i + learned). It needs
-            `update: token`.
-        lr_bias, momentum_bias, decay_bias: the gates' b at the start. The defaults are half of the
-            highest rate, a momentum of 1/2, and a decay of 1/8000 a token. (A product of two
-            matrices that both fade is gone twice as fast.)
-        """
-
         lr: float = 1.0
+        """The learning rate of a token is at most this value."""
         init_scale: float = 1.0
+        """The last matrix starts with this scale. In a converted model, where little is trained, a
+        small scale lets what is written outweigh the noise that an untrained network reads."""
         lr_per_matrix: bool = False
+        """Every matrix has a rate of its own."""
         row: bool = False
+        """Token i of a mini-batch reads its writes times max(0, 1 / i + learned). It needs
+        `update: token`."""
         lr_bias: float = 0.0
+        """b of the learning rate's gate starts at this value. 0 is half of the highest rate."""
         momentum_bias: float = 0.0
+        """b of the momentum's gate starts at this value. 0 is a momentum of 1/2."""
         decay_bias: float = -9.0
+        """b of the decay's gate starts at this value. -9 is a decay of 1/8000 a token. (A product
+        of two matrices that both fade is gone twice as fast.)"""
 
         def check(self) -> None:
             Memory.Config.check(self)

@@ -30,16 +30,15 @@ EPS = 1e-6
 
 
 class Network(Option):
-    """Fields of all networks, M(x) = [x +] [LayerNorm] f(x).
-
-    bias: every matrix has one, as a last row that meets a constant 1. residual: adds x; needs
-    K = V. layer_norm: over the output, with a weight and a bias per head that are learned outside
-    and not by the writes; epsilon 1e-6.
-    """
+    """Fields of all networks, M(x) = [x +] [LayerNorm] f(x)."""
 
     bias: bool = False
+    """Every matrix has a bias, as a last row that meets a constant 1."""
     residual: bool = False
+    """x is added. It needs K = V."""
     layer_norm: bool = False
+    """The output is normalised, with a weight and a bias per head that are learned outside and not
+    by the writes; epsilon is 1e-6."""
 
     first: ClassVar[tuple[int, ...]] = (0,)
     """The matrices that x itself meets."""
@@ -86,15 +85,14 @@ class Linear(Network, name="linear"):
 
 
 class MLP(Network, name="mlp"):
-    """f(x) = gelu(.. gelu(x W0) W1 ..) W_(depth-1).
-
-    depth: matrices, 2 to 4. expansion: hidden width as a multiple of K. activation: gelu is exact
-    (erf), gelu_tanh its approximation by tanh.
-    """
+    """f(x) = gelu(.. gelu(x W0) W1 ..) W_(depth-1)."""
 
     depth: int = 2
+    """There are this many matrices, 2 to 4."""
     expansion: float = 4.0
+    """The hidden layers have this width, as a multiple of K."""
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """gelu is exact (erf); gelu_tanh is its approximation by tanh."""
 
     @property
     def last(self) -> int:
@@ -126,12 +124,10 @@ class MLP(Network, name="mlp"):
 
 
 class GLU(Network, name="glu"):
-    """f(x) = (silu(x W0) * (x W2)) W1, numbered as in LaCT.
-
-    expansion: hidden width as a multiple of K.
-    """
+    """f(x) = (silu(x W0) * (x W2)) W1, numbered as in LaCT."""
 
     expansion: float = 2.0
+    """The hidden layer has this width, as a multiple of K."""
     first: ClassVar[tuple[int, ...]] = (0, 2)
 
     @property

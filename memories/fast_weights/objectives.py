@@ -58,6 +58,7 @@ class Huber(Objective, name="huber"):
     """L = sum of e^2 / 2 where |e| <= delta, else delta (|e| - delta / 2), e = y - v."""
 
     delta: float = 1.0
+    """Errors beyond this size count linearly."""
 
     @property
     def order(self) -> float:
@@ -80,6 +81,7 @@ class Lp(Objective, name="lp"):
     """L = sum of |y - v|^p, p >= 2 (below, the second derivative at zero error is infinite)."""
 
     p: float = 3.0
+    """The error is raised to this power, 2 or more."""
 
     @property
     def order(self) -> float:

@@ -35,13 +35,12 @@ class Momentum(Optimiser, name="momentum"):
 class Muon(Optimiser, name="muon"):
     """The step of a mini-batch with its singular values near 1, by five Newton-Schulz iterations
     (Jordan et al. 2024, with LaCT's coefficients). Needs `update: chunk`.
-
-    momentum: takes the step of S = momentum S - lr g, and keeps S itself.
-    eps: added to the Frobenius norm by which a step is divided first.
     """
 
     momentum: bool = False
+    """The step is made of S = momentum S - lr g, and S itself is kept."""
     eps: float = 1e-7
+    """This is added to the Frobenius norm by which a step is divided first."""
 
     def check(self) -> None:
         if self.eps <= 0:

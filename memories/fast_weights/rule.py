@@ -20,31 +20,31 @@ AXES: dict[str, Any] = {
 
 
 class Rule(Config):
-    """How a small network M_W is trained while the sequence is read. Of each of the first four a
-    name, or a mapping of its name and its own fields:
-
-    network: linear, mlp (depth, expansion, activation) or glu (expansion); all: bias, residual,
-        layer_norm.
-    objective: dot, l2, huber (delta) or lp (p): the loss of M(k) against v.
-    optimiser: sgd, momentum, or muon (momentum).
-    forgetting: none, decay, or norm, lq, kl, each with or without decay.
-    place: of norm, lq and kl: end of the mini-batch (after the write), start (reads see the raw
-        weights, gradients and writes the mapped ones), view (a master copy is kept).
-    mini_batch: tokens whose gradients are all taken at the weights before the first of them.
-    update: token (a token reads its own write) or chunk (the mini-batch is written, in one step,
-        when it is full; its tokens read the weights from before).
+    """How a small network M_W is trained while the sequence is read. Each of the first four fields
+    is a name, or a mapping of a name and fields of its own.
 
     Raises:
         SpecError: an unknown option, or a combination that has no meaning.
     """
 
     network: Any = "mlp"
+    """The network is linear, mlp (which takes depth, expansion, activation) or glu (expansion).
+    All take bias, residual and layer_norm."""
     objective: Any = "l2"
+    """The loss of M(k) against v is dot, l2, huber (which takes delta) or lp (p)."""
     optimiser: Any = "sgd"
+    """The optimiser is sgd, momentum, or muon (which takes momentum and eps)."""
     forgetting: Any = "none"
+    """The weights forget by none, decay, norm, lq or kl. The last three take decay, too."""
     place: Literal["end", "start", "view"] = "end"
+    """norm, lq and kl act at the end of the mini-batch (after the write), at its start (reads see
+    the raw weights, gradients and writes the mapped ones), or as a view (a master copy is
+    kept)."""
     mini_batch: int = 16
+    """The gradients of so many tokens are all taken at the weights before the first of them."""
     update: Literal["token", "chunk"] = "token"
+    """With token a token reads its own write. With chunk the mini-batch is written in one step
+    when it is full, and its tokens read the weights from before."""
 
     def check(self) -> None:
         for name, axis in AXES.items():

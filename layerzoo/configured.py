@@ -1,0 +1,103 @@
+"""Classes whose options are the fields of a nested `Config`: tasks and modules."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+
+from layerzoo.spec import Config, SpecError, required
+
+if TYPE_CHECKING:
+
+    class _Called(type):
+        """Tells type checkers that fields build the config. They take the result for Any."""
+
+        def __call__(cls, config: Any = None, /, **fields: Any) -> Any: ...
+
+else:
+    _Called = type
+
+
+class Configured(metaclass=_Called):
+    """Base of classes whose options are declared once, as the fields of a nested `Config`.
+
+    A subclass extends the `Config` of its base, and its constructor takes a config alone:
+
+        class Mine(Base):
+            class Config(Base.Config):
+                size: int = 4
+                \"\"\"How large it is.\"\"\"
+
+            def __init__(self, config: Config) -> None:
+                super().__init__(config)
+
+    It is called with a config, ``Mine(Mine.Config(size=8))``, or with fields, ``Mine(size=8)``.
+    `inspect.signature` shows the fields, and so do the command line and an editor.
+
+    Raises:
+        TypeError: at the class statement, a constructor that takes anything but a config.
+        SpecError: an unknown field, or a value that the config refuses.
+    """
+
+    Config: ClassVar[Any]  # a subclass of layerzoo.spec.Config
+
+    given: Any
+    """The config that the object was called with. A constructor may hand on another one."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).get("__init__")
+        if own is not None and len(inspect.signature(own).parameters) != 2:
+            raise TypeError(
+                f"{cls.__qualname__}.__init__ takes options; declare them as fields of a nested "
+                f"Config, and let it take a config alone"
+            )
+        build: Any = cls.__init__
+        cls.__init__ = _constructor(cls, build)
+
+    @classmethod
+    def located(cls, error: SpecError) -> str:
+        """An error in the options, behind the place where a user writes them."""
+        return str(error)
+
+
+def _constructor(cls: type[Configured], build: Callable[[Any, Any], None]) -> Any:
+    """A constructor of the class from a config or its fields, which `build` turns into one."""
+
+    def __init__(self: Configured, config: Any = None, /, **fields: Any) -> None:
+        if config is None:
+            try:
+                config = cls.Config.from_fields(fields)
+            except SpecError as error:
+                raise SpecError(cls.located(error)) from None
+        elif fields or not isinstance(config, cls.Config):
+            name = cls.__qualname__
+            raise TypeError(f"{name} takes a {name}.Config, or else its fields by keyword")
+        vars(self).setdefault("given", config)  # the outermost constructor is the first
+        build(self, config)
+
+    functools.update_wrapper(__init__, build, assigned=("__module__", "__doc__"), updated=())
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    vars(__init__)["__signature__"] = _signature(cls.Config)
+    return __init__
+
+
+def _signature(config: type[Config]) -> inspect.Signature:
+    """The constructor's, with the fields of the most derived class in front."""
+    hints, kind = get_type_hints(config), inspect.Parameter
+    return inspect.Signature(
+        [
+            kind("self", kind.POSITIONAL_OR_KEYWORD),
+            *(
+                kind(
+                    field.name,
+                    kind.KEYWORD_ONLY,
+                    default=kind.empty if required(field) else field.default,
+                    annotation=hints[field.name],
+                )
+                for field in config.nearest_first()
+            ),
+        ]
+    )
