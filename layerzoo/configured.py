@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     class _Called(type):
         """Tells type checkers that fields build the config. They take the result for Any."""
 
-        def __call__(cls, config: Any = None, /, **fields: Any) -> Any: ...
+        def __call__(cls, config: Config | None = None, /, **fields: Any) -> Any: ...
 
 else:
     _Called = type

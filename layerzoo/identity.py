@@ -64,7 +64,10 @@ def trained_on(trainer: Any, module: Any, task: Any, seed: Any) -> dict[str, Any
 def _options(place: str, task: Task) -> Iterator[tuple[str, Any]]:
     """The class of a task and its options, defaults too; of tasks of tasks those of each."""
     yield place, _path(task)
-    for name, value in task.given.field_values().items():
+    values = task.given.chosen().field_values()
+    if (setting := getattr(task.given, "setting", None)) is not None:
+        values["setting"] = setting
+    for name, value in values.items():
         if name in UNSEEN:
             continue
         tasks = value if isinstance(value, list | tuple) else ()

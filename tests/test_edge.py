@@ -116,7 +116,7 @@ def test_a_grids_seed_is_one_that_a_run_can_have(capsys: pytest.CaptureFixture[s
         ("list --tazks", "list: --tazks: no such option; did you mean '--tasks'?"),
         ("list delta mesa", "list: unrecognized arguments: mesa"),
         ("ablate", "ablate: the following arguments are required: command"),
-        ("ablate rum", "ablate: command: invalid choice: 'rum'"),
+        ("ablate rum", "ablate: command: no 'rum'; did you mean 'run'?"),
         ("ablate run", "ablate run: the following arguments are required: grid"),
         ("ablate run quickstart --jobz 2", "--jobz: no such option; did you mean '--jobs'?"),
         ("ablate run quickstart --jobs two", "ablate run: --jobs: invalid int value: 'two'"),

@@ -350,7 +350,8 @@ def test_bits_a_byte_are_of_text_alone(make: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokenizer": None}, "tokenizer: its questions are of tokens; give one"),
+        ({"tokenizer": ""}, "tokenizer: its questions are of tokens; give one"),
+        ({"tokenizer": None}, "tokenizer: expected str, got None: its questions are of tokens"),
         ({"recall": 1.5}, r"recall: must be in \[0, 1\], got 1.5"),
         ({"kinds": []}, "kinds: give some of passkey, needle, key_value, or leave it out"),
         ({"kinds": ["need"]}, "kinds: no 'need'; did you mean 'needle'"),

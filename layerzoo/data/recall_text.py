@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ class RecallText(Text):
     """
 
     class Config(Text.Config):
-        tokenizer: str = dataclasses.field()
+        tokenizer: str = field()
         """A tokenizer.json, a folder that holds one, or a Hugging Face id names the tokenizer,
         which is needed here."""
         recall: float = 0.15
@@ -54,8 +54,10 @@ class RecallText(Text):
         kinds: Sequence[str] | None = None
         """Questions are of these kinds, each as likely; null is all kinds."""
 
+        reasons: ClassVar[Any] = {"tokenizer": "its questions are of tokens; give one"}
+
         def check(self) -> None:
-            require(self.tokenizer, "tokenizer: its questions are of tokens; give one")
+            require(self.tokenizer, f"tokenizer: {self.reasons['tokenizer']}")
             require(0 <= self.recall <= 1, f"recall: must be in [0, 1], got {self.recall}")
             known = f"give some of {', '.join(KINDS)}, or leave it out"
             require(self.kinds != (), f"kinds: {known}")
@@ -63,11 +65,13 @@ class RecallText(Text):
                 require(kind in KINDS, f"kinds: no '{kind}'; {suggest(kind, KINDS)}")
             super().check()
 
+        def chosen(self) -> Self:
+            return self if self.kinds is not None else replace(self, kinds=tuple(KINDS))
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         assert self.tokenizer is not None
-        self.recall = config.recall
-        self.kinds = [*(KINDS if config.kinds is None else config.kinds)]
+        self.recall, self.kinds = config.recall, self.config.kinds
         for kind in self.kinds if self.recall else ():
             with at(f"data: {type(self).__name__}"):
                 size = longest(kind, self.tokenizer)

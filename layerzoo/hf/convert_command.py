@@ -66,7 +66,7 @@ def some_text(options: argparse.Namespace) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(options.source, options.gguf, Path(folder))
         text = Text(
-            options.centre,
+            files=options.centre,
             held_out=options.held_out,
             length=CENTRE_TOKENS,
             tokenizer=folder,
