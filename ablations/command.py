@@ -97,32 +97,47 @@ def _parser() -> argparse.ArgumentParser:
         commands.choices[name] for name in ("plan", "run", "status", "report", "board", "validate")
     )
     for command in (plan, runner):
-        command.add_argument("grid", help="a shipped grid's name, or a YAML file")
-        command.add_argument("--size", help="one of the grid's sizes (default: its first)")
+        command.add_argument("grid", help="read this shipped grid, or YAML file")
+        command.add_argument("--size", help="take this size of the grid (default: its first)")
     for command in (plan, runner, validate):
-        command.add_argument("--jobs", type=int, help="cells at a time (default: cores or GPUs)")
-    references = "a grid with claims (default: all shipped ones of up to 10 minutes)"
+        command.add_argument(
+            "--jobs", type=int, help="run so many cells at a time (default: cores or GPUs)"
+        )
+    references = "judge this grid with claims (default: all shipped ones of up to 10 minutes)"
     validate.add_argument("grids", nargs="*", metavar="GRID", help=references)
-    validate.add_argument("--all", action="store_true", help="the long ones too")
+    validate.add_argument("--all", action="store_true", help="run the long ones, too")
     plan.add_argument("--no-probe", action="store_true", help="estimate no time: train no step")
     runs = Path("runs") / "ablations"
     for command in (runner, validate):
-        text = f"folder of results, by grid (default {runs})"
+        text = f"keep the results in this folder, by grid (default {runs})"
         command.add_argument("--out", type=Path, default=runs, help=text)
     add = runner.add_argument
-    add("--executor", choices=("local", "ray"), default="local", help="where cells run")
-    add("--threads", type=int, default=1, help="CPU threads a cell (default 1)")
-    add("--shard", default="1/1", help="i/n: run part i of n, each on a machine of its own")
-    add("--retries", type=int, default=1, help="of a cell that fails (default 1)")
+    add("--executor", choices=("local", "ray"), default="local", help="run cells here")
+    add("--threads", type=int, default=1, help="give a cell so many CPU threads (default 1)")
+    add("--shard", default="1/1", help="run part i of n, i/n, each on a machine of its own")
+    add(
+        "--retries",
+        type=int,
+        default=1,
+        help="run a cell that fails so many times again (default 1)",
+    )
     add("--limit-cells", type=int, help="run so many cells at most")
-    every = "seconds between a cell's checkpoints (default 30)"
+    every = "save a cell's checkpoint after so many seconds (default 30)"
     add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help=every)
     for command in (status, report):
-        command.add_argument("dir", type=Path, help="a grid's folder of results")
-    report.add_argument("--to", type=Path, help="folder of the report (default DIR/report)")
-    board.add_argument("dir", type=Path, help="a grid's folder of results, or one of several's")
-    board.add_argument("--host", default="localhost", help="0.0.0.0 is for other machines, too")
-    board.add_argument("--port", type=int, help="default 6006, or the next one that is free")
+        command.add_argument("dir", type=Path, help="read this grid's folder of results")
+    report.add_argument(
+        "--to", type=Path, help="write the report to this folder (default DIR/report)"
+    )
+    board.add_argument(
+        "dir", type=Path, help="show the results in this folder, of one grid or several"
+    )
+    board.add_argument(
+        "--host", default="localhost", help="listen here; 0.0.0.0 is for other machines, too"
+    )
+    board.add_argument(
+        "--port", type=int, help="listen at this port (default 6006, or the next free one)"
+    )
     for command in (plan, status):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser

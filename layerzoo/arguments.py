@@ -25,7 +25,7 @@ class OneLine:
         parser: Any = self
         names = {*more}
         for action in internals.all_actions(parser):
-            if not isinstance(action, argparse._HelpAction):
+            if action.dest != "help":
                 names |= {*action.option_strings} if word.startswith("--") else {action.dest}
         return f"{word}: no such option; {suggest(word, names)}"
 

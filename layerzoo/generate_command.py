@@ -42,24 +42,46 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "path",
         metavar="CHECKPOINT",
         nargs="?",
-        help="a .ckpt file that `layerzoo fit` wrote, a run's folder, last, or a converted model",
+        help="continue with this .ckpt file, a run's folder, last, or a converted model",
     )
-    add("--checkpoint", metavar="CHECKPOINT", help="the same")
+    add("--checkpoint", metavar="CHECKPOINT", help="name the checkpoint by an option")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--prompt", metavar="TEXT", help="text, for a model of bytes or with --tokenizer"
+        "--prompt", metavar="TEXT", help="continue this text (a model of bytes, or --tokenizer)"
     )
-    what.add_argument("--prompt_file", metavar="FILE", help="its bytes, not repeated")
-    what.add_argument("--tokens", metavar="IDS", type=ids, help="separated by spaces")
-    add("--tokenizer", metavar="PATH", help="the model's: its file or folder, or a Hub id")
-    add("--max_new_tokens", metavar="N", type=int, default=200, help="default 200")
-    add("--temperature", metavar="X", type=float, default=0.8, help="0 is greedy; default 0.8")
+    what.add_argument(
+        "--prompt_file", metavar="FILE", help="continue this file, without repeating it"
+    )
+    what.add_argument(
+        "--tokens", metavar="IDS", type=ids, help="continue these tokens, separated by spaces"
+    )
+    add("--tokenizer", metavar="PATH", help="read text by this file, folder or Hub id")
+    add(
+        "--max_new_tokens",
+        metavar="N",
+        type=int,
+        default=200,
+        help="write N tokens at most (default %(default)s)",
+    )
+    add(
+        "--temperature",
+        metavar="X",
+        type=float,
+        default=0.8,
+        help="divide logits by X; 0 is greedy (default %(default)s)",
+    )
     add("--top_k", metavar="K", type=int, help="sample among the K likeliest tokens")
-    add("--top_p", metavar="P", type=float, help="among the likeliest that sum to P")
+    add("--top_p", metavar="P", type=float, help="sample among the likeliest that sum to P")
     add("--stop", metavar="IDS", type=ids, default=[], help="end after any of these tokens")
-    add("--seed", metavar="N", type=int, default=0, help="of the sampling; default 0")
-    add("--impl", default="auto", help="auto, recurrent, chunked or triton")
-    add("--piece", metavar="N", type=int, default=PIECE, help="tokens of a prompt read at a time")
+    add(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="sample by this seed (default %(default)s)",
+    )
+    add("--impl", default="auto", help="run layers by auto, recurrent, chunked or triton")
+    add("--piece", metavar="N", type=int, default=PIECE, help="read a prompt N tokens at a time")
     add("--state", metavar="FILE", help="continue this state; a prompt is then read after it")
     add("--save_state", metavar="FILE", help="write the state at the end")
     options = parser.parse_args(argv)

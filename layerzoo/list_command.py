@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layerzoo import options_page
 from layerzoo.arguments import Parser, check_file
 from layerzoo.field_docs import field_lines, field_rows
 from layerzoo.json_files import dumps
@@ -90,12 +91,17 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("layerzoo list", description="The layers, or the tasks, of the zoo.")
     parser.add_argument("name", nargs="?", help="show this layer's or task's page")
     parser.add_argument("--tasks", action="store_true", help="list the tasks")
+    parser.add_argument("--options", action="store_true", help="list every option of everything")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--write", metavar="FILE", help="write the layers as a page of markdown")
+    parser.add_argument("--write", metavar="FILE", help="write the list as a page of markdown")
     options = parser.parse_args(argv)
     if options.write:
         check_file("--write", options.write, (".md",))
-        Path(options.write).write_text(markdown(), encoding="utf-8")
+        page = options_page.markdown() if options.options else markdown()
+        Path(options.write).write_text(page, encoding="utf-8")
+        return 0
+    if options.options:
+        print(options_page.markdown())
         return 0
     if options.tasks or (options.name and options.name not in list_layers()):
         return _list_tasks(options.name, options.json)

@@ -38,7 +38,7 @@ class Shell(RotaryConfig):
     out_norm: Literal["rms", "none"]
     """rms normalises what each head reads; none does not."""
     out_gate: Literal["none", "silu", "sigmoid"] = "none"
-    """What is read is multiplied by this function of a projection of x; with none it is not."""
+    """The read-out is multiplied by this function of a projection of x; with none it is not."""
 
     grouped: ClassVar[str]
     """The name of the field that sets how many heads are not repeated: key_heads in a memory,

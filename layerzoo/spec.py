@@ -136,6 +136,13 @@ class Config:
         return cls(**fields)
 
     @classmethod
+    def takes(cls, name: str, value: Any) -> bool:
+        """Whether the config has a field of this name, and the value is of its type."""
+        if isinstance(value, list):
+            value = tuple(value)
+        return name in _hints(cls) and _matches(value, _hints(cls)[name])
+
+    @classmethod
     def nearest_first(cls) -> list[dataclasses.Field[Any]]:
         """The fields, those that the class itself declares in front of those of its bases."""
         known = {field.name: field for field in cls.fields()}

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
-from operator import or_
+from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 import jsonargparse
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo import foreign, internals
-from layerzoo.arguments import OneLine, make_folder
+from layerzoo.arguments import make_folder
 from layerzoo.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.checkpoints import AtomicIO, Resume, find_checkpoint
 from layerzoo.config_files import (
@@ -33,9 +32,8 @@ from layerzoo.config_files import (
     read_yaml,
     split_option,
 )
-from layerzoo.configured import Configured
-from layerzoo.data import Task, list_tasks
-from layerzoo.field_docs import field_docs
+from layerzoo.data import Task
+from layerzoo.data.replaced import replaced
 from layerzoo.finite import Finite
 from layerzoo.held_out import Figures
 from layerzoo.identity import TRAINED_ON, TrainedOn
@@ -43,17 +41,12 @@ from layerzoo.layer import EXECUTION
 from layerzoo.lit import LitModel, read_checkpoint
 from layerzoo.model import ModelConfig
 from layerzoo.resumed import Resumed, same_start
-from layerzoo.spec import Config, SpecError, at, plain, suggest
+from layerzoo.spec import SpecError, at, plain, suggest
+from layerzoo.training_parser import Parser, check_trainer
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 MAX_SEED = 2**32 - 1
 """NumPy's."""
-LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "check_val_every_n_epoch": 1}
-LEAST |= {"max_steps": -1, "max_epochs": -1, "num_sanity_val_steps": -1}
-"""The least values of options of the trainer. Lightning does not check most of them."""
-SHARES = {f"limit_{split}_batches": 0 for split in ("train", "val", "test", "predict")}
-SHARES |= {"overfit_batches": 0, "val_check_interval": 1}
-"""Options that are a number of batches, with the least one; a float is a share of all batches."""
 
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
@@ -78,89 +71,6 @@ def quiet() -> None:
 
 def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
-
-
-class Parser(OneLine, LightningArgumentParser):
-    """Reports an error as a SpecError of one line, and takes the help of an option from the
-    docstring of its field."""
-
-    def add_class_arguments(
-        self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any
-    ) -> list[str]:
-        """As jsonargparse's, but 4 is a number of batches, and never the share 4.0.
-
-        Its type may have become `Union[float, int, None]`: typing takes the orders of a union for
-        equal, and answers with the one that any module has used first.
-        """
-        added = super().add_class_arguments(class_type, nested_key, *args, **kwargs)
-        for action in internals.actions(self):
-            kinds = get_args(internals.type_of(action))
-            if int in kinds and float in kinds:
-                others = [kind for kind in kinds if kind not in (int, float)]
-                internals.set_type(action, reduce(or_, others, int | float))
-        config = class_type.Config if issubclass(class_type, Configured) else class_type
-        if issubclass(config, Config):
-            prefix = f"{nested_key}." if nested_key else ""
-            self.configs = {**self.configs, prefix: config}
-        return added
-
-    configs: Mapping[str, type[Config]] = MappingProxyType({})
-    """The configs whose fields are options, by what is before the field's name."""
-
-    def format_help(self, *args: Any, **options: Any) -> str:
-        known = {action.dest: action for action in internals.actions(self)}
-        for prefix, config in self.configs.items():
-            for name, doc in field_docs(config).items():
-                if action := known.get(prefix + name):
-                    action.help = doc.replace("%", "%%")
-        return super().format_help(*args, **options)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        key = re.search(r'Parser key "([^"]+)"', message)
-        place = f"{key[1]}: " if key else ""
-        unknown = re.search(
-            r"unrecognized arguments: --(\S+)|not accept option '(\S+)'|Option '(\S+)' is not",
-            message,
-        )
-        path = re.search(r"Expected a dot import path string: (\S+)", message)
-        if cause := foreign.spec_error(ex):
-            raise SpecError(f"{place}{cause}") from None
-        if unknown:
-            word = next(filter(None, unknown.groups())).split("=")[0]
-            raise SpecError(f"{place}{self.no_option(word)}") from None
-        if path and place in ("", "data: "):
-            known = [cls.__name__ for cls in list_tasks()]
-            raise SpecError(f"{place}no task '{path[1]}'; {suggest(path[1], known)}") from None
-        if path:
-            way = "give an import path such as package.module.Class"
-            raise SpecError(f"{place}no class '{path[1]}'; {way}") from None
-        if foreign.UNION in message:
-            message = foreign.plain_union(message)
-        text = re.sub(r'^Parser key "[^"]+":', "", message.strip()).strip().splitlines()[0]
-        text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
-        raise SpecError(f"{place}{text}") from None
-
-
-def check_trainer(options: Mapping[str, Any]) -> None:
-    """Refuse options of the trainer that are of the right type and out of their range, before
-    anything is built.
-
-    Raises:
-        SpecError: names the option.
-    """
-    for name, value in options.items():
-        with at(f"trainer.{name}"):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise SpecError(f"must be finite, got {value}")
-            if value is None:
-                continue
-            if name in LEAST and value < LEAST[name]:
-                raise SpecError(f"must be at least {LEAST[name]}, got {value}")
-            if name in SHARES and isinstance(value, int | float):
-                low, share = SHARES[name], isinstance(value, float)
-                if not (0 <= value <= 1 if share else value >= low):
-                    way = f"batches, {low} or more, or a share of them, a float in [0, 1]"
-                    raise SpecError(f"must be a number of {way}; got {value}")
 
 
 @internals.reads_checkpoints
@@ -329,14 +239,31 @@ def main(argv: Sequence[str]) -> int:
     """Run one of SUBCOMMANDS, with shipped configs by name."""
     args = [part for arg in argv for part in split_option(arg)]
     places = [n + 1 for n, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]
+    trees = []
     for n in places:
         args[n] = config_path(args[n])
-        read_yaml(args[n])
+        trees.append(OmegaConf.to_container(read_yaml(args[n]), resolve=False))
+    _say_what_is_replaced(trees, args)
     try:
         TrainCLI(args)
     except OmegaConfBaseException as error:
         raise SpecError(_interpolation(error, [args[n] for n in places])) from None
     return 0
+
+
+@rank_zero_only
+def _say_what_is_replaced(trees: Sequence[Any], args: Sequence[str]) -> None:
+    """Say which options of a config's task are dropped, and which are kept, where a later config
+    or the command line names another task."""
+    options = dict(pairwise(args)) | dict(arg.split("=", 1) for arg in args if "=" in arg)
+    named = [tree["data"] for tree in trees if isinstance(tree.get("data"), Mapping)]
+    paths = (options.get(name) for name in ("--data", "--data.class_path"))
+    named += [{"class_path": path} for path in paths if path is not None]
+    for written, later in pairwise(named):
+        if found := replaced(written, later.get("class_path")):
+            given = {name.rpartition(".")[2] for name in options if name.startswith("--data.")}
+            kept = {name: value for name, value in found.kept.items() if name not in given}
+            print(f"layerzoo: data: {found._replace(kept=kept)}", file=sys.stderr)
 
 
 def _interpolation(error: OmegaConfBaseException, configs: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from layerzoo.data import MQAR
 from layerzoo.data.task import IGNORE
 from layerzoo.lit import LitModel, load_model
 from layerzoo.model import LanguageModel, ModelConfig
-from layerzoo.training import Parser
+from layerzoo.training_parser import Parser
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 

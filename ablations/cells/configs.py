@@ -20,7 +20,7 @@ from layerzoo.lit import LitModel, initial_weights
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.module import TaskModule
 from layerzoo.spec import SpecError, at, plain, required, suggest
-from layerzoo.training import Parser, check_trainer
+from layerzoo.training_parser import Parser, check_trainer
 
 Tree = dict[str, Any]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from layerzoo.data.replaced import replaced
 from layerzoo.layer import Reach
 from layerzoo.spec import SpecError, suggest
 from layerzoo.training import config_path, read_yaml
@@ -67,11 +68,23 @@ class Drafts:
                 data["init_args"] = {}
             if isinstance(data["init_args"], dict):
                 data["init_args"]["seed"] = seed.data
+                self._refuse_leftovers(data)
         tree = resolve(draft)
         interval = tree.get("trainer", {}).get("val_check_interval")
         if budget is not None and isinstance(interval, int) and interval > budget:
             tree["trainer"]["val_check_interval"] = budget
         return tree
+
+    def _refuse_leftovers(self, data: Tree) -> None:
+        """Refuse the options of the base's task that another task does not take."""
+        found = replaced(self.base.get("data"), data.get("class_path"))
+        left = [name for name in found.dropped if name in data["init_args"]] if found else []
+        if found and left:
+            raise SpecError(
+                f"data: {found.new} does not take {', '.join(left)} of the base's {found.old}; "
+                f"set the task as a whole, data: {{class_path: {data['class_path']}, init_args: "
+                "{..}}"
+            )
 
     def reseeded(self, draft: Tree, tree: Tree, seed: Seed, budget: int | None) -> Tree:
         """The draft's tree with another seed; most configs don't refer to the seeds, and need

@@ -23,7 +23,7 @@ class Match(Config):
     """Models are compared by parameters, by flops of the forward pass per token, or by state_bytes
     after as many tokens as a sample of the arm's task has."""
     to: Any = None
-    """The size to match is that of an arm, by its name or as {axis: option}, or a number; null is
+    """Models are matched to an arm, by its name or as {axis: option}, or a number; null is
     the first arm."""
     tolerance: float = 0.05
     """An arm may differ from it by this share."""

@@ -64,6 +64,14 @@ def device(text: str) -> torch.device:
     return torch.device(text)
 
 
+SIZES = {
+    "batch": "run N sequences at a time",
+    "heads": "give layers N heads",
+    "dim": "give layers a width of N",
+    "repeats": "time each pair N times",
+}
+
+
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "layerzoo bench",
@@ -75,19 +83,51 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.missing = f"expected {' or '.join(MODES)}, then names of layers or none for all"
     add = parser.add_argument
-    add("mode", metavar="ops|layers", type=one_of("benchmark", *MODES))
-    add("names", metavar="NAME", nargs="*", help="layers, or specs as '{name: linear, heads: 2}'")
-    add("--against", metavar="PEERS", help="peers by name, or none; default: all that fit")
-    add("--lengths", metavar="T,..", type=lengths, default=Settings.lengths, help="tokens")
-    add("--measure", type=measures, default=tuple(MEASURES), help=f"of {','.join(MEASURES)}")
+    add("mode", metavar="ops|layers", type=one_of("benchmark", *MODES), help="time ops or layers")
+    add(
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help="time these layers, or specs as '{name: linear, heads: 2}'",
+    )
+    add("--against", metavar="PEERS", help="time these peers, or none (default: all that fit)")
+    add(
+        "--lengths",
+        metavar="T,..",
+        type=lengths,
+        default=Settings.lengths,
+        help="run sequences of T tokens",
+    )
+    add(
+        "--measure",
+        type=measures,
+        default=tuple(MEASURES),
+        help=f"measure some of {','.join(MEASURES)}",
+    )
     for name, default in (("batch", 2), ("heads", 4), ("dim", 256), ("repeats", 10)):
-        add(f"--{name}", metavar="N", type=positive, default=default, help=f"default {default}")
-    add("--tokens", metavar="N", type=positive, help="of a batch together, in place of --batch")
-    add("--dtype", type=one_of("dtype", *DTYPES), default="float32", help=", ".join(DTYPES))
-    add("--device", type=device, default=torch.device("cpu"), help="cpu or cuda; default cpu")
-    add("--impl", default="auto", help="of ours: auto, recurrent, chunked or triton")
+        add(
+            f"--{name}",
+            metavar="N",
+            type=positive,
+            default=default,
+            help=f"{SIZES[name]} (default {default})",
+        )
+    add(
+        "--tokens",
+        metavar="N",
+        type=positive,
+        help="let a batch have N tokens, in place of --batch",
+    )
+    add(
+        "--dtype",
+        type=one_of("dtype", *DTYPES),
+        default="float32",
+        help=f"run in {', '.join(DTYPES)}",
+    )
+    add("--device", type=device, default=torch.device("cpu"), help="run on cpu or cuda")
+    add("--impl", default="auto", help="run ours by auto, recurrent, chunked or triton")
     add("--compiled", action="store_true", help="compile the inner loops of ours")
-    add("--threads", metavar="N", type=positive, help="of the CPU; default: torch's")
+    add("--threads", metavar="N", type=positive, help="use N threads of the CPU")
     add("--json", metavar="FILE", type=Path, help="write all numbers")
     add("--plot", metavar="FILE", type=Path, help=f"draw time against T ({' '.join(PICTURES)})")
     return parser.parse_intermixed_args(argv)

@@ -31,11 +31,15 @@ HEAD = ("kernel", "of", "target", "dtype", "D", "registers", "spilled", "shared"
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("layerzoo bench compile", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("names", metavar="NAME", nargs="*", help="layers, or specs in YAML; none for all")
-    add("--targets", default="sm_80,sm_90,gfx942", help="of sm_80, sm_90, sm_100, gfx942")
-    add("--dtypes", default="bfloat16", help="of bfloat16, float16, float32")
-    add("--head-dims", default="64", help="channels of a head, as 64,128")
-    add("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes")
+    add("names", metavar="NAME", nargs="*", help="compile these layers or specs (default: all)")
+    add(
+        "--targets",
+        default="sm_80,sm_90,gfx942",
+        help="compile for some of sm_80, sm_90, sm_100, gfx942",
+    )
+    add("--dtypes", default="bfloat16", help="compile some of bfloat16, float16, float32")
+    add("--head-dims", default="64", help="compile heads of so many channels, as 64,128")
+    add("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="start N processes")
     add("--json", metavar="FILE", type=Path, help="write all figures")
     return parser.parse_intermixed_args(argv)
 

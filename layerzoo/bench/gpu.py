@@ -34,9 +34,21 @@ TABLE = Path(__file__).with_name("gpu.yaml")
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("layerzoo bench gpu", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--out", metavar="FOLDER", type=Path, default=Path("kernels/results"), help="of the file")
-    add("--table", metavar="YAML", type=Path, default=TABLE, help="what to time, as gpu.yaml")
-    add("--only", metavar="TEXT", default="", help="those whose name holds this")
+    add(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("kernels/results"),
+        help="write the file here",
+    )
+    add(
+        "--table",
+        metavar="YAML",
+        type=Path,
+        default=TABLE,
+        help="time what this file lists, as gpu.yaml",
+    )
+    add("--only", metavar="TEXT", default="", help="time only what has this in its name")
     add(
         "--report", metavar="PAGE", type=Path, help="measure nothing; put what --out has in a page"
     )
@@ -45,7 +57,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         type=int,
         default=os.cpu_count() or 1,
-        help="that compile first; 0: none",
+        help="compile first in N processes; 0 does not",
     )
     return parser.parse_args(argv)
 

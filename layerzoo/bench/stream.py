@@ -141,21 +141,27 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("specs", metavar="SPEC", nargs="*", help="a layer, or a spec as '{name: .., ..}'")
+    add("specs", metavar="SPEC", nargs="*", help="run this layer, or a spec as '{name: ..}'")
     add(
         "--tokens",
         metavar="N,..",
         type=positives,
         default=[100_000],
-        help="one number, or one an arm; default 100000",
+        help="generate N tokens, one number for all arms or one for each (default 100000)",
     )
     for name, default, text in (
-        ("every", 500, "tokens between two measurements"),
-        ("dim", 64, "of the model"),
-        ("depth", 2, "of the model"),
-        ("threads", 1, "of the CPU"),
+        ("every", 500, "measure after every N tokens"),
+        ("dim", 64, "give the model a width of N"),
+        ("depth", 2, "give the model N blocks"),
+        ("threads", 1, "use N threads of the CPU"),
     ):
-        add(f"--{name}", metavar="N", type=positive, default=default, help=f"{text}; {default}")
+        add(
+            f"--{name}",
+            metavar="N",
+            type=positive,
+            default=default,
+            help=f"{text} (default {default})",
+        )
     add("--json", metavar="FILE", type=Path, help="write all numbers")
     add("--plot", metavar="FILE", type=Path, help=f"draw both ({' '.join(PICTURES)})")
     options = parser.parse_args(argv)

@@ -34,12 +34,17 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", metavar="NAME", help="a training config, shipped or a file")
-    add("--network", metavar="YAML", help="the model's fields, beside a config or instead of one")
+    add("--config", metavar="NAME", help="describe the model of this config, shipped or a file")
+    add("--network", metavar="YAML", help="set the model's fields, beside a config or without")
     add(
-        "--length", metavar="T", type=int, help="of the table; default: the config's data, or 4096"
+        "--length", metavar="T", type=int, help="count for T tokens (default: the data's, or 4096)"
     )
-    add("--dtype", choices=DTYPES, default="float32", help="of caches; memories are in float32")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="hold caches in this type; memories are in float32",
+    )
     add("--json", metavar="FILE", type=Path, help="write all figures")
     add("--plot", metavar="FILE", type=Path, help="draw state and FLOPs against T")
     options, rest = parser.parse_known_args(argv)

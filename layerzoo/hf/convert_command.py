@@ -30,24 +30,74 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--source", metavar="PATH", required=True, help="a model's folder, or a Hugging Face id")
-    add("--gguf", metavar="FILE", help="the name of the GGUF file there, if it is one")
-    add("--memory", metavar="SPEC", default="allmem", help="a name, or {name: .., ..}")
-    add("--window", metavar="W", type=int, default=512, help="tokens that stay visible")
-    add("--sinks", metavar="N", type=int, default=4, help="first tokens, always visible")
-    add("--layers", metavar="N,..", type=integers, help="blocks to convert; default all")
-    add("--write", default="all", choices=("all", "evicted"), help="when the memory gets a token")
-    add("--scale_init", metavar="X", type=float, default=0.0, help="of the memory; default 0")
+    add(
+        "--source",
+        metavar="PATH",
+        required=True,
+        help="convert the model of this folder or Hugging Face id",
+    )
+    add("--gguf", metavar="FILE", help="read this GGUF file of the folder")
+    add(
+        "--memory",
+        metavar="SPEC",
+        default="allmem",
+        help="add this memory: a name, or a spec {name: ..}",
+    )
+    add(
+        "--window",
+        metavar="W",
+        type=int,
+        default=512,
+        help="let a query see W tokens (default %(default)s)",
+    )
+    add(
+        "--sinks",
+        metavar="N",
+        type=int,
+        default=4,
+        help="keep the first N tokens visible (default %(default)s)",
+    )
+    add("--layers", metavar="N,..", type=integers, help="convert these blocks only")
+    add(
+        "--write",
+        default="all",
+        choices=("all", "evicted"),
+        help="give the memory every token, or those that leave the window",
+    )
+    add(
+        "--scale_init",
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="start the memory's scales at X (default %(default)s)",
+    )
     add(
         "--centre",
         metavar="FILES",
         action="append",
-        help="a glob, or stdlib, whose mean keys key biases take away",
+        help="start key biases so that they take away the mean key of these files, or stdlib",
     )
-    add("--held_out", metavar="X", type=float, default=0.05, help="of --centre, as in training")
-    add("--seed", metavar="N", type=int, default=0, help="of the memory's start; default 0")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--out", metavar="DIR", type=Path, required=True, help="a folder, which is made")
+    add(
+        "--held_out",
+        metavar="X",
+        type=float,
+        default=0.05,
+        help="leave out the share X of the files of --centre (default %(default)s)",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="draw the memory's weights by this seed (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="hold the weights in this type",
+    )
+    add("--out", metavar="DIR", type=Path, required=True, help="make this folder")
     return parser.parse_args(argv)
 
 

@@ -47,27 +47,94 @@ def pair(text: str) -> tuple[str, Path]:
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("layerzoo evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("folder", metavar="DIR", type=Path, help="a converted model")
-    add("--control", metavar="NAME=DIR", type=pair, action="append", default=[], help="another")
-    add("--window", metavar="W", type=int, help="instead of the models' own")
-    add("--text", metavar="FILES", action="append", help="a glob, or stdlib; again for another")
-    add("--held_out", metavar="X", type=float, default=0.05, help="as in training; default .05")
-    add("--files", metavar="N", type=int, default=8, help="held-out files of each text")
-    add("--length", metavar="T", type=int, default=2048, help="tokens of each; default 2048")
-    add("--probe", action="store_true", help="what memories know, instead of losses")
-    add("--kinds", metavar="KIND,..", default="", help="of passkey, needle, key_value")
-    add("--lengths", metavar="T,..", type=integers, default=[512, 1024], help="of retrieval")
-    add("--depths", metavar="N", type=int, default=5, help="where the needle stands")
-    add("--samples", metavar="N", type=int, default=8, help="at each depth and length")
-    add("--costs", metavar="T,..", type=integers, default=[], help="lengths to measure costs at")
-    add("--stream", metavar="N", type=int, default=0, help="tokens to generate on end")
-    add("--tasks", metavar="NAME,..", default="", help="of lm-evaluation-harness")
-    add("--include", metavar="DIR", type=Path, help="where YAML files of such tasks are")
-    add("--limit", metavar="N", type=int, help="samples of such a task")
-    add("--device", type=device, default=torch.device("cpu"), help="of all but costs and stream")
-    add("--batch_size", metavar="N", type=int, default=1, help="texts at a time")
-    add("--threads", metavar="N", type=int, default=torch.get_num_threads())
-    add("--out", metavar="DIR", type=Path, required=True, help="of evaluation.json, .md and .png")
+    add("folder", metavar="DIR", type=Path, help="evaluate the converted model of this folder")
+    add(
+        "--control",
+        metavar="NAME=DIR",
+        type=pair,
+        action="append",
+        default=[],
+        help="compare it with this model",
+    )
+    add("--window", metavar="W", type=int, help="set the window of all models")
+    add(
+        "--text",
+        metavar="FILES",
+        action="append",
+        help="read these files, or stdlib; may be repeated",
+    )
+    add(
+        "--held_out",
+        metavar="X",
+        type=float,
+        default=0.05,
+        help="read the share X that training left out (default %(default)s)",
+    )
+    add(
+        "--files",
+        metavar="N",
+        type=int,
+        default=8,
+        help="read N held-out files of each text (default %(default)s)",
+    )
+    add(
+        "--length",
+        metavar="T",
+        type=int,
+        default=2048,
+        help="read T tokens of each file (default %(default)s)",
+    )
+    add("--probe", action="store_true", help="measure what memories know, and no losses")
+    add("--kinds", metavar="KIND,..", default="", help="ask these: passkey, needle, key_value")
+    add(
+        "--lengths",
+        metavar="T,..",
+        type=integers,
+        default=[512, 1024],
+        help="ask in texts of these lengths",
+    )
+    add(
+        "--depths",
+        metavar="N",
+        type=int,
+        default=5,
+        help="put the needle at N depths (default %(default)s)",
+    )
+    add(
+        "--samples",
+        metavar="N",
+        type=int,
+        default=8,
+        help="ask N times at each depth and length (default %(default)s)",
+    )
+    add(
+        "--costs", metavar="T,..", type=integers, default=[], help="measure costs at these lengths"
+    )
+    add("--stream", metavar="N", type=int, default=0, help="generate N tokens on end")
+    add("--tasks", metavar="NAME,..", default="", help="run these tasks of lm-evaluation-harness")
+    add("--include", metavar="DIR", type=Path, help="find more such tasks in this folder")
+    add("--limit", metavar="N", type=int, help="run N samples of each task")
+    add(
+        "--device",
+        type=device,
+        default=torch.device("cpu"),
+        help="run all but costs and stream here",
+    )
+    add(
+        "--batch_size",
+        metavar="N",
+        type=int,
+        default=1,
+        help="read N texts at a time (default %(default)s)",
+    )
+    add("--threads", metavar="N", type=int, default=torch.get_num_threads(), help="use N threads")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="write evaluation.json, .md and .png here",
+    )
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         raise SpecError(f"--batch_size: must be at least 1, got {options.batch_size}")

@@ -29,7 +29,9 @@ def main(argv: Sequence[str]) -> int:
         1 if a law is broken, else 0.
     """
     parser = Parser("layerzoo check", description=__doc__, allow_abbrev=False)
-    parser.add_argument("name", nargs="+", help="a layer, a task, or a Python file of them")
+    parser.add_argument(
+        "name", nargs="+", help="check this layer or task, or those in this Python file"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="leave out compilation, low precision and workers"
     )
