@@ -6,11 +6,12 @@ import ast
 import functools
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from layerzoo.spec import Config, plain, required
+from layerzoo.spec import Config, SpecError, plain, required
 
 
 @functools.cache
@@ -41,6 +42,21 @@ def _own(cls: type) -> dict[str, str]:
         declares = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         name = node.target.id if declares else None  # pyright: ignore[reportAttributeAccessIssue]
     return docs
+
+
+def read_config(config: type[Config], fields: Mapping[str, Any]) -> Any:
+    """`Config.from_fields`, whose errors also say what a field means that is missing, or that has
+    a value of another type.
+
+    Raises:
+        SpecError: see `Config.from_fields`.
+    """
+    try:
+        return config.from_fields(fields)
+    except SpecError as error:
+        fault = re.match(r"(\w+): (expected|missing)", str(error))
+        doc = field_docs(config).get(fault[1]) if fault else None
+        raise SpecError(f"{error}. {doc}" if doc else str(error)) from None
 
 
 def field_rows(config: type[Config]) -> list[dict[str, Any]]:

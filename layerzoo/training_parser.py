@@ -31,6 +31,9 @@ class Parser(OneLine, LightningArgumentParser):
     """Reports an error as a SpecError of one line, and takes the help of an option from the
     docstring of its field."""
 
+    configs: Mapping[str, type[Config]] = MappingProxyType({})
+    """The configs whose fields are options, by what is before the field's name."""
+
     def add_class_arguments(
         self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any
     ) -> list[str]:
@@ -53,9 +56,6 @@ class Parser(OneLine, LightningArgumentParser):
                 if isinstance(hint, type) and issubclass(hint, Config):
                     self.configs = {**self.configs, f"{prefix}{name}.": hint}
         return added
-
-    configs: Mapping[str, type[Config]] = MappingProxyType({})
-    """The configs whose fields are options, by what is before the field's name."""
 
     def format_help(self, *args: Any, **options: Any) -> str:
         known = {action.dest: action for action in internals.actions(self)}

@@ -208,3 +208,28 @@ def test_options_are_recorded_as_they_count() -> None:
     found = of(MQAR(setting="recall-memory", train_samples=400))
     assert (found["data.length"], found["data.pairs"]) == (1024, 256)
     assert found["data.setting"] == "recall-memory" and of(MQAR())["data.setting"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "budget: many",
+            ":2: budget: expected int or null, got 'many'. Each run has this many upd",
+        ),
+        (
+            "tune: {axes: {model.lr: [1e-3]}}",
+            ":2: tune: seeds: missing, and it has no default. Th",
+        ),
+        ("report: {columns: 3}", ":2: report: columns: expected a list of str, got 3. The table "),
+        ("expect: [{arm: 3}]", ":2: expect.0: metric: missing, and it has no default. It is abou"),
+    ],
+)
+def test_a_grid_says_what_a_field_means(tmp_path: Path, line: str, told: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(
+        GRID_FILE.format(copy="data.init_args.pairs: 4").replace("base", f"{line}\nbase")
+    )
+    with pytest.raises(SpecError) as error:
+        load_grid(str(file))
+    assert told in str(error.value) and "\n" not in str(error.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from layerzoo.field_docs import read_config
 from layerzoo.spec import Config, SpecError, suggest
 
 from .source import Source
@@ -54,7 +55,7 @@ def read_claims(source: Source, arms: Sequence[str]) -> list[Claim]:
     claims = []
     for n, fields in enumerate(source.value("expect") or []):
         with source.at("expect", str(n)):
-            claim: Claim = Claim.from_fields(fields)
+            claim: Claim = read_config(Claim, fields)
             for name, arm in (("arm", claim.arm), ("minus", claim.minus)):
                 if arm is not None and arm not in arms:
                     raise SpecError(f"{name}: no '{arm}'; {suggest(arm, arms)}")

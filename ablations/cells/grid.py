@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from layerzoo.field_docs import read_config
 from layerzoo.layer import Reach
 from layerzoo.spec import SpecError, suggest
 
@@ -219,7 +220,7 @@ def load_grid(name: str, size: str | None = None, digests: bool = False) -> Grid
 def read_grid(source: Source) -> Grid:
     forget()
     with source.at():
-        fields: Fields = Fields.from_fields(source.tree)
+        fields: Fields = read_config(Fields, source.tree)
     drafts = Drafts(source)
     axes, seeds = read_axes(source, "axes"), read_seeds(source, "seeds")
     arms = read_arms(source, axes, fields.design)
@@ -246,7 +247,7 @@ def _read_match(source: Source, axes: Mapping[str, Axis]) -> Match:
         where = read_where(source, axes, "match", "to")
         fields["to"] = {axis: options[0] for axis, options in where.items()}
     with source.at("match"):
-        return Match.from_fields(fields)
+        return read_config(Match, fields)
 
 
 def _refuse_reserved(grid: Grid) -> None:

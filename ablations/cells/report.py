@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerzoo.field_docs import read_config
 from layerzoo.spec import Config, SpecError, suggest
 
 from .arms import Arm, arm_name
@@ -62,7 +63,7 @@ class Report(Config):
 def read_report(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm]) -> Report:
     """The report, its baseline and its contrasts as `Contrast`s, its scaling as `ScalingLaw`s."""
     with source.at("report"):
-        report: Report = Report.from_fields(source.value("report"))
+        report: Report = read_config(Report, source.value("report"))
     _require_axes(source, axes, report.by, "report", "by")
     names = [arm_name(arm) for arm in arms]
     contrasts: list[Contrast] = []
@@ -79,7 +80,7 @@ def read_report(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm]) -
         if not isinstance(fields, dict):
             raise source.error(place, f"expected y, x, .., got {fields!r}")
         with source.at(*place):
-            law: ScalingLaw = ScalingLaw.from_fields(fields)
+            law: ScalingLaw = read_config(ScalingLaw, fields)
         _require_axes(source, axes, law.by, *place, "by")
         laws.append(law)
     return Report(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from layerzoo.field_docs import read_config
 from layerzoo.spec import Config, SpecError, suggest
 
 from .axes import Axis, Override, read_axes
@@ -161,7 +162,7 @@ def read_tuning(source: Source, axes: Mapping[str, Axis], reported: Sequence[See
         SpecError: a tuning run would have an initialisation or the data of a reported one.
     """
     with source.at("tune"):
-        fields: Tune = Tune.from_fields(source.value("tune"))
+        fields: Tune = read_config(Tune, source.value("tune"))
     tuning = Tuning(
         source, fields, read_axes(source, "tune", "axes"), read_seeds(source, "tune", "seeds")
     )
