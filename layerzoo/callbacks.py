@@ -16,13 +16,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from layerzoo.arguments import make_folder
+from layerzoo.configured import Configured
 from layerzoo.identity import digests
 from layerzoo.json_files import write_json
 from layerzoo.layer import Layer
 from layerzoo.model import LanguageModel
 from layerzoo.module import SHOWN
 from layerzoo.provenance import versions
-from layerzoo.spec import SpecError
+from layerzoo.spec import Config, SpecError
 
 
 class TokensPerSecond(Callback):
@@ -143,18 +144,22 @@ class Diagnostics(Callback):
         self.hooks, self.inputs = [], {}
 
 
-class Controls(Callback):
+class Controls(Configured, Callback):
     """What remains of a trained model without its memory, or with a short one: switches, while it
-    is validated and tested, layers that have them (`parallel` and `reset`).
+    is validated and tested, layers that have them (`parallel` and `reset`)."""
 
-    off: children of every `parallel` to leave out; [1] is a window without its memory, [0] a
-        memory without its window. every: tokens after which every `reset` starts anew.
-    """
+    class Config(Config):
+        off: Sequence[int] = ()
+        """Every `parallel` leaves out these children: [1] is a window without its memory, [0] a
+        memory without its window."""
+        every: int | None = None
+        """Every `reset` starts anew after this many tokens; null leaves it as it is."""
 
-    def __init__(self, off: Sequence[int] = (), every: int | None = None) -> None:
-        self.changes: dict[str, Any] = {"off": tuple(off)} if off else {}
-        if every is not None:
-            self.changes["every"] = every
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.changes: dict[str, Any] = {"off": tuple(config.off)} if config.off else {}
+        if config.every is not None:
+            self.changes["every"] = config.every
 
     def _switch(self, model: nn.Module) -> None:
         self.before: list[tuple[Layer, str, Any]] = []

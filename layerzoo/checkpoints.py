@@ -21,8 +21,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import internals
+from layerzoo.configured import Configured
 from layerzoo.lit import read_checkpoint
-from layerzoo.spec import SpecError
+from layerzoo.spec import Config, SpecError, require
 
 
 class Resume(Callback):
@@ -107,31 +108,38 @@ class AtomicIO(TorchCheckpointIO):
             part.unlink(missing_ok=True)
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(Configured, Checkpoint):
     """Saves what a killed run goes on from, and only where a resumed run does what an
     uninterrupted one does: after an optimiser step, and if a validation follows, after that.
 
-    folder: of `step=<N>.ckpt`, the number of optimiser steps (default `checkpoints` beside the
-    logs). seconds: of wall clock between two checkpoints. steps: optimiser steps after which to
-    save, too. keep: how many of the newest stay. The end of training is always saved. A disk that
-    is full is a warning; training goes on, with the older checkpoints.
+    The end of training is always saved. A full disk is a warning; training goes on, with the older
+    checkpoints.
     """
 
-    def __init__(
-        self,
-        folder: str | None = None,
-        seconds: float = 60.0,
-        steps: int | None = None,
-        keep: int = 2,
-    ) -> None:
-        for name, value in (("steps", 1 if steps is None else steps), ("keep", keep)):
-            if value < 1:
-                raise SpecError(f"Checkpoints: {name}: must be at least 1, got {value}")
-        self.given, self.seconds, self.steps, self.keep = folder, seconds, steps, keep
+    class Config(Config):
+        folder: str | None = None
+        """The checkpoints `step=<N>.ckpt`, after N optimiser steps, lie in this folder; null is
+        `checkpoints` beside the logs."""
+        seconds: float = 60.0
+        """A checkpoint is saved when the last one is this old."""
+        steps: int | None = None
+        """A checkpoint is also saved after every so many optimiser steps."""
+        keep: int = 2
+        """So many of the newest checkpoints stay."""
+
+        def check(self) -> None:
+            super().check()
+            for name in ("steps", "keep"):
+                value = getattr(self, name)
+                require(value is None or value >= 1, f"{name}: must be at least 1, got {value}")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
         self.unlogged: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        folder = self.given or os.path.join(
+        folder = self.config.folder or os.path.join(
             trainer.log_dir or trainer.default_root_dir, "checkpoints"
         )
         self.folder = Path(trainer.strategy.broadcast(str(folder)))
@@ -146,9 +154,10 @@ class Checkpoints(Checkpoint):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self.due |= trainer.strategy.broadcast(time.monotonic() - self.last >= self.seconds)
-        if self.steps is not None and not internals.accumulates(trainer.fit_loop):
-            self.due |= step % self.steps == 0
+        self.due |= trainer.strategy.broadcast(time.monotonic() - self.last >= self.config.seconds)
+        steps = self.config.steps
+        if steps is not None and not internals.accumulates(trainer.fit_loop):
+            self.due |= step % steps == 0
         # What ends a run at `max_steps` also ends Lightning's epoch, which a longer run does not.
         self.due |= step == trainer.max_steps
         if self.due:
@@ -192,7 +201,8 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             others = {file: file.stat().st_mtime_ns for file in self.folder.glob("step=*.ckpt")}
             del others[path]  # which is one of those that stay
-            for old in sorted(others, key=others.__getitem__, reverse=True)[self.keep - 1 :]:
+            newest = sorted(others, key=others.__getitem__, reverse=True)
+            for old in newest[self.config.keep - 1 :]:
                 old.unlink()
         return True
 

@@ -60,7 +60,7 @@ class Configured(metaclass=_Called):
     @classmethod
     def located(cls, error: SpecError) -> str:
         """An error in the options, behind the place where a user writes them."""
-        return str(error)
+        return f"{cls.__name__}: {error}"
 
 
 def _constructor(cls: type[Configured], build: Callable[[Any, Any], None]) -> Any:

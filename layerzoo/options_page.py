@@ -38,6 +38,8 @@ Section = tuple[int, str, str, type[Config] | None, tuple[type[Config], ...]]
 
 
 def _sections() -> Iterator[Section]:
+    from layerzoo.callbacks import Controls
+    from layerzoo.checkpoints import Checkpoints
     from layerzoo.data import RecallTask, Task, list_tasks
     from layerzoo.hf.distil import Distil
     from layerzoo.lit import LitModel
@@ -50,6 +52,10 @@ def _sections() -> Iterator[Section]:
     only = "{} has these options, too."
     yield 3, "Language models", only.format("`LitModel`"), LitModel.Config, (TaskModule.Config,)
     yield 3, "Distillation", only.format("`Distil`"), Distil.Config, (TaskModule.Config,)
+    text = "An item of `trainer.callbacks` of a training config has these options."
+    yield 2, "Callbacks", text, None, ()
+    yield 3, "layerzoo.checkpoints.Checkpoints", "", Checkpoints.Config, ()
+    yield 3, "layerzoo.callbacks.Controls", "", Controls.Config, ()
     yield 2, "Tasks", "`data.init_args` of a training config. Every task has:", Task.Config, ()
     yield 3, "Recall tasks", only.format("`RecallTask`"), RecallTask.Config, (Task.Config,)
     for task in list_tasks():

@@ -110,7 +110,7 @@ class TrainCLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_default_arguments_to_parser(parser)
-        about = "Import path of what is trained, a TaskModule; its options are those of model."
+        about = "Train the TaskModule at this import path. model holds its options."
         parser.add_argument("--module", type=str, default=MODULE, help=about)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]

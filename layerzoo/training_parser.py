@@ -86,6 +86,10 @@ class Parser(OneLine, LightningArgumentParser):
             raise SpecError(f"{place}no class '{path[1]}'; {way}") from None
         if foreign.UNION in message:
             message = foreign.plain_union(message)
+        if choices := re.search(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", message):
+            known = re.findall(r"'([^']*)'", choices[1])
+            way = f"one of {choices[1]}, got '{choices[2]}'; {suggest(choices[2], known)}"
+            raise SpecError(f"{place}expected {way}") from None
         text = re.sub(r'^Parser key "[^"]+":', "", message.strip()).strip().splitlines()[0]
         text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
         raise SpecError(f"{place}{text}") from None

@@ -14,6 +14,8 @@ from layerzoo import SpecError, internals
 from layerzoo.ablations.cells import claims, match, report, schema, tune
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.arguments import Parser
+from layerzoo.callbacks import Controls
+from layerzoo.checkpoints import Checkpoints
 from layerzoo.cli import COMMANDS, main, train_command
 from layerzoo.data import MQAR, Needle, Task, list_tasks
 from layerzoo.field_docs import field_docs, field_lines, field_rows
@@ -28,7 +30,8 @@ from layerzoo.training_parser import Parser as TrainingParser
 ROOT = Path(__file__).parents[1]
 TASKS = [cls for cls in list_tasks() if cls.__module__.startswith("layerzoo.")]
 GRID = [schema.Fields, match.Match, tune.Tune, report.Report, report.ScalingLaw, claims.Claim]
-OWNERS: list[Any] = [LitModel, Distil, *TASKS, *map(get_layer, list_layers())]
+TRAINED: list[Any] = [LitModel, Distil, Checkpoints, Controls, *TASKS]
+OWNERS: list[Any] = [*TRAINED, *map(get_layer, list_layers())]
 CONFIGS: list[type[Config]] = [ModelConfig, *(cls.Config for cls in OWNERS), *GRID]
 RIDDLES = re.compile(r"\b(of which|that of|those of|what of|of it are)\b|^(Of|What|How|Whether) ")
 """Words that stand for others that a reader has to look for."""
@@ -46,7 +49,7 @@ def test_every_field_is_explained_in_sentences(config: type[Config]) -> None:
         assert doc.endswith((".", ".)")) and not RIDDLES.search(doc), f"{name}: {doc}"
 
 
-@pytest.mark.parametrize("cls", [LitModel, Distil, *TASKS], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", TRAINED, ids=lambda cls: cls.__name__)
 def test_every_option_of_training_has_help(cls: Any) -> None:
     parser = TrainingParser(exit_on_error=False)
     added = parser.add_class_arguments(cls, "section", instantiate=False)
@@ -127,6 +130,23 @@ def test_docstrings_are_inherited_with_their_fields() -> None:
     assert field_lines(field_rows(Derived))[2:4] == ["  own: str required", "      Its own."]
     made = type("Made", (Base,), {"__annotations__": {"size": int}, "size": 5})
     assert field_docs(made) == docs  # its source cannot be read
+
+
+CHOICES = (
+    ("--model.impl autp", "model.impl: expected one of 'auto', 'recurrent', 'chunked', 'triton', "),
+    ("--model.schedule cosin", "got 'cosin'; did you mean 'cosine'?"),
+    ("--data.filler rndom", "data: filler: expected one of 'zero', 'random', got 'rndom'; did you"),
+    ("--trainer.precison 16", "trainer.precison: no such option; did you mean 'trainer.precision'"),
+)
+
+
+@pytest.mark.parametrize(("words", "said"), CHOICES)
+def test_a_mistyped_choice_has_a_suggestion(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", "mqar", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 # A task in place of the config's

@@ -150,7 +150,7 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     trainer.logger = logger = _logger(folder, purge_step=first_step(resume))
     if resume is not None:
         log_missing(resume, logger)
-    keep = Checkpoints(str(checkpoints), seconds=every)
+    keep = Checkpoints(folder=str(checkpoints), seconds=every)
     ours = (Checkpoint, SaveConfigCallback)
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ours)]
     trainer.callbacks += [Watch(folder, spent, keep, stop), keep]

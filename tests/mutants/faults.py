@@ -449,8 +449,8 @@ FAULTS = [
     Fault(
         "resume",
         "layerzoo/checkpoints.py",
-        "for old in sorted(others, key=others.__getitem__, reverse=True)[self.keep - 1 :]:",
-        "for old in sorted(others, key=others.__getitem__)[self.keep - 1 :]:",
+        "newest = sorted(others, key=others.__getitem__, reverse=True)",
+        "newest = sorted(others, key=others.__getitem__)",
         RESUME,
     ),
     Fault(
