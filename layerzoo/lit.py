@@ -28,15 +28,15 @@ class LitModel(TaskModule):
 
     class Config(TaskModule.Config):
         network: ModelConfig
-        """The config of the language model."""
+        """The language model has this config."""
         impl: Literal["auto", "recurrent", "chunked", "triton"] = "auto"
-        """The layers run in this way, which does not change the function."""
+        """The layers run in this way; the function is the same."""
         checkpoint: bool = False
-        """The layers keep less for the backward pass and compute it again, which does not change
-        the function."""
+        """If true, the layers keep less for the backward pass and compute it again, which does not
+        change the function."""
         compiled: bool = False
-        """The layers compile their inner loops, which does not change the function. It needs a
-        C++ compiler."""
+        """If true, the layers compile their inner loops, which does not change the function. It
+        needs a C++ compiler."""
         init: str | None = None
         """A new run starts from the weights of this checkpoint, or of the newest one in this
         run's folder. Its network must have the same config. A run that is resumed has its own

@@ -26,7 +26,7 @@ class ModelConfig(Config):
     """What a language model computes."""
 
     vocab_size: int
-    """There are this many token ids."""
+    """The vocabulary has this many tokens."""
     layers: dict[str, Any] | tuple[Any, ...]
     """The specs of the layers are tiled over the depth: block n runs layers[n % len(layers)]. Or
     they are given by name, for pattern."""
@@ -45,7 +45,8 @@ class ModelConfig(Config):
     """The SwiGLU after every layer has this hidden width, as a multiple of dim; 0 leaves it
     out."""
     tie: bool = False
-    """The output head shares the embedding's weight, and then the embedding starts small."""
+    """If true, the output head shares the embedding's weight, and then the embedding starts
+    small."""
     persistent: int = 0
     """So many learned tokens stand in front of every sequence and document. Their outputs are
     dropped."""

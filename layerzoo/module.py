@@ -38,7 +38,7 @@ class TaskModule(Configured, LightningModule):
 
     class Config(Config):
         lr: float = 3e-3
-        """The learning rate of AdamW rises to this value."""
+        """AdamW's learning rate rises to this value in the warmup."""
         weight_decay: float = 0.1
         """AdamW decays the weights of linear maps, and no others, by lr times this factor."""
         betas: tuple[float, float] = (0.9, 0.95)

@@ -33,8 +33,8 @@ class Shell(RotaryConfig):
     """q and k are normalised per head. l2 gives them unit length, rms has a learned weight per
     channel, and none leaves them as they are."""
     key_bias: bool = False
-    """A learned vector is added to each key before its norm, so that keys which point in nearly
-    the same direction can be told apart."""
+    """If true, a learned vector is added to each key before its norm, so that keys which point in
+    nearly the same direction can be told apart."""
     out_norm: Literal["rms", "none"]
     """rms normalises what each head reads; none does not."""
     out_gate: Literal["none", "silu", "sigmoid"] = "none"

@@ -186,8 +186,8 @@ class Linear(MatrixMemory, name="linear"):
         the channels; or taylor, 1 + s q k + (s q k)^2 / 2 with s the shell's scale of q k (Based,
         arXiv 2402.18668): F = 1 + K + K (K + 1) / 2."""
         normaliser: bool = False
-        """The read-out is divided by phi(q) z, held at 1e-6 or more. It needs a positive feature
-        map."""
+        """If true, the read-out is divided by phi(q) z, held at 1e-6 or more. It needs a positive
+        feature map."""
 
         def check(self) -> None:
             super().check()

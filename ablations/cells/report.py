@@ -33,7 +33,7 @@ class ScalingLaw(Config):
     by: tuple[str, ...] = ()
     """Each option of these axes has a law of its own."""
     rises: bool = False
-    """The figure grows with the size."""
+    """If true, the figure grows with the size."""
 
     def check(self) -> None:
         if len(self.x) not in (1, 2):

@@ -49,7 +49,7 @@ class Fields(Config):
     minutes: float | None = None
     """A run takes this long on 2 CPU cores, measured or planned. Grids with claims have it."""
     sizes: dict[str, Any] | None = None
-    """Each size has a name, and the fields that it changes (see `Source`)."""
+    """Each size has a name, and the fields that it changes."""
     size: str | None = None
     """This size is run, if the command names none."""
 

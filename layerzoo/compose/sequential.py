@@ -20,7 +20,7 @@ class Sequential(Composition, name="sequential"):
 
     class Config(ChildrenConfig):
         residual: bool = False
-        """Each child reads x plus what the children before it have added."""
+        """If true, each child reads x plus what the children before it have added."""
 
     source = "Titans, Behrouz et al. 2025, arXiv 2501.00663, MAL"
     cases = (

@@ -56,8 +56,8 @@ class Task(Configured, LightningDataModule):
         """The model is tested at each of these lengths, `64,128` or a list, and not at the
         task's own length."""
         shuffled: bool = False
-        """This control puts another sample's context before the question and answer of this one.
-        What is still answered above chance then leaks from somewhere."""
+        """If true, another sample's context stands before the question and answer of this one.
+        It is a control: what is still answered above chance leaks from somewhere."""
         num_workers: int = 0
         """This many processes make batches; with 0 the training process makes them."""
 

@@ -47,8 +47,8 @@ class Text(Task):
         length: int = 256
         """A sample has T tokens."""
         documents: bool = False
-        """The files in a window do not see each other, and the first token of a file is not
-        scored. The batch then has `documents`."""
+        """If true, the files in a window do not see each other, and the first token of a file is
+        not scored. The batch then has `documents`."""
 
         def check(self) -> None:
             super().check()

@@ -72,7 +72,7 @@ class Distil(TaskModule):
         """So many tokens are read at a time; null is all. The state goes on without gradient, so
         that memory is bounded, and no gradient reaches back beyond a piece."""
         checkpoint: bool = False
-        """The model keeps less for the backward pass and computes it again."""
+        """If true, the model keeps less for the backward pass and computes it again."""
         seed: int = 0
         """The steps draw their windows, sinks and mini-batches from this seed."""
         lr: float = 1e-3

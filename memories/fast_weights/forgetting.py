@@ -52,7 +52,7 @@ class Mapped(Forgetting):
     """Rules by a map, which may have a decay as well."""
 
     decay: bool = False
-    """The weights also decay."""
+    """If true, the weights also decay."""
 
     @property
     def has_decay(self) -> bool:

@@ -74,10 +74,10 @@ class FastWeights(Memory, name="fast_weights"):
         """The last matrix starts with this scale. In a converted model, where little is trained, a
         small scale lets what is written outweigh the noise that an untrained network reads."""
         lr_per_matrix: bool = False
-        """Every matrix has a rate of its own."""
+        """If true, every matrix has a rate of its own."""
         row: bool = False
-        """Token i of a mini-batch reads its writes times max(0, 1 / i + learned). It needs
-        `update: token`."""
+        """If true, token i of a mini-batch reads its writes times max(0, 1 / i + learned). It
+        needs `update: token`."""
         lr_bias: float = 0.0
         """b of the learning rate's gate starts at this value. 0 is half of the highest rate."""
         momentum_bias: float = 0.0

@@ -33,12 +33,12 @@ class Network(Option):
     """Fields of all networks, M(x) = [x +] [LayerNorm] f(x)."""
 
     bias: bool = False
-    """Every matrix has a bias, as a last row that meets a constant 1."""
+    """If true, every matrix has a bias, as a last row that meets a constant 1."""
     residual: bool = False
-    """x is added. It needs K = V."""
+    """If true, x is added. It needs K = V."""
     layer_norm: bool = False
-    """The output is normalised, with a weight and a bias per head that are learned outside and not
-    by the writes; epsilon is 1e-6."""
+    """If true, the output is normalised, with a weight and a bias per head that are learned
+    outside and not by the writes; epsilon is 1e-6."""
 
     first: ClassVar[tuple[int, ...]] = (0,)
     """The matrices that x itself meets."""

@@ -38,7 +38,7 @@ class Muon(Optimiser, name="muon"):
     """
 
     momentum: bool = False
-    """The step is made of S = momentum S - lr g, and S itself is kept."""
+    """If true, the step is made of S = momentum S - lr g, and S itself is kept."""
     eps: float = 1e-7
     """This is added to the Frobenius norm by which a step is divided first."""
 
