@@ -37,8 +37,9 @@ class Configured(metaclass=_Called):
     `inspect.signature` shows the fields, and so do the command line and an editor.
 
     Raises:
-        TypeError: at the class statement, a constructor that takes anything but a config.
-        SpecError: an unknown field, or a value that the config refuses.
+        SpecError: at the class statement, a constructor that takes anything but a config; then an
+            unknown field, or a value that the config refuses.
+        TypeError: an argument by place that is no config of the class.
     """
 
     Config: ClassVar[Any]  # a subclass of layerzoo.spec.Config
@@ -50,9 +51,9 @@ class Configured(metaclass=_Called):
         super().__init_subclass__(**kwargs)
         own = vars(cls).get("__init__")
         if own is not None and len(inspect.signature(own).parameters) != 2:
-            raise TypeError(
-                f"{cls.__qualname__}.__init__ takes options; declare them as fields of a nested "
-                f"Config, and let it take a config alone"
+            raise SpecError(
+                f"{cls.__module__}.{cls.__qualname__}: its constructor takes options; declare "
+                f"them as fields of a nested Config, and let it take a config alone"
             )
         build: Any = cls.__init__
         cls.__init__ = _constructor(cls, build)

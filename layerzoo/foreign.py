@@ -94,7 +94,8 @@ def plain_union(message: str) -> str:
         return ours[1]
     wanted = re.findall(r"- Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.(.+))", message)
     value = re.findall(r"Given value: (.*)", message)
-    names = [*dict.fromkeys(name or literal for name, literal in wanted)]
-    if names == ["NoneType"]:  # what the types that matter say is not of this form
+    words = {"Sequence": "a list", "NoneType": "null"}
+    names = [*dict.fromkeys(words.get(name, name) or literal for name, literal in wanted)]
+    if names == ["null"]:  # what the types that matter say is not of this form
         return next(iter(re.findall(r"- (?!Expected a <class 'NoneType'>)(.+)", message)), message)
-    return f"Expected {' or '.join(names)}, got {' '.join(value)}"
+    return f"expected {' or '.join(names)}, got {' '.join(value)}"

@@ -26,6 +26,14 @@ SHARES = {f"limit_{split}_batches": 0 for split in ("train", "val", "test", "pre
 SHARES |= {"overfit_batches": 0, "val_check_interval": 1}
 """Options that are a number of batches, with the least one; a float is a share of all batches."""
 
+WANTED = {
+    r"Expected a <class '[\w.]*\bSequence'>": "expected a list",
+    r"Expected a <class '(\w+)'>": r"expected \1",
+    r"Expected a tuple with (\d+) elements": r"expected a list of \1",
+    r"\. Got value: ": ", got ",
+}
+"""What jsonargparse says of a value of another type, and what we say."""
+
 
 class Parser(OneLine, LightningArgumentParser):
     """Reports an error as a SpecError of one line, and takes the help of an option from the
@@ -91,7 +99,8 @@ class Parser(OneLine, LightningArgumentParser):
             way = f"one of {choices[1]}, got '{choices[2]}'; {suggest(choices[2], known)}"
             raise SpecError(f"{place}expected {way}") from None
         text = re.sub(r'^Parser key "[^"]+":', "", message.strip()).strip().splitlines()[0]
-        text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
+        for wanted, words in WANTED.items():
+            text = re.sub(wanted, words, text)
         raise SpecError(f"{place}{text}") from None
 
 

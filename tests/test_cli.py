@@ -88,7 +88,7 @@ def test_list_name_shows_equation_and_fields(
         ),
         (
             ["fit", "--config", "mqar", "--model.network.layers", "linear"],
-            "model.network.layers: Expected dict or tuple, got linear",
+            "model.network.layers: expected dict or tuple, got linear",
         ),
         (
             ["fit", "--config", "mqar", "--model.network.overrides", "{-1: {childre: []}}"],

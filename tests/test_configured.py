@@ -118,7 +118,7 @@ def test_what_is_no_config_is_refused() -> None:
 
 
 def test_a_constructor_takes_a_config_alone() -> None:
-    with pytest.raises(TypeError, match=r"Even\.__init__ takes options; declare them as fields"):
+    with pytest.raises(SpecError, match=r"Even: its constructor takes options; declare them as"):
 
         class Even(Task):
             def __init__(self, vocab_size: int = 16, **options: Any) -> None:

@@ -63,7 +63,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--trainer.profiler", "none"], "trainer: When passing string value for the `profiler`"),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: must be"),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: must be at least 0"),
-        (["--trainer.precision", "3"], "trainer.precision: Expected"),
+        (["--trainer.precision", "3"], "trainer.precision: expected"),
         (["--trainer.logger", "WandbLogger"], "needs the package wandb: pip install wandb"),
         (["--trainer.logger", "none"], "trainer.logger: no class 'none'; give an import path"),
         (["--trainer.callbacks+=no.Such"], "trainer.callbacks: no.Such: No module named 'no'"),

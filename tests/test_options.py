@@ -142,6 +142,9 @@ CHOICES = (
         "--data.filler rndom",
         "data: filler: expected one of 'zero', 'random', got 'rndom'; did ",
     ),
+    ("--data.pairs x", "data: pairs: expected int or a list, got x"),
+    ("--data.keys [1,2,3]", "data: keys: expected a list of 2"),
+    ("--model.betas [0.9]", "model.betas: expected a list of 2, got [0.9]"),
     (
         "--trainer.precison 16",
         "trainer.precison: no such option; did you mean 'trainer.precis",
