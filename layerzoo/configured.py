@@ -50,7 +50,7 @@ class Configured(metaclass=_Called):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls).get("__init__")
-        if own is not None and len(inspect.signature(own).parameters) != 2:
+        if own is not None and not _takes_a_config(own):
             raise SpecError(
                 f"{cls.__module__}.{cls.__qualname__}: its constructor takes options; declare "
                 f"them as fields of a nested Config, and let it take a config alone"
@@ -62,6 +62,13 @@ class Configured(metaclass=_Called):
     def located(cls, error: SpecError) -> str:
         """An error in the options, behind the place where a user writes them."""
         return f"{cls.__name__}: {error}"
+
+
+def _takes_a_config(constructor: Any) -> bool:
+    """Whether it takes itself and one argument by place."""
+    kinds = [parameter.kind for parameter in inspect.signature(constructor).parameters.values()]
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return len(kinds) == 2 and all(kind in by_place for kind in kinds)
 
 
 def _constructor(cls: type[Configured], build: Callable[[Any, Any], None]) -> Any:

@@ -38,9 +38,9 @@ class LitModel(TaskModule):
         """If true, the layers compile their inner loops, which does not change the function. It
         needs a C++ compiler."""
         init: str | None = None
-        """A new run starts from the weights of this checkpoint, or of the newest one in this
-        run's folder. Its network must have the same config. A run that is resumed has its own
-        weights, and does not read these again."""
+        """A new run starts from the weights at this path: of a checkpoint, or of a run's folder,
+        whose newest checkpoint is taken. Its network must have the same config. A run that is
+        resumed has its own weights, and does not read these again."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -46,8 +46,8 @@ class TaskModule(Configured, LightningModule):
         warmup: float = 0.05
         """The learning rate rises linearly over this share of the steps."""
         schedule: Literal["cosine", "constant"] = "cosine"
-        """After the warmup the learning rate falls to zero at the last step, as a cosine, or
-        stays constant."""
+        """After the warmup the learning rate falls along a cosine, which would reach zero one step
+        after the last, or it stays constant."""
 
         def check(self) -> None:
             super().check()

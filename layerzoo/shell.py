@@ -24,7 +24,7 @@ class Shell(RotaryConfig):
     """Fields that every layer with heads has, memory or attention."""
 
     heads: int = 4
-    """H heads read."""
+    """The layer has this many heads, H."""
     key_dim: int | None = None
     """A query and a key have K channels per head; null means dim / heads."""
     value_dim: int | None = None

@@ -255,13 +255,17 @@ def main(argv: Sequence[str]) -> int:
 def _say_what_is_replaced(trees: Sequence[Any], args: Sequence[str]) -> None:
     """Say which options of a config's task are dropped, and which are kept, where a later config
     or the command line names another task."""
-    options = dict(pairwise(args)) | dict(arg.split("=", 1) for arg in args if "=" in arg)
-    named = [tree["data"] for tree in trees if isinstance(tree.get("data"), Mapping)]
-    paths = (options.get(name) for name in ("--data", "--data.class_path"))
-    named += [{"class_path": path} for path in paths if path is not None]
+    options = [*pairwise(args), *(arg.split("=", 1) for arg in args if "=" in arg)]
+    configs, named = iter(trees), []
+    for name, value in options:
+        if name in ("-c", "--config"):
+            data = next(configs).get("data")
+            named += [data] if isinstance(data, Mapping) else []
+        elif name in ("--data", "--data.class_path"):
+            named.append({"class_path": value})
     for written, later in pairwise(named):
         if found := replaced(written, later.get("class_path")):
-            given = {name.rpartition(".")[2] for name in options if name.startswith("--data.")}
+            given = {name.rpartition(".")[2] for name, _ in options if name.startswith("--data.")}
             kept = {name: value for name, value in found.kept.items() if name not in given}
             print(f"layerzoo: data: {found._replace(kept=kept)}", file=sys.stderr)
 

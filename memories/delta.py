@@ -206,9 +206,9 @@ class Delta(MatrixMemory, name="delta"):
         qk_norm: Literal["l2"] = "l2"
         """q and k have unit length (l2), because the rule is stable for beta_t |k_t|^2 <= 2."""
         beta_max: Literal[1, 2] = 1
-        """This is the largest writing strength, in beta_t = beta_max sigmoid(x_t w). Above 1 I -
-        beta_t k^T k has a negative eigenvalue: a state can flip its sign, and parity can be
-        learned (arXiv 2411.12537)."""
+        """This is the largest writing strength, in beta_t = beta_max sigmoid(x_t w). Where beta_t
+        exceeds 1, I - beta_t k^T k has a negative eigenvalue: a state can flip its sign, and
+        parity can be learned (arXiv 2411.12537)."""
         beta_bias: float | None = None
         """b in beta_t = beta_max sigmoid(x_t w + b) starts at this value. null means no b, so that
         beta_t starts at half of beta_max."""

@@ -124,6 +124,12 @@ def test_a_constructor_takes_a_config_alone() -> None:
             def __init__(self, vocab_size: int = 16, **options: Any) -> None:
                 super().__init__(**options)
 
+    with pytest.raises(SpecError, match=r"Odd: its constructor takes options; declare them as"):
+
+        class Odd(Task):
+            def __init__(self, **options: Any) -> None:
+                super().__init__(**options)
+
 
 def test_a_module_may_save_more_hyperparameters() -> None:
     class Noted(TaskModule):

@@ -265,3 +265,12 @@ def test_a_grid_says_what_a_field_means(tmp_path: Path, line: str, told: str) ->
     with pytest.raises(SpecError) as error:
         load_grid(str(file))
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_last_task_counts_wherever_it_is_named(
+    built_no_further: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--data", "Needle", "--config", "mqar"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["fit", "--config", "needle", "--data", "Copying", "--config", "mqar"]) == 0
+    assert "data: Copying takes the place of Needle; it drops" in capsys.readouterr().err

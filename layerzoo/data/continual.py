@@ -53,7 +53,8 @@ class Continual(Task):
         """One task follows another (phases), the tasks take turns, an update each (interleaved),
         or the same updates are shuffled (joint)."""
         only: int | None = None
-        """The model is trained on the task of this number alone, for `updates` steps."""
+        """The model is trained on the task of this number, counted from 1, alone, for `updates`
+        steps."""
 
         def check(self) -> None:
             super().check()

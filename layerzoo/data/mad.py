@@ -95,7 +95,7 @@ class Memorization(Task):
         vocab_size: int = 256
         """V counts the insert token, too."""
         length: int = 32
-        """T is even."""
+        """A sample has T tokens, an even number."""
         batch_size: int = 128
         train_samples: int = 256
         test_samples: int = 1_280

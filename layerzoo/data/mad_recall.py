@@ -45,7 +45,7 @@ class InContextRecall(MadTask):
         vocab_size: int = 16
         """The first half of the V tokens are keys, and the second half values."""
         length: int = 128
-        """T is even."""
+        """A sample has T tokens, an even number."""
 
         @property
         def free(self) -> int:
@@ -182,7 +182,8 @@ class NoisyRecall(InContextRecall):
         noise_tokens: int = 16
         """The last tokens of the vocabulary, as many as this, are noise."""
         noise: float = 0.2
-        """This share of the pairs is noise."""
+        """A pair is noise with this probability, except the last one and the one that it
+        repeats."""
 
         @property
         def free(self) -> int:

@@ -40,19 +40,20 @@ class MQAR(RecallTask):
         vocab_size: int = 8192
         """V is even. The lower half of the tokens are keys, and the upper half values."""
         length: int = 64
-        """T is even."""
+        """A sample has T tokens, an even number."""
         pairs: int | Sequence[int] = 4
-        """D is at most T / 4. Samples take the numbers of a list in turn, and then
-        `capacity/d90` is the largest that is still answered."""
+        """A sample has D pairs, at most T / 4. Samples take the numbers of a list in turn, and
+        `capacity/d90` is then the largest D up to which accuracy is at least 90%."""
         alpha: float = 0.01
         """The smaller alpha is, the nearer to the pairs the queries stand."""
         filler: Literal["zero", "random"] = "zero"
-        """This token stands between the queries: 0, or a random one of the vocabulary."""
+        """The positions between the queries hold token 0 (zero), or random tokens of the
+        vocabulary (random)."""
         keys: tuple[int, int] | None = None
         """Only keys from the first to the last of these are used; null uses all. Tasks can so
         have keys of their own."""
         setting: str | None = None
-        """A published setting replaces length and pairs."""
+        """This published setting sets length and pairs, which are left out then."""
 
         settings: ClassVar = {
             **{

@@ -71,8 +71,8 @@ class Needle(RecallTask):
         keys: int = 32
         """Keys are drawn from this many."""
         setting: str | None = None
-        """A published setting replaces needles, queries, values, digits, repeats and filler
-        (key-value leaves digits open)."""
+        """This published setting sets needles, queries, values, digits, repeats and filler, which
+        are left out then (key-value leaves digits open)."""
 
         settings: ClassVar = {
             name: {"needles": 1, "queries": 1, "values": 1, "repeats": 0, **options}

@@ -36,7 +36,7 @@ class Overwrite(RecallTask):
         vocab_size: int = 8192
         """V is even. The lower half of the tokens are keys, and the upper half values."""
         length: int = 128
-        """T is even."""
+        """A sample has T tokens, an even number."""
         keys: int = 8
         """A sample has D keys."""
         writes: Sequence[int] = (1, 2, 4)

@@ -189,7 +189,7 @@ class CommonWords(_Words):
         others: int = 2
         """Each other word stands there this often."""
         setting: str | None = None
-        """A published setting replaces answers, times and others."""
+        """This published setting sets answers, times and others, which are left out then."""
 
         settings: ClassVar = {"ruler": {"answers": 10, "times": 30, "others": 3}}
 

@@ -35,7 +35,8 @@ class Rule(Config):
     optimiser: Any = "sgd"
     """The optimiser is sgd, momentum, or muon (which takes momentum and eps)."""
     forgetting: Any = "none"
-    """The weights forget by none, decay, norm, lq or kl. The last three take decay, too."""
+    """The weights forget by none, decay, norm, lq or kl. The last three take decay, too; norm also
+    takes eps, and lq takes q."""
     place: Literal["end", "start", "view"] = "end"
     """norm, lq and kl act at the end of the mini-batch (after the write), at its start (reads see
     the raw weights, gradients and writes the mapped ones), or as a view (a master copy is
