@@ -55,6 +55,12 @@ class Configured(metaclass=_Called):
                 f"{cls.__module__}.{cls.__qualname__}: its constructor takes options; declare "
                 f"them as fields of a nested Config, and let it take a config alone"
             )
+        for base in cls.__mro__:
+            if (wanted := vars(base).get("Config")) and not issubclass(cls.Config, wanted):
+                raise SpecError(
+                    f"{cls.__module__}.{cls.__qualname__}: its Config must extend "
+                    f"{base.__qualname__}.Config"
+                )
         build: Any = cls.__init__
         cls.__init__ = _constructor(cls, build)
 

@@ -139,3 +139,16 @@ def test_a_module_may_save_more_hyperparameters() -> None:
 
     saved = Noted(lr=0.1).hparams
     assert saved == {**TaskModule.Config(lr=0.1).to_fields(), "note": "mine"}
+
+
+def test_a_config_extends_those_of_all_bases() -> None:
+    with pytest.raises(SpecError, match=r"Bare: its Config must extend Task\.Config"):
+
+        class Bare(Task):
+            class Config:
+                length = 3
+
+    with pytest.raises(SpecError, match=r"Both: its Config must extend MQAR\.Config"):
+
+        class Both(Plain, MQAR):
+            pass

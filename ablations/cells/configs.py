@@ -43,7 +43,7 @@ def resolve(config: Tree) -> Tree:
     for name in config:
         if name not in SECTIONS:
             raise SpecError(f"{name}: no such section; {suggest(name, SECTIONS)}")
-    for section, options in known_options().items():
+    for section, options in _parser()[1].items():
         found = config.get(section, {})
         if not isinstance(found, dict):
             raise SpecError(f"{section}: expected a mapping of options, got {found}")
@@ -142,11 +142,6 @@ def _parser() -> tuple[Parser, dict[str, list[str]]]:
         section: [name.removeprefix(f"{section}.") for name in added]
         for section, added in names.items()
     }
-
-
-def known_options() -> dict[str, list[str]]:
-    """The names of the trainer's and the module's options, by section."""
-    return _parser()[1]
 
 
 def task(config: Tree) -> Task:

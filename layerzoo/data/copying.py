@@ -58,7 +58,7 @@ class Copying(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.vocab_size, self.length = config.alphabet + 1, config.length
+        self.vocab_size = config.alphabet + 1
 
     @property
     def chance(self) -> float:
@@ -113,10 +113,6 @@ class Induction(RecallTask):
             require(self.length >= 4, f"length: must be at least 4, got {self.length}")
 
     cases: ClassVar = ({"vocab_size": 9, "length": 24},)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.vocab_size, self.length = config.vocab_size, config.length
 
     @property
     def chance(self) -> float:

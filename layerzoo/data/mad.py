@@ -49,7 +49,6 @@ class SelectiveCopying(MadTask):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.vocab_size, self.length = config.vocab_size, config.length
         self.copies = config.copies
 
     @property
@@ -113,7 +112,6 @@ class Memorization(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.vocab_size, self.length = config.vocab_size, config.length
         self.keys = (self.vocab_size - 1) // 2
         self.values = self.vocab_size - 1 - self.keys
 

@@ -44,10 +44,6 @@ class Compression(MadTask):
 
     cases = ({"vocab_size": 5, "length": 16},)
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.vocab_size, self.length = config.vocab_size, config.length
-
     @property
     def chance(self) -> float:
         """The accuracy of guessing a token."""

@@ -71,7 +71,6 @@ class InContextRecall(MadTask):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.vocab_size, self.length = config.vocab_size, config.length
         self.keys, self.values = config.free // 2, config.free - config.free // 2
 
     @property

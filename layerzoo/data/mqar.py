@@ -101,7 +101,7 @@ class MQAR(RecallTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         config = self.config
-        self.vocab_size, self.length, self.sizes = config.vocab_size, config.length, config.sizes
+        self.sizes = config.sizes
         free = {D: self.length // 2 - D for D in self.sizes}
         self.weights = {D: slot_weights(slots, config.alpha) for D, slots in free.items()}
 

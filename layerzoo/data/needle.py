@@ -169,7 +169,7 @@ class Needle(RecallTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         config = self.config
-        self.vocab_size, self.length, self.words = config.vocab_size, config.length, config.words
+        self.words = config.words
         self.needles, self.queries, self.values = config.hidden, config.queries, config.values
         self.digits, self.repeats, self.size = config.digits, config.repeats, config.size
         self.context, self.depth = config.context, config.depths

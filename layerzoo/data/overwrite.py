@@ -79,7 +79,6 @@ class Overwrite(RecallTask):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.vocab_size, self.length = config.vocab_size, config.length
         self.times = np.array(config.times)
         self.weights = slot_weights(self.length // 2 - sum(config.times), config.alpha)
 

@@ -108,7 +108,7 @@ class StateTracking(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.group, self.length = config.group, config.length
+        self.group = config.group
         self.vocab_size, self.drawn = len(elements(self.group)), np.array(config.drawn)
 
     @property

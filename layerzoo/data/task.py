@@ -36,8 +36,8 @@ class Task(Configured, LightningDataModule):
     `IGNORE` elsewhere. An annotation says something of each position, `[B, T, ...]`, or of the
     whole row, `[B, 1, ...]`; the metrics get them at the labelled positions.
 
-    A subclass extends `Config` by its own options, sets `vocab_size` and `length` in its
-    constructor, and defines `sample`, `metrics`, `chance` and `solve`.
+    A subclass extends `Config` by its own options, and defines `sample`, `metrics`, `chance` and
+    `solve`. `vocab_size` and `length` are its fields of these names, or its constructor sets them.
     """
 
     class Config(BaseConfig):
@@ -118,6 +118,9 @@ class Task(Configured, LightningDataModule):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config = config.chosen()
+        for name in ("vocab_size", "length"):
+            if hasattr(config, name):
+                setattr(self, name, getattr(config, name))
         self.batch_size, self.seed, self.shuffled = config.batch_size, config.seed, config.shuffled
         self.samples = {split: getattr(config, f"{split}_samples") for split in SPLITS}
         lengths = config.lengths or ()

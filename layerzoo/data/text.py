@@ -63,7 +63,7 @@ class Text(Task):
         with at(f"data: {type(self).__name__}: tokenizer"):
             name = config.tokenizer
             self.tokenizer = None if name is None else Tokenizer(name)
-        self.length, self.documents = config.length, config.documents
+        self.documents = config.documents
         self.vocab_size = 256 if self.tokenizer is None else self.tokenizer.vocab_size
         self._corpus: dict[str, Corpus] = {}
         self._documents: Documents = {}  # that are read, and not encoded yet

@@ -85,7 +85,6 @@ class VariableTracking(RecallTask):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.vocab_size, self.length = config.vocab_size, config.length
         self.names, self.values, self.words = config.names, config.values, config.words
         self.chains, self.links = config.chains, config.links
         self.context = self.length - 1 - self.links

@@ -56,7 +56,6 @@ class _Words(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         config = self.config
-        self.vocab_size, self.length = config.vocab_size, config.length
         self.answers, self.words, self.context = config.answers, config.words, config.context
 
     @property
