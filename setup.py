@@ -1,4 +1,4 @@
-"""Map the top-level folders into the package: memories/linear.py is layerzoo.memories.linear."""
+"""Map the top-level folders into the package: memories/mesa is layerzoo.memories.mesa."""
 
 from setuptools import find_packages, setup
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerzoo.arguments import Parser
 from layerzoo.spec import SpecError
+from layerzoo.support.arguments import Parser
 
-from .cells.grid import shipped_grids
+from .cells.source import shipped_grids
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from layerzoo.json_files import floats
 from layerzoo.spec import SpecError
+from layerzoo.support.json_files import floats
 
 from .cells.cell import Cell
 from .cells.grid import Grid, load_grid

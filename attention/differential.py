@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from layerzoo.attend import CACHE, append, attend_causal, empty_cache
 from layerzoo.checked import Signature
 from layerzoo.forms import tensor
 from layerzoo.layer import State, StateBytes
@@ -15,7 +16,7 @@ from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
-from .heads import CACHE, Attention, append, attend_causal, empty_cache
+from .common import Attention
 
 if TYPE_CHECKING:
     from jaxtyping import Float

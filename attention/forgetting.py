@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from layerzoo.attend import CACHE, append, attend_one, empty_cache
 from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.forms import tensor
 from layerzoo.layer import Reach, Reduction, State, StateBytes
@@ -18,7 +19,7 @@ from layerzoo.ops import Op, accumulator_dtype, once_differentiable
 from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
-from .heads import CACHE, Attention, append, attend_one, empty_cache
+from .common import Attention
 from .sliding import check_window, covering, ramp
 
 if TYPE_CHECKING:

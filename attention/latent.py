@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from layerzoo.attend import CACHE, append, attend_causal, attend_one, empty_cache
 from layerzoo.checked import Signature
 from layerzoo.forms import tensor
 from layerzoo.layer import State, StateBytes
@@ -16,7 +17,7 @@ from layerzoo.ops import Op
 from layerzoo.shell import QKV, next_position
 from layerzoo.spec import SpecError
 
-from .heads import CACHE, Attention, append, attend_causal, attend_one, empty_cache
+from .common import Attention
 
 if TYPE_CHECKING:
     from jaxtyping import Float

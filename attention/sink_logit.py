@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerzoo.attend import attend_causal
 from layerzoo.ops import accumulator_dtype
-
-from .heads import attend_causal
 
 PARTS = 3
 """Channels that hold a logit. Each has 8 of its 24 bits, since bfloat16 has no more."""

@@ -9,20 +9,20 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from layerzoo.checked import Signature
-from layerzoo.layer import Reach, Reduction, State, StateBytes
-from layerzoo.ops import Op, transforming
-from layerzoo.spec import SpecError
-
-from .heads import (
+from layerzoo.attend import (
     CACHE,
-    Attention,
     append,
     attend_causal,
     attend_one,
     dot_product_attention,
     empty_cache,
 )
+from layerzoo.checked import Signature
+from layerzoo.layer import Reach, Reduction, State, StateBytes
+from layerzoo.ops import Op, transforming
+from layerzoo.spec import SpecError
+
+from .common import Attention
 from .sink_logit import attend_causal_with_sink, remove_sink, sink_parameter, with_sink
 
 if TYPE_CHECKING:

@@ -8,18 +8,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from layerzoo.attend import CACHE, append, attend_causal, attend_one, empty_cache
 from layerzoo.checked import Signature
 from layerzoo.layer import Reduction, State, StateBytes
 from layerzoo.ops import Op
 
-from .heads import (
-    CACHE,
-    Attention,
-    append,
-    attend_causal,
-    attend_one,
-    empty_cache,
-)
+from .common import Attention
 from .sink_logit import attend_causal_with_sink, remove_sink, sink_parameter, with_sink
 
 if TYPE_CHECKING:

@@ -9,66 +9,46 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from layerzoo import foreign
 from layerzoo.spec import Diverged, SpecError, suggest
+from layerzoo.support import foreign
 
-
-def list_command(argv: Sequence[str]) -> int:
-    from layerzoo import list_command
-
-    return list_command.main(argv)
-
-
-def generate_command(argv: Sequence[str]) -> int:
-    from layerzoo import generate_command
-
-    return generate_command.main(argv)
-
-
-def train_command(argv: Sequence[str]) -> int:
-    from layerzoo import training
-
-    return training.main(argv)
-
-
-def ablate_command(argv: Sequence[str]) -> int:
-    return importlib.import_module("layerzoo.ablations.command").main(argv)
-
-
-def describe_command(argv: Sequence[str]) -> int:
-    return importlib.import_module("layerzoo.describe.command").main(argv)
-
-
-def convert_command(argv: Sequence[str]) -> int:
-    return importlib.import_module("layerzoo.hf.convert_command").main(argv)
-
-
-def evaluate_command(argv: Sequence[str]) -> int:
-    return importlib.import_module("layerzoo.hf.evaluate").main(argv)
-
-
-def bench_command(argv: Sequence[str]) -> int:
-    return importlib.import_module("layerzoo.bench.command").main(argv)
-
-
-def check_command(argv: Sequence[str]) -> int:
-    return importlib.import_module("layerzoo.testing.command").main(argv)
-
-
+TRAIN = "layerzoo.train.command"
 COMMANDS = {
-    "fit": (train_command, "train a model from a config"),
-    "validate": (train_command, "evaluate a checkpoint on the validation split"),
-    "test": (train_command, "evaluate a checkpoint on the test split"),
-    "predict": (train_command, "save a checkpoint's predictions on the test split"),
-    "list": (list_command, "list the layers, or --tasks; `list NAME` shows all of one"),
-    "check": (check_command, "check the laws of a layer or a task, or of those in a file"),
-    "describe": (describe_command, "count a model's parameters, FLOPs and state at any length"),
-    "generate": (generate_command, "continue a prompt, or a state, with a checkpoint"),
-    "convert": (convert_command, "put a memory beside the attention of a pretrained model"),
-    "evaluate": (evaluate_command, "compare a converted model with its source and controls"),
-    "ablate": (ablate_command, "run a grid of training runs and compare them"),
-    "bench": (bench_command, "time ops or layers, in pairs with other libraries"),
+    "fit": (TRAIN, "train a model from a config"),
+    "validate": (TRAIN, "evaluate a checkpoint on the validation split"),
+    "test": (TRAIN, "evaluate a checkpoint on the test split"),
+    "predict": (TRAIN, "save a checkpoint's predictions on the test split"),
+    "list": (
+        "layerzoo.tools.list",
+        "list the layers, or --tasks; `list NAME` shows all of one",
+    ),
+    "check": (
+        "layerzoo.tools.check",
+        "check the laws of a layer or a task, or of those in a file",
+    ),
+    "describe": (
+        "layerzoo.tools.describe.command",
+        "count a model's parameters, FLOPs and state at any length",
+    ),
+    "generate": (
+        "layerzoo.tools.generate",
+        "continue a prompt, or a state, with a checkpoint",
+    ),
+    "convert": (
+        "layerzoo.tools.convert",
+        "put a memory beside the attention of a pretrained model",
+    ),
+    "evaluate": (
+        "layerzoo.tools.evaluate.command",
+        "compare a converted model with its source and controls",
+    ),
+    "ablate": ("layerzoo.ablations.command", "run a grid of training runs and compare them"),
+    "bench": (
+        "layerzoo.tools.bench.command",
+        "time ops or layers, in pairs with other libraries",
+    ),
 }
+"""The module of each command, whose `main` takes the arguments, and what the command does."""
 
 
 def _run(args: Sequence[str]) -> int:
@@ -79,8 +59,9 @@ def _run(args: Sequence[str]) -> int:
         return 0
     if args[0] not in COMMANDS:
         raise SpecError(f"unknown command '{args[0]}'; {suggest(args[0], COMMANDS)}")
-    command = COMMANDS[args[0]][0]
-    return command(args if command is train_command else args[1:])
+    module, _ = COMMANDS[args[0]]
+    main = importlib.import_module(module).main
+    return main(args if module == TRAIN else args[1:])
 
 
 TRACEBACK = "LAYERZOO_TRACEBACK"

@@ -27,7 +27,7 @@ State = Any
 _REGISTRY: dict[str, type[Layer]] = {}
 _discovered = False
 
-DISCOVER = ("layerzoo.memories", "layerzoo.attention")
+DISCOVER = ("layerzoo.model.compose", "layerzoo.memories", "layerzoo.attention")
 ENTRY_POINTS = "layerzoo.layers"
 
 
@@ -238,11 +238,10 @@ def check_state(owner: nn.Module, found: Match, state: State, start: Callable[[]
 
 
 def discover() -> None:
-    """Import every module that may hold a layer: memories/, attention/, compose, entry points."""
+    """Import every module that may hold a layer: of this package, and of the entry points."""
     global _discovered
     if _discovered:
         return
-    importlib.import_module("layerzoo.compose")
     for package in DISCOVER:
         module = importlib.import_module(package)
         for info in pkgutil.walk_packages(module.__path__, package + "."):

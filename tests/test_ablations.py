@@ -29,7 +29,7 @@ from layerzoo.ablations.reporting.statistics import mean_interval, window_bound
 from layerzoo.ablations.reporting.verdicts import judge
 from layerzoo.ablations.run import How, run
 from layerzoo.ablations.running.folder import METRICS, RECORD, prepare
-from layerzoo.training import main as train
+from layerzoo.train.command import main as train
 
 from .here import Here, quick
 

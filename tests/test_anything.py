@@ -27,9 +27,9 @@ from lightning import Trainer
 from layerzoo import SpecError, build, get_layer, list_layers
 from layerzoo.ablations.cells.grid import shipped_grids
 from layerzoo.cli import main
-from layerzoo.config_files import named_configs
-from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
+from layerzoo.support.yaml_files import named_configs
+from layerzoo.train.lit import LitModel
 
 pytestmark = pytest.mark.filterwarnings("default")
 SECONDS = 60
@@ -169,8 +169,10 @@ def commands(draw: Any) -> list[str]:
 def test_commands(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("file").write_text("a: b\n")
     Path("folder").mkdir()
-    monkeypatch.setattr("layerzoo.bench.command.run", lambda *args: None)  # it takes its time
-    monkeypatch.setattr("layerzoo.bench.stream.in_a_process", lambda *args: [])
+    monkeypatch.setattr(
+        "layerzoo.tools.bench.command.run", lambda *args: None
+    )  # it takes its time
+    monkeypatch.setattr("layerzoo.tools.bench.stream.in_a_process", lambda *args: [])
 
     def check(argv: list[str]) -> None:
         answers(*argv)

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo import build, get_layer, list_layers
-from layerzoo.attention.heads import Attention
-from layerzoo.bench import calls, measure
-from layerzoo.bench.calls import STEPS, call_of, cut
-from layerzoo.bench.command import prepared
-from layerzoo.bench.measure import Spread, alternate, difference, peak_bytes, ratios, spread
-from layerzoo.bench.peers import Arm
-from layerzoo.bench.report import digits
-from layerzoo.bench.run import Settings, flops_of
+from layerzoo.attention.common import Attention
 from layerzoo.cli import main
 from layerzoo.memory import Memory
+from layerzoo.tools.bench import calls, measure
+from layerzoo.tools.bench.calls import STEPS, call_of, cut
+from layerzoo.tools.bench.command import prepared
+from layerzoo.tools.bench.measure import Spread, alternate, difference, peak_bytes, ratios, spread
+from layerzoo.tools.bench.peers import Arm
+from layerzoo.tools.bench.report import digits
+from layerzoo.tools.bench.run import Settings, flops_of
 
 CPU = torch.device("cpu")
 TINY = ("--dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "8,16")
@@ -248,7 +248,7 @@ def test_all_layers_and_a_named_impl(capsys: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("crowded", [False, True])
 def test_the_picture(crowded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerzoo.bench import plot
+    from layerzoo.tools.bench import plot
 
     figures: list[Any] = []
     monkeypatch.setattr(plot.plt, "close", figures.append)
@@ -348,7 +348,7 @@ def test_files_are_checked_before_and_left_alone(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("layerzoo.bench.command.bench", interrupted)
+    monkeypatch.setattr("layerzoo.tools.bench.command.bench", interrupted)
     assert bench("ops", "linear", *TINY, "--json", str(new), "--plot", str(old)) == 130
     assert capsys.readouterr().err == "layerzoo: interrupted\n"
     assert not new.exists() and old.read_text() == "old"

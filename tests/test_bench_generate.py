@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from layerzoo.bench import stream
-from layerzoo.bench.stream import MIB, Arm, Point, growth, label_of, measure, table
 from layerzoo.cli import main
+from layerzoo.tools.bench import stream
+from layerzoo.tools.bench.stream import MIB, Arm, Point, growth, label_of, measure, table
 
 BOUNDED = "{name: parallel, children: [{name: sliding, window: 8}, {name: allmem, mini_batch: 4}]}"
 

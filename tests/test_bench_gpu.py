@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from layerzoo import SpecError, build
-from layerzoo.bench import gpu
-from layerzoo.bench.calls import arm_of, call_of
-from layerzoo.bench.command import arguments, specs_of
-from layerzoo.bench.measure import Spread
-from layerzoo.bench.peers import choose, peers_of
-from layerzoo.bench.report import Peaks
-from layerzoo.bench.run import Row, Settings, bytes_of
 from layerzoo.cli import main
+from layerzoo.tools.bench import gpu
+from layerzoo.tools.bench.calls import arm_of, call_of
+from layerzoo.tools.bench.command import arguments, specs_of
+from layerzoo.tools.bench.measure import Spread
+from layerzoo.tools.bench.peers import choose, peers_of
+from layerzoo.tools.bench.report import Peaks
+from layerzoo.tools.bench.run import Row, Settings, bytes_of
 
 TABLE = yaml.safe_load(gpu.TABLE.read_text())
 

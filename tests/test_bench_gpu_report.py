@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from layerzoo import SpecError
-from layerzoo.bench import gpu_report
 from layerzoo.cli import main
+from layerzoo.tools.bench import gpu_report
 
 MEASURES = ("forward", "forward+backward")
 

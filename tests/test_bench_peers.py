@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from layerzoo import Layer, SpecError, build, list_layers
-from layerzoo.bench import calls, measure
-from layerzoo.bench.calls import arm_of, call_of, cut, disagreement
-from layerzoo.bench.peers import PEERS, Arm, Peer, Unfit, choose, peer, peers_of
 from layerzoo.cli import main
+from layerzoo.tools.bench import calls, measure
+from layerzoo.tools.bench.calls import arm_of, call_of, cut, disagreement
+from layerzoo.tools.bench.peers import PEERS, Arm, Peer, Unfit, choose, peer, peers_of
 
 TINY = ("--dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "8,16")
 

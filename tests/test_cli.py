@@ -10,10 +10,10 @@ import torch
 
 from layerzoo import list_layers
 from layerzoo.cli import main
-from layerzoo.config_files import named_configs
-from layerzoo.generate_command import Printer
-from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
+from layerzoo.support.yaml_files import named_configs
+from layerzoo.tools.generate import Printer
+from layerzoo.train.lit import LitModel
 
 NO_KERNEL = ["--model.impl", "triton"]
 FAST = ["--trainer.max_steps", "1", "--trainer.logger", "false", "--trainer.callbacks", "null"]

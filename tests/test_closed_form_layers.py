@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo import SpecError, build
-from layerzoo.memories.features import FEATURE_MAPS
-from layerzoo.memories.matrix import MatrixMemory
+from layerzoo.memories.common.matrix import MatrixMemory
+from layerzoo.memories.linear.features import FEATURE_MAPS
 
 B, T, H, V, DIM = 2, 40, 3, 5, 24
 

@@ -14,11 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.memories import chunks
-from layerzoo.memories import mesa as mesa_file
+from layerzoo.memories.common import chunks
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
 from layerzoo.memories.mesa import mesa
+from layerzoo.memories.mesa import rule as mesa_file
 
 Args = dict[str, Any]
 OPS: dict[str, Callable[..., Any]] = {"linear": linear_attention, "delta": delta_rule}

@@ -10,10 +10,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from layerzoo import build
-from layerzoo.callbacks import Controls
 from layerzoo.layer import Reach
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
+from layerzoo.train.callbacks import Controls
 
 X = torch.randn(2, 30, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 WINDOW = {"name": "sliding", "heads": 2, "window": 5}

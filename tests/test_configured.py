@@ -15,9 +15,9 @@ from lightning import Trainer
 from layerzoo import SpecError
 from layerzoo.data import MQAR, Task, list_tasks
 from layerzoo.hf.distil import Distil
-from layerzoo.identity import trained_on
-from layerzoo.lit import LitModel
-from layerzoo.module import TaskModule
+from layerzoo.train.identity import trained_on
+from layerzoo.train.lit import LitModel
+from layerzoo.train.module import TaskModule
 
 
 class Plain(Task):

@@ -18,7 +18,8 @@ from layerzoo.cli import main
 from layerzoo.data import MQAR, Continual, Text
 from layerzoo.metrics import ContinualMatrix
 from layerzoo.model import LanguageModel
-from layerzoo.training import TrainCLI, config_path
+from layerzoo.support.yaml_files import config_path
+from layerzoo.train.command import TrainCLI
 
 R = [
     [0.90, 0.20, 0.30],  # the baseline; task 1 is better here than ever after

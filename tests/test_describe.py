@@ -13,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo import SpecError, build, list_layers
 from layerzoo.cli import main
-from layerzoo.describe.command import figures, read
-from layerzoo.describe.costs import (
+from layerzoo.layer import StateBytes, get_layer
+from layerzoo.model import LanguageModel, ModelConfig
+from layerzoo.tools.describe.command import figures, read
+from layerzoo.tools.describe.costs import (
     Part,
     attending,
     cost,
@@ -25,8 +27,6 @@ from layerzoo.describe.costs import (
     state_bytes,
     title,
 )
-from layerzoo.layer import StateBytes, get_layer
-from layerzoo.model import LanguageModel, ModelConfig
 
 T = 40
 SLIDING = {"name": "sliding", "heads": 4, "kv_heads": 2, "window": 6, "sinks": 2}

@@ -25,8 +25,6 @@ import layerzoo.metrics
 from layerzoo.data import MQAR, Continual
 from layerzoo.data.loading import IGNORE, Batches, Deal
 from layerzoo.data.task import Task
-from layerzoo.finite import Finite
-from layerzoo.lit import LitModel
 from layerzoo.metrics import (
     Accuracy,
     AccuracyBy,
@@ -45,7 +43,9 @@ from layerzoo.metrics import (
 )
 from layerzoo.model import ModelConfig
 from layerzoo.spec import Diverged
-from layerzoo.training import quiet
+from layerzoo.train.command import quiet
+from layerzoo.train.finite import Finite
+from layerzoo.train.lit import LitModel
 
 from .here import forks
 

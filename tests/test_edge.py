@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerzoo import SpecError, cli, foreign
+from layerzoo import SpecError, cli
 from layerzoo.ablations.running import folder as folders
-from layerzoo.arguments import check_file
-from layerzoo.checkpoints import find_checkpoint
 from layerzoo.cli import TRACEBACK, main
+from layerzoo.support import foreign
+from layerzoo.support.arguments import check_file
+from layerzoo.train.checkpoints import find_checkpoint
 
 from .here import quick
 
@@ -132,7 +133,7 @@ def test_a_fault_of_the_program_is_not_an_error_of_use(monkeypatch: pytest.Monke
     def broken(*args: object) -> None:
         raise ValueError("a fault of ours")
 
-    monkeypatch.setattr("layerzoo.list_command.list_layers", broken)
+    monkeypatch.setattr("layerzoo.tools.list.list_layers", broken)
     with pytest.raises(ValueError, match="a fault of ours"):
         main(["list"])
     assert foreign.line(KeyError("x")) is None
@@ -219,7 +220,7 @@ def test_where_a_state_cannot_be_written_nothing_is_read(
 ) -> None:
     Path("folder").mkdir()
     Path("file").write_text("")
-    monkeypatch.setattr("layerzoo.generate_command.model_of", lambda options: pytest.fail("read"))
+    monkeypatch.setattr("layerzoo.tools.generate.model_of", lambda options: pytest.fail("read"))
     message = fails(capsys, "generate", "any.ckpt", "--tokens", "1", "--save_state", place)
     assert message.startswith(f"--save_state {place}: cannot be written: ")
 
@@ -237,13 +238,13 @@ def test_conversion_and_evaluation_see_their_folder_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail = lambda *args: pytest.fail("work was done")  # noqa: E731
-    monkeypatch.setattr("layerzoo.hf.convert_command.convert", fail)
-    monkeypatch.setattr("layerzoo.hf.convert_command.load_source", fail)
+    monkeypatch.setattr("layerzoo.tools.convert.convert", fail)
+    monkeypatch.setattr("layerzoo.tools.convert.load_source", fail)
     assert "--out /proc/x: cannot be written" in fails(
         capsys, "convert", "--source", ".", "--out", "/proc/x"
     )
     Path("config.json").write_text("{}")
-    monkeypatch.setattr("layerzoo.hf.evaluate.arms_of", fail)
+    monkeypatch.setattr("layerzoo.tools.evaluate.command.arms_of", fail)
     evaluate = ("evaluate", ".", "--text", "stdlib", "--out", "/proc/x")
     assert "--out /proc/x: cannot be written" in fails(capsys, *evaluate)
 

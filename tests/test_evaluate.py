@@ -19,13 +19,16 @@ from layerzoo.cli import main
 from layerzoo.data import Text
 from layerzoo.data.task import IGNORE
 from layerzoo.data.tokenizer import Tokenizer
-from layerzoo.hf import convert_command, costs, evaluate, load
-from layerzoo.hf.evaluate import answered
-from layerzoo.hf.harness import numbers
+from layerzoo.hf import load
 from layerzoo.hf.modes import mode
-from layerzoo.hf.page import harness_table, page
-from layerzoo.hf.positions import difference, held_out, losses, ranges, recovered
-from layerzoo.hf.probe import explained, share
+from layerzoo.tools import convert as convert_command
+from layerzoo.tools.evaluate import command as evaluate
+from layerzoo.tools.evaluate import costs
+from layerzoo.tools.evaluate.command import answered
+from layerzoo.tools.evaluate.harness import numbers
+from layerzoo.tools.evaluate.page import harness_table, page
+from layerzoo.tools.evaluate.positions import difference, held_out, losses, ranges, recovered
+from layerzoo.tools.evaluate.probe import explained, share
 
 from .extras import need
 

@@ -17,15 +17,15 @@ from torch._dynamo.utils import counters
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.callbacks import Diagnostics
 from layerzoo.data import MQAR
 from layerzoo.layer import build, get_layer, list_layers
-from layerzoo.lit import LitModel
 from layerzoo.memories.fast_weights import FastWeights
 from layerzoo.memories.fast_weights.compiled import compiled_piece
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.nn import UnitLength
 from layerzoo.ops import ImplError
+from layerzoo.train.callbacks import Diagnostics
+from layerzoo.train.lit import LitModel
 
 PRESETS = [n for n in list_layers() if issubclass(get_layer(n), FastWeights)]
 NAMES = "allmem fast_weights lact memora moneta titans ttt_linear ttt_mlp yaad"

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from layerzoo.cli import main
 from layerzoo.data import MQAR
-from layerzoo.finite import Finite
-from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
 from layerzoo.spec import Diverged
-from layerzoo.training import quiet
+from layerzoo.train.command import quiet
+from layerzoo.train.finite import Finite
+from layerzoo.train.lit import LitModel
 
 QUIET = ("enable_progress_bar", "enable_model_summary")
 TINY = {

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from layerzoo import SpecError
-from layerzoo.generate import generate, read, stream
+from layerzoo.generation.decode import generate, read, stream
+from layerzoo.generation.sampling import Sampling
+from layerzoo.generation.states import load_state, save_state, select_rows
 from layerzoo.model import LanguageModel
-from layerzoo.sampling import Sampling
-from layerzoo.states import load_state, save_state, select_rows
 
 VOCAB, WINDOW = 13, 6
 SLIDING = {"name": "sliding", "heads": 2, "window": WINDOW, "sinks": 2}

@@ -16,11 +16,11 @@ from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.grid import Grid, load_grid, shipped_grids
 from layerzoo.ablations.running.folder import METRICS, prepare, state
 from layerzoo.data import MQAR
-from layerzoo.json_files import write_json
 from layerzoo.layer import EXECUTION
-from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
-from layerzoo.training import config_path
+from layerzoo.support.json_files import write_json
+from layerzoo.support.yaml_files import config_path
+from layerzoo.train.lit import LitModel
 
 LAYER = """
   layer:

@@ -20,7 +20,7 @@ from layerzoo.ablations.command import main
 from layerzoo.ablations.run import How, run
 from layerzoo.ablations.running.folder import prepare, read_json, state
 from layerzoo.ablations.running.worker import run_cell
-from layerzoo.training import main as train
+from layerzoo.train.command import main as train
 
 from .extras import need
 from .here import quick

@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from layerzoo.cli import main
 from layerzoo.data import MQAR
-from layerzoo.figures import Family, draw, families
-from layerzoo.held_out import Figures, Rows, markdown, table
-from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
-from layerzoo.training import quiet
+from layerzoo.support.figures import Family, draw, families
+from layerzoo.train.command import quiet
+from layerzoo.train.held_out import Figures, Rows, markdown, table
+from layerzoo.train.lit import LitModel
 
 FIGURES = {
     "recall/accuracy": 0.5,

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from layerzoo import SpecError
-from layerzoo.generate import stream
+from layerzoo.generation.decode import stream
 from layerzoo.hf import LayerzooForCausalLM, convert, load
 from layerzoo.hf.modes import mode, vary
 

@@ -13,9 +13,9 @@ import pytest
 from lightning import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from layerzoo import internals
-from layerzoo.training import TrainCLI
-from layerzoo.training_parser import Parser
+from layerzoo.support import internals
+from layerzoo.train.command import TrainCLI
+from layerzoo.train.parser import Parser
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("layerzoo", "memories", "attention", "kernels", "ablations")
@@ -87,7 +87,7 @@ def test_every_name_is_in_the_table() -> None:
     for path, tree in trees.items():
         place = path.relative_to(ROOT).as_posix()
         for name in _private(tree):
-            known = table if place == "layerzoo/internals.py" else own
+            known = table if place == "layerzoo/support/internals.py" else own
             if name not in known:
                 strangers.append(f"{place}: {name}")
     assert not strangers

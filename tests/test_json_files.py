@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from layerzoo.bench import report as bench_report
-from layerzoo.bench.measure import Spread
-from layerzoo.bench.run import Row, Settings
-from layerzoo.json_files import dumps, floats, read_figures, write_json
+from layerzoo.support.json_files import dumps, floats, read_figures, write_json
+from layerzoo.tools.bench import report as bench_report
+from layerzoo.tools.bench.measure import Spread
+from layerzoo.tools.bench.run import Row, Settings
 
 FIGURES = {
     "a": math.nan,

@@ -38,8 +38,8 @@ from layerzoo.ablations.running.folder import (
 )
 from layerzoo.ablations.running.local import LocalExecutor
 from layerzoo.ablations.running.worker import run_cell
-from layerzoo.lit import LitModel
-from layerzoo.training import config_path, read_yaml
+from layerzoo.support.yaml_files import config_path, read_yaml
+from layerzoo.train.lit import LitModel
 
 from .here import forks, quick
 

@@ -14,7 +14,7 @@ from layerzoo.ablations.cells.configs import resolve
 from layerzoo.ablations.cells.match import Match, matched, search
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
-from layerzoo.training import config_path, read_yaml
+from layerzoo.support.yaml_files import config_path, read_yaml
 
 LAYERS: dict[str, Any] = {
     "linear": {"name": "linear", "heads": 2},

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo import SpecError, build
 from layerzoo.layer import Reach
-from layerzoo.lit import LitModel
 from layerzoo.model import LanguageModel, ModelConfig
+from layerzoo.train.lit import LitModel
 
 VOCAB, T = 13, 24
 LINEAR = {"name": "linear", "heads": 2, "decay": "scalar"}

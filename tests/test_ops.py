@@ -14,9 +14,9 @@ import layerzoo.kernels
 from layerzoo import SpecError, build, get_layer, list_layers
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
+from layerzoo.memories.common.matrix import MatrixMemory
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
-from layerzoo.memories.matrix import MatrixMemory
 from layerzoo.ops import ImplError, Op
 from layerzoo.testing.precision import DRAWS, check, errors
 

@@ -10,22 +10,23 @@ from typing import Any
 
 import pytest
 
-from layerzoo import SpecError, internals
+from layerzoo import SpecError
 from layerzoo.ablations.cells import claims, match, report, schema, tune
 from layerzoo.ablations.cells.grid import load_grid
-from layerzoo.arguments import Parser
-from layerzoo.callbacks import Controls
-from layerzoo.checkpoints import Checkpoints
-from layerzoo.cli import COMMANDS, main, train_command
+from layerzoo.cli import COMMANDS, TRAIN, main
 from layerzoo.data import MQAR, Needle, Task, list_tasks
-from layerzoo.field_docs import field_docs, field_lines, field_rows
 from layerzoo.hf.distil import Distil
 from layerzoo.layer import get_layer, list_layers
-from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
-from layerzoo.module import TaskModule
 from layerzoo.spec import Config
-from layerzoo.training_parser import Parser as TrainingParser
+from layerzoo.support import internals
+from layerzoo.support.arguments import Parser
+from layerzoo.support.field_docs import field_docs, field_lines, field_rows
+from layerzoo.train.callbacks import Controls
+from layerzoo.train.checkpoints import Checkpoints
+from layerzoo.train.lit import LitModel
+from layerzoo.train.module import TaskModule
+from layerzoo.train.parser import Parser as TrainingParser
 
 ROOT = Path(__file__).parents[1]
 TASKS = [cls for cls in list_tasks() if cls.__module__.startswith("layerzoo.")]
@@ -73,7 +74,7 @@ def test_help_is_what_the_docstrings_say(capsys: pytest.CaptureFixture[str]) -> 
             assert " ".join(row["doc"].split()) in said, row["name"]
 
 
-OTHERS = [name for name, (command, _) in COMMANDS.items() if command is not train_command]
+OTHERS = [name for name, (module, _) in COMMANDS.items() if module != TRAIN]
 BELOW = {"bench": ("gpu", "stream", "compile")}
 
 
@@ -179,7 +180,7 @@ LINES = (
 
 @pytest.fixture
 def built_no_further(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("layerzoo.training.TrainCLI", lambda args: None)
+    monkeypatch.setattr("layerzoo.train.command.TrainCLI", lambda args: None)
     yield
 
 
@@ -232,7 +233,7 @@ def test_a_grid_names_the_way_out_of_another_tasks_options(tmp_path: Path) -> No
 def test_options_are_recorded_as_they_count() -> None:
     from lightning import Trainer
 
-    from layerzoo.identity import trained_on
+    from layerzoo.train.identity import trained_on
 
     def of(task: Task) -> dict[str, Any]:
         return trained_on(Trainer(logger=False), TaskModule(), task, 0)["settings"]

@@ -22,10 +22,10 @@ from layerzoo.ablations.planning.cautions import cautions
 from layerzoo.ablations.planning.plan import CELL, PROCESS, makespan, plan, plan_command, show
 from layerzoo.ablations.planning.probe import Speed, shape, speeds
 from layerzoo.ablations.planning.work import work
-from layerzoo.lit import LitModel
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError
-from layerzoo.training import quiet
+from layerzoo.train.command import quiet
+from layerzoo.train.lit import LitModel
 
 OWN = {"vocab_size": 16, "length": 16, "pairs": 2}
 MQAR = {"class_path": "layerzoo.data.MQAR"}

@@ -11,8 +11,8 @@ import torch
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.hf import convert
 from layerzoo.hf.convert import load_source
-from layerzoo.hf.convert_command import save_tokenizer
 from layerzoo.hf.modes import vary
+from layerzoo.tools.convert import save_tokenizer
 
 ROOT = Path(__file__).parents[1] / "pretrained"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -224,7 +224,7 @@ LIGHT = {
     "import layerzoo.attention.sliding": HEAVY,
     "import layerzoo.model": HEAVY,
     "layerzoo.list_layers()": (*PEERS, "lightning"),
-    "from layerzoo.bench.peers import PEERS; assert PEERS": (*PEERS, "lightning"),
+    "from layerzoo.tools.bench.peers import PEERS; assert PEERS": (*PEERS, "lightning"),
 }
 """Statements, and what must not have been imported behind each."""
 LOOK = """

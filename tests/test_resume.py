@@ -25,8 +25,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from layerzoo.callbacks import Summary
-from layerzoo.checkpoints import (
+from layerzoo.cli import main
+from layerzoo.data import MQAR
+from layerzoo.model import ModelConfig
+from layerzoo.support.yaml_files import config_path
+from layerzoo.train.callbacks import Summary
+from layerzoo.train.checkpoints import (
     AtomicIO,
     Checkpoints,
     Resume,
@@ -34,12 +38,9 @@ from layerzoo.checkpoints import (
     log_missing,
     newest_checkpoint,
 )
-from layerzoo.cli import main
-from layerzoo.data import MQAR
-from layerzoo.held_out import Figures
-from layerzoo.lit import LitModel
-from layerzoo.model import ModelConfig
-from layerzoo.training import TrainCLI, config_path, quiet
+from layerzoo.train.command import TrainCLI, quiet
+from layerzoo.train.held_out import Figures
+from layerzoo.train.lit import LitModel
 
 from .here import quick
 
@@ -312,7 +313,7 @@ def test_checkpoints_come_with_the_clock_and_the_older_ones_go(
             names.append([path.stem for path in saved(tmp_path)])
 
     names: list[list[str]] = []
-    monkeypatch.setattr("layerzoo.checkpoints.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("layerzoo.train.checkpoints.time", SimpleNamespace(monotonic=lambda: now))
     leftover = tmp_path / "checkpoints" / ".step=4.ckpt.part"
     leftover.parent.mkdir()
     leftover.write_bytes(b"half")

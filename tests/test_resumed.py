@@ -17,10 +17,10 @@ from lightning import Trainer
 from layerzoo import SpecError
 from layerzoo.cli import main
 from layerzoo.data import Continual, Copying, Text
-from layerzoo.identity import TRAINED_ON, trained_on
-from layerzoo.lit import load_model
-from layerzoo.module import TaskModule
-from layerzoo.resumed import Resumed
+from layerzoo.train.identity import TRAINED_ON, trained_on
+from layerzoo.train.lit import load_model
+from layerzoo.train.module import TaskModule
+from layerzoo.train.resumed import Resumed
 
 from .here import quick
 
@@ -174,7 +174,7 @@ def test_a_task_of_tasks_is_compared_task_by_task() -> None:
 
     def check(**changes: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("layerzoo.resumed.trained_on", lambda *of: now(**changes))
+            patch.setattr("layerzoo.train.resumed.trained_on", lambda *of: now(**changes))
             Resumed("a.ckpt", before).check(None, None, None, 0)
 
     before = now()

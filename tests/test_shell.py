@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from layerzoo import build, get_layer, list_layers
-from layerzoo.attention.heads import Attention
-from layerzoo.lit import LitModel, load_model
+from layerzoo.attention.common import Attention
 from layerzoo.memory import Memory
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.nn import l2_normalise
 from layerzoo.shell import Headed, Shell
 from layerzoo.spec import SpecError
+from layerzoo.train.lit import LitModel, load_model
 
 HEADED = [name for name in list_layers() if issubclass(get_layer(name), Headed)]
 MEMORIES = [name for name in HEADED if issubclass(get_layer(name), Memory)]
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_today_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_starts_are_where_the_fields_say() -> None:
-    from layerzoo.memories.matrix import LogDecay
+    from layerzoo.memories.common.matrix import LogDecay
 
     for gate in ("softplus", "bounded"):
         layer = made(

@@ -15,7 +15,7 @@ import pytest
 from layerzoo.data import Continual, Text
 from layerzoo.data.task import SPLITS
 from layerzoo.data.tokenizer import Tokenizer
-from layerzoo.hf.positions import held_out
+from layerzoo.tools.evaluate.positions import held_out
 
 from .extras import need
 

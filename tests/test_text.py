@@ -20,9 +20,9 @@ from layerzoo.data import Text, corpus
 from layerzoo.data import tokenizer as module
 from layerzoo.data.task import IGNORE, SPLITS
 from layerzoo.data.tokenizer import Tokenizer
-from layerzoo.lit import LitModel
 from layerzoo.metrics import LossByPosition, TokenLoss
 from layerzoo.model import ModelConfig
+from layerzoo.train.lit import LitModel
 
 from .extras import need
 

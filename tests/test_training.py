@@ -15,9 +15,9 @@ from layerzoo import build
 from layerzoo.cli import main
 from layerzoo.data import MQAR
 from layerzoo.data.task import IGNORE
-from layerzoo.lit import LitModel, load_model
 from layerzoo.model import LanguageModel, ModelConfig
-from layerzoo.training_parser import Parser
+from layerzoo.train.lit import LitModel, load_model
+from layerzoo.train.parser import Parser
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 

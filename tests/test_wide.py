@@ -19,7 +19,6 @@ from layerzoo import build, list_layers
 from layerzoo.data import MQAR, Task
 from layerzoo.hf import convert
 from layerzoo.layer import get_layer
-from layerzoo.lit import LitModel
 from layerzoo.metrics import (
     Accuracy,
     AccuracyBy,
@@ -36,7 +35,8 @@ from layerzoo.metrics import (
     TokenLoss,
 )
 from layerzoo.model import ModelConfig
-from layerzoo.training import quiet
+from layerzoo.train.command import quiet
+from layerzoo.train.lit import LitModel
 
 CASTS: dict[str, Callable[[nn.Module], Any]] = {
     "to": lambda module: module.to(torch.bfloat16),

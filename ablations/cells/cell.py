@@ -48,8 +48,8 @@ class Cell:
     split: which held-out split it is measured on; a tuning run never sees the test split.
     tuned: tuning axis -> option: what a tuning run tries, and what a reported one was given.
     matched: what was solved for and reached, if the grid matches its models.
-    digest: of what it reads, by option, see `layerzoo.identity.digests`; {} if that is nothing, or
-        if it is not to be run.
+    digest: of what it reads, by option, see `layerzoo.train.identity.digests`; {} if that is
+        nothing, or if it is not to be run.
     """
 
     options: dict[str, str]

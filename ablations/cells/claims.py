@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from layerzoo.field_docs import read_config
 from layerzoo.spec import Config, SpecError, suggest
+from layerzoo.support.field_docs import read_config
 
 from .source import Source
 

@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.data import Task
-from layerzoo.foreign import spec_error
-from layerzoo.identity import digest_weights
 from layerzoo.layer import EXECUTION
-from layerzoo.lit import LitModel, initial_weights
 from layerzoo.model import LanguageModel, ModelConfig
-from layerzoo.module import TaskModule
 from layerzoo.spec import SpecError, at, plain, required, suggest
-from layerzoo.training_parser import Parser, check_trainer
+from layerzoo.support.foreign import spec_error
+from layerzoo.train.identity import digest_weights
+from layerzoo.train.lit import LitModel, initial_weights
+from layerzoo.train.module import TaskModule
+from layerzoo.train.parser import Parser, check_trainer
 
 Tree = dict[str, Any]
 
@@ -176,7 +176,7 @@ def forget() -> None:
 
 
 def digests(config: Tree) -> dict[str, str]:
-    """Of what a run of a resolved config would read now, see `layerzoo.identity.digests`.
+    """Of what a run of a resolved config would read now, see `layerzoo.train.identity.digests`.
 
     Raises:
         SpecError: it cannot be read, or the weights to start from are of another network.

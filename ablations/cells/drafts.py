@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from layerzoo.data.replaced import replaced
 from layerzoo.layer import Reach
 from layerzoo.spec import SpecError, suggest
-from layerzoo.training import config_path, read_yaml
+from layerzoo.support.yaml_files import config_path, read_yaml
 
 from .axes import Override
 from .cell import Seed

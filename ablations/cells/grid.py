@@ -7,13 +7,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from layerzoo.field_docs import read_config
 from layerzoo.layer import Reach
 from layerzoo.spec import SpecError, suggest
+from layerzoo.support.field_docs import read_config
 
 from .arms import Arm, arm_name, meets, read_arms, read_where
 from .axes import Axis, Override, read_axes, read_overrides
@@ -24,7 +23,7 @@ from .drafts import MAX_STEPS, SEEDS, Drafts
 from .match import Match, matched
 from .report import Report, read_report
 from .schema import Fields, read_seeds
-from .source import Source
+from .source import Source, shipped_grids
 from .tune import Choice, Figures, Tuning, choose, read_tuning
 
 
@@ -185,11 +184,6 @@ class Grid:
                     f"arm {cell.arm} is the same run as {other.arm}{tuned}; drop one, or set "
                     f"what tells them apart",
                 )
-
-
-def shipped_grids() -> dict[str, Path]:
-    folder = Path(str(resources.files("layerzoo.ablations"))) / "grids"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def grid_name(source: Source) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerzoo.field_docs import read_config
 from layerzoo.spec import Config, SpecError, suggest
+from layerzoo.support.field_docs import read_config
 
 from .arms import Arm, arm_name
 from .axes import Axis

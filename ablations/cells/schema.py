@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from layerzoo.spec import Config, SpecError, at
-from layerzoo.training import MAX_SEED
+from layerzoo.train.command import MAX_SEED
 
 from .axes import folder_name
 from .cell import Seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from layerzoo.spec import SpecError, suggest
-from layerzoo.training import read_yaml
+from layerzoo.support.yaml_files import read_yaml
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 Place = tuple[str, ...]
+
+
+def shipped_grids() -> dict[str, Path]:
+    folder = Path(str(resources.files("layerzoo.ablations"))) / "grids"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 class Source:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from layerzoo.field_docs import read_config
 from layerzoo.spec import Config, SpecError, suggest
+from layerzoo.support.field_docs import read_config
 
 from .axes import Axis, Override, read_axes
 from .cell import Cell, Seed

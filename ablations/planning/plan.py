@@ -13,8 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from layerzoo.json_files import dumps
 from layerzoo.spec import at
+from layerzoo.support.json_files import dumps
 
 from ..cells.cell import Cell
 from ..cells.confounds import Confounds

@@ -17,8 +17,8 @@ import torch
 from lightning import Callback, Trainer
 
 from layerzoo.layer import EXECUTION
-from layerzoo.lit import LitModel
 from layerzoo.model import ModelConfig
+from layerzoo.train.lit import LitModel
 
 from ..cells import configs
 from ..cells.configs import Tree

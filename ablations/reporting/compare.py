@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from layerzoo.json_files import write_json
 from layerzoo.spec import SpecError
+from layerzoo.support.json_files import write_json
 
 from .about import doubts, partial
 from .board.hparams import write_hparams

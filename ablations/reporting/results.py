@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from layerzoo.json_files import floats
 from layerzoo.spec import SpecError
+from layerzoo.support.json_files import floats
 
 from ..cells.arms import Arm, arm_name, meets, read_arms, read_where
 from ..cells.axes import Axis, read_axes

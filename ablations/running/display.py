@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from layerzoo.json_files import floats
+from layerzoo.support.json_files import floats
 
 from .executor import Outcome
 from .folder import PROGRESS, read_json

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 from portalocker import AlreadyLocked, LockFlags, lock
 
-from layerzoo.json_files import write_json
 from layerzoo.spec import SpecError
+from layerzoo.support.json_files import write_json
 
 from ..cells.cell import Cell
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from layerzoo import internals
 from layerzoo.spec import SpecError
+from layerzoo.support import internals
 
 from .executor import Outcome
 

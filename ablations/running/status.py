@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from layerzoo.json_files import dumps, floats
 from layerzoo.spec import SpecError
+from layerzoo.support.json_files import dumps, floats
 
 from .folder import CELLS, ENDED, PROGRESS, STATES, read_json, reason, state
 from .pace import Pace, say

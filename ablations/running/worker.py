@@ -28,13 +28,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from layerzoo import internals
-from layerzoo.callbacks import record
-from layerzoo.checkpoints import Checkpoints, first_step, log_missing, newest_checkpoint
-from layerzoo.finite import refuse_held_out
-from layerzoo.resumed import check_cell
 from layerzoo.spec import Diverged
-from layerzoo.training import TrainCLI
+from layerzoo.support import internals
+from layerzoo.train.callbacks import record
+from layerzoo.train.checkpoints import Checkpoints, first_step, log_missing, newest_checkpoint
+from layerzoo.train.command import TrainCLI
+from layerzoo.train.finite import refuse_held_out
+from layerzoo.train.resumed import check_cell
 
 from .executor import Outcome
 from .folder import (

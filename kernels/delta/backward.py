@@ -13,15 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import (
-    FLOOR,
-    load_gate,
-    load_rows,
-    ratios,
-    store_gate,
-    store_rows,
-    sums,
-)
+from .tiles import FLOOR, load_gate, load_rows, ratios, store_gate, store_rows, sums
 
 
 @triton.jit(do_not_specialize=["T", "N", "B"])

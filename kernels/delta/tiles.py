@@ -8,7 +8,7 @@ import triton.language as tl
 from ..tiles import LOG2E
 
 FLOOR = tl.constexpr(-40.0)
-"""Log decays are clamped here, as in `memories/decays.py`."""
+"""Log decays are clamped here, as in `memories/common/decays.py`."""
 
 
 @triton.jit

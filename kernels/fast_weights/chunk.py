@@ -12,12 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ...memories.fast_weights.forgetting import Norm
-from ...memories.fast_weights.networks import GLU
-from ...memories.fast_weights.objectives import L2, Dot
-from ...memories.fast_weights.optimisers import SGD, Momentum, Muon
-from ...memories.fast_weights.rule import Rule
-from ...memories.fast_weights.state import position
 from ..launch import refusal
 from . import chunk_backward, chunk_forward
 from .chunk_decode import WIDEST, decode
@@ -136,20 +130,20 @@ chunk.register_autograd(backward, setup_context=setup)
 
 def supports_chunk(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Any, decay: Any, row: Any,
-    layer_norm: Any, initial: tuple[Tensor, ...], *, rule: Rule, state: Any, checkpoint: bool,
+    layer_norm: Any, initial: tuple[Tensor, ...], *, rule: Any, state: Any, checkpoint: bool,
     compiled: bool, watch: Any,
 ) -> str | None:  # fmt: skip
     """Why a rule with `update: chunk` cannot run here."""
     network = rule.network
-    if not isinstance(network, GLU):
+    if network.name != "glu":
         return f"with update 'chunk' it has network 'glu' alone, not '{network.name}'"
     if network.bias or network.layer_norm:
         return "with update 'chunk' it has neither bias nor layer_norm"
-    if not isinstance(rule.objective, L2 | Dot):
+    if rule.objective.name not in ("l2", "dot"):
         return f"with update 'chunk' it has objectives l2 and dot, not '{rule.objective.name}'"
-    if not isinstance(rule.optimiser, SGD | Momentum | Muon):
+    if rule.optimiser.name not in ("sgd", "momentum", "muon"):
         return f"it has no optimiser '{rule.optimiser.name}'"
-    if rule.forgetting.nonlinear and not isinstance(rule.forgetting, Norm):
+    if rule.forgetting.nonlinear and rule.forgetting.name != "norm":
         return f"with update 'chunk' it has no forgetting '{rule.forgetting.name}'"
     if watch is not None:
         return "it calls no watch"
@@ -164,7 +158,7 @@ def beside(x: Any) -> list[Any]:
 
 def run_chunk(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Any, decay: Any, row: Any,
-    layer_norm: Any, initial: tuple[Tensor, ...], *, rule: Rule, state: Any, checkpoint: bool,
+    layer_norm: Any, initial: tuple[Tensor, ...], *, rule: Any, state: Any, checkpoint: bool,
     compiled: bool, watch: Any,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """As `memories.fast_weights.engine.run`; nothing is kept but weights, so `checkpoint` has
@@ -178,16 +172,16 @@ def run_chunk(
     parts = {name: x for name, x in state.items() if name != "position"}
     flat: Any = tree_map(lambda x: x.float().flatten(0, 1), parts)
     norms = [None] * 3
-    if isinstance(rule.forgetting, Norm):
+    if rule.forgetting.name == "norm":
         norms = [w.float().norm(dim=-2) for w in initial]
     eps = getattr(rule.forgetting, "eps", 0.0)
-    flags = (rule.network.residual, isinstance(rule.objective, L2))
+    flags = (rule.network.residual, rule.objective.name == "l2")
     leaves = (q, k, v, lr, momentum, retention, *norms, flat)
     grad = torch.is_grad_enabled() and any(
         x.requires_grad for x in tree_leaves(leaves) if x is not None
     )
     if T == 1 and not grad and "updates" in flat and max(K, v.shape[-1]) <= WIDEST:
-        past = position(state)
+        past = int(state["position"])
         if (past + 1) % rule.mini_batch:
             fresh, mapped = past % rule.mini_batch == 0, norms[0] is not None
             if rule.place == "end" or past < rule.mini_batch:
@@ -202,7 +196,7 @@ def run_chunk(
     o, *found = torch.ops.layerzoo.fast_weights_chunk(
         q, k, v, lr, momentum, retention, *W, *U, *S, flat.get("retention"),
         flat.get("momentum_sum"), *n, state.get("position"), rule.mini_batch, rule.place, *flags,
-        optimiser.eps if isinstance(optimiser, Muon) else 0.0, eps, grad,
+        optimiser.eps if optimiser.name == "muon" else 0.0, eps, grad,
     )  # fmt: skip
 
     def apart(x: Tensor, down: Tensor) -> tuple[Tensor, ...]:

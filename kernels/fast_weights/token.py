@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...memories.fast_weights.gates import token_gates
 from .. import launch
 from .decode import step
 from .operators import Form, operator
@@ -100,7 +99,7 @@ def _run(
         part = None if row is None else row[first : first + n]
         cut = (slice(None), slice(start, end))
         gates = [None if x is None else x[cut] for x in (lr, momentum, decay)]
-        made: Any = make_coefficients(gates, part, A, n, full, form)
+        made: Any = make_coefficients(rule, gates, part, A, n, full, form)
         coefficients, A_end = made
         whole = size == T
         seq: Any = (q, k, v) if whole else (x[cut].contiguous() for x in (q, k, v))
@@ -161,7 +160,7 @@ def pieces(T: int, start: int, C: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def make_coefficients(
-    gates: Any, row: Any, A: Any, n: int, full: bool, form: Form
+    rule: Any, gates: Any, row: Any, A: Any, n: int, full: bool, form: Form
 ) -> tuple[tuple[Any, ...], Any]:
     """(rates `[G, N, M, C]`, coef `[G, N, 6, C]`, ends `[G, N, 4]`, lam `[G, N, C, C]` or None)
     of G mini-batches of n tokens, zeros beyond; and A at the end. gates: lr, momentum, decay. A:
@@ -182,7 +181,7 @@ def make_coefficients(
         flat = (None if x is None else cells(x).reshape(1, -1, n) for x in (momentum, decay))
         m, d = flat
         given = rates.new_ones(1, rates.shape[0] * rates.shape[1], n, 1)
-        found: Any = token_gates(given, m, None if d is None else 1 - d, None)[0]
+        found: Any = rule.token_gates(given, m, None if d is None else 1 - d, None)[0]
         lam, wl = found.L[0], found.w[0].reshape(shape)
         lam = pad(lam.expand(given.shape[1], n, n).unflatten(0, shape[:2]), C, 2)
         if d is not None:

@@ -26,7 +26,7 @@ import triton.language as tl
 from ..tiles import LOG2E
 
 FLOOR = tl.constexpr(-40.0)
-"""Of log decays, as in memories/decays.py."""
+"""Of log decays, as in memories/common/decays.py."""
 
 
 @triton.jit

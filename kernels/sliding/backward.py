@@ -15,15 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .regions import (
-    inside,
-    key_regions,
-    load,
-    load_all,
-    masked_block,
-    tile,
-    visible_keys,
-)
+from .regions import inside, key_regions, load, load_all, masked_block, tile, visible_keys
 
 
 @triton.jit

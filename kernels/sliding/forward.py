@@ -16,15 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .regions import (
-    inside,
-    key_regions,
-    load,
-    load_all,
-    masked_block,
-    tile,
-    visible_keys,
-)
+from .regions import inside, key_regions, load, load_all, masked_block, tile, visible_keys
 
 LOWEST = tl.constexpr(-1e30)
 """The maximum of nothing: finite, so that no difference is NaN."""

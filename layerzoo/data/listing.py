@@ -8,8 +8,8 @@ from typing import Any
 
 from layerzoo.data import list_tasks
 from layerzoo.data.task import Task
-from layerzoo.field_docs import field_lines, field_rows
 from layerzoo.spec import required
+from layerzoo.support.field_docs import field_lines, field_rows
 
 
 def describe(cls: type[Task]) -> dict[str, Any]:

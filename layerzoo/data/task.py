@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from layerzoo.configured import Configured
 from layerzoo.data.loading import IGNORE, Batches, ResumableLoader, loader
 from layerzoo.data.random import bits
 from layerzoo.metrics.accuracy import extrapolation
 from layerzoo.spec import Config as BaseConfig
 from layerzoo.spec import SpecError, require, suggest
+from layerzoo.support.configured import Configured
 
 if TYPE_CHECKING:
     from layerzoo.model import LanguageModel

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from layerzoo.generation.states import select_rows
 from layerzoo.layer import State
 from layerzoo.spec import SpecError
-from layerzoo.states import select_rows
 
 Read = Callable[[Tensor, State], tuple[Tensor, State]]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerzoo.compose.parallel import spread
 from layerzoo.memory import Memory
+from layerzoo.model.compose.parallel import spread
 from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError
 

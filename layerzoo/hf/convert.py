@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from layerzoo.data.tokenizer import reason
-from layerzoo.identity import digest_files
 from layerzoo.layer import full_spec, get_layer
 from layerzoo.memory import Memory
 from layerzoo.spec import SpecError, at
+from layerzoo.train.identity import digest_files
 
 from .config import LayerzooConfig
 from .model import LayerzooForCausalLM

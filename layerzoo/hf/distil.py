@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_map
 
 from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE
-from layerzoo.identity import TRAINED_ON
+from layerzoo.hf import modes
 from layerzoo.layer import State
-from layerzoo.model import unpack
-from layerzoo.module import TaskModule, within
+from layerzoo.model.language_model import unpack
 from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError, at, plain, require
+from layerzoo.train.identity import TRAINED_ON
+from layerzoo.train.module import TaskModule, within
 
-from . import modes
 from .convert import load, source_digest
 from .losses import KnownGradients, distance, kl_from_hidden
 

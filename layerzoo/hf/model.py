@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,15 +16,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layerzoo.compose import Parallel
 from layerzoo.layer import Layer, State, StateBytes
-from layerzoo.model import Stack, check_tokens, linear_flops, unpack
+from layerzoo.model.compose import Parallel
+from layerzoo.model.language_model import Stack, check_tokens, linear_flops, unpack
 from layerzoo.spec import SpecError
 
 from .cache import MemoryCache
 from .config import LayerzooConfig
-
-attention: Any = importlib.import_module("layerzoo.attention.pretrained")
+from .pretrained import Angles, Pretrained
 
 PIECE = 1024
 """Tokens that are read at a time where no gradient is needed."""
@@ -45,7 +43,7 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
 
     It is two things. To transformers it is a model like any other: `from_pretrained`, `generate`,
     `forward`, with a cache of bounded size. To us it is like a `LanguageModel`: `hidden(tokens,
-    state)` in any pieces equals the whole, and tasks, metrics and `layerzoo.generate` take it.
+    state)` in any pieces equals the whole, and tasks, metrics and `layerzoo.generation` take it.
 
     Its decoder layers are run as x + attention(norm(x)), then x + mlp(norm(x)), which is what the
     families of `convert` do; masks and caches of transformers are not involved.
@@ -76,7 +74,7 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
             source = AutoModelForCausalLM.from_config(config.source_config())
         self.model, self.lm_head = source.model, source.lm_head
         self.generation_config = source.generation_config
-        angles = attention.Angles(self.model.rotary_emb)
+        angles = Angles(self.model.rotary_emb)
         self.constants: dict[nn.Module, dict[str, Tensor]] = {}
         for n, layer in enumerate(self.decoder_layers()):
             layer.self_attn = self._mixer(layer.self_attn, angles, n in config.blocks)
@@ -84,7 +82,7 @@ class LayerzooForCausalLM(Stack, PreTrainedModel, GenerationMixin):
 
     def _mixer(self, theirs: Any, angles: Any, converted: bool) -> Layer:
         """A decoder layer's attention, or it and a memory side by side."""
-        c, Pretrained = self.config, attention.Pretrained
+        c = self.config
         if not converted:
             return Pretrained(theirs, angles, Pretrained.Config())
         window = Pretrained(theirs, angles, Pretrained.Config(window=c.window, sinks=c.sinks))

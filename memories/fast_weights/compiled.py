@@ -1,8 +1,10 @@
-"""The work of a mini-batch as one compiled function, on request."""
+"""What of fast weights torch.compile compiles: on request the work of a mini-batch, and never the
+loop over mini-batches."""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -12,6 +14,22 @@ import torch
 from layerzoo.ops import ImplError
 
 from .rule import Rule
+
+
+def uncompiled(fn: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """The function, which torch.compile calls as it is. (`torch.compiler.disable` imports
+    torch._dynamo, 2 seconds; here it waits until something else has imported that.)"""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return fn(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(fn, reason=reason))
+        return disabled[0](*args, **kwargs)
+
+    return run
 
 
 @functools.cache

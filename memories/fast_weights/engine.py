@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ..chunks import SEGMENT, fold, tiles
+from ..common.chunks import SEGMENT, fold, tiles
 from .compiled import compiled_piece
 from .gates import Gates, token_gates
 from .networks import with_bias
@@ -211,7 +211,6 @@ def plan(T: int, start: int, C: int, rows: int) -> Iterator[tuple[int, int, int]
         T, start = T - g * n, (start + g * n) % C
 
 
-@torch.compiler.disable(reason="its loop over mini-batches would be unrolled")
 def run(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
 from . import engine, recurrent
+from .compiled import uncompiled
 from .engine import Watch
 from .rule import Rule
 from .state import State, init_state
@@ -190,6 +191,8 @@ def check(
 
 
 OP.register("recurrent")(recurrent.run)
-OP.register("chunked")(engine.run)
+OP.register("chunked")(
+    uncompiled(engine.run, reason="its loop over mini-batches would be unrolled")
+)
 READ = Op("read_fast_weights")
 READ.register("chunked", transformable=True)(engine.read_only)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from layerzoo.spec import Config, SpecError, at
 
 from .forgetting import Forgetting, Mapped
+from .gates import Gates, token_gates
 from .networks import Network
 from .objectives import Objective
 from .optimisers import Muon, Optimiser
@@ -84,6 +85,11 @@ class Rule(Config):
                 "forgetting 'norm' is not defined for a network with bias: a norm would mix an "
                 "output's bias with its weights"
             )
+
+    def token_gates(self, *gates: Any) -> list[Gates]:
+        """What the gates of n tokens make of the state and the writes, with `update: token`: see
+        `token_gates`. Kernels, which import no rule, take it from here."""
+        return token_gates(*gates)
 
     @property
     def has_momentum(self) -> bool:

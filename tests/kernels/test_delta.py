@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layerzoo.memories.delta import OP, delta_rule
+from layerzoo.memories.delta.rule import OP, delta_rule
 from layerzoo.ops import ImplError
 
 pytestmark = pytest.mark.usefixtures("solves_in_float32")

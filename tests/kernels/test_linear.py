@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerzoo.kernels import launch, linear
-from layerzoo.memories.linear import OP, linear_attention
+from layerzoo.memories.linear.rule import OP, linear_attention
 from layerzoo.ops import ImplError
 
 from .conftest import DTYPES, OTHERS

@@ -11,9 +11,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerzoo.attention import sliding
-from layerzoo.memories import delta, linear
+from layerzoo.memories.delta import rule as delta
 from layerzoo.memories.fast_weights import Rule
 from layerzoo.memories.fast_weights import op as fast_weights
+from layerzoo.memories.linear import rule as linear
 from layerzoo.ops import Op
 
 from ..arithmetic import FAULTS, REARRANGED, Arithmetic, operands, to_bfloat16, to_float8

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo.kernels import launch, vector
-from layerzoo.memories.decays import FLOOR, ChannelDecays, Pulled
+from layerzoo.memories.common.decays import FLOOR, ChannelDecays, Pulled
 from layerzoo.testing.precision import DRAWS, check, errors
 
 from .conftest import GPU, rescaled

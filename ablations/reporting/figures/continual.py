@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from layerzoo.figures import heat_map
+from layerzoo.support.figures import heat_map
 
 from ..findings import Findings
 from ..rows import Row

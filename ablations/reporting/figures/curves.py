@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from layerzoo.figures import families, write_not_finite
-from layerzoo.style import COLOURS, tidy
+from layerzoo.support.figures import families, write_not_finite
+from layerzoo.support.style import COLOURS, tidy
 
 from ..findings import Findings
 from ..numbers import is_share

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from layerzoo.figures import heat_map
-from layerzoo.style import tidy
+from layerzoo.support.figures import heat_map
+from layerzoo.support.style import tidy
 
 from ..findings import Findings, bound_of
 from ..numbers import is_accuracy, is_share

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from layerzoo.style import COLOURS, MARKERS, tidy
+from layerzoo.support.style import COLOURS, MARKERS, tidy
 
 from ..laws import Fitted
 from .canvas import inches, legend, wrapped

@@ -1,1 +1,0 @@
-"""Paired benchmarks of ops and layers against peers: `layerzoo bench`."""

@@ -1,0 +1,1 @@
+"""What several parts of the product use: parsers, files, plots and the private names of others."""

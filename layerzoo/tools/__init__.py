@@ -1,0 +1,1 @@
+"""The commands beside training: list, check, describe, bench, generate, convert and evaluate."""

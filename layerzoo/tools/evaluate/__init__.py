@@ -1,0 +1,1 @@
+"""`layerzoo evaluate`: a converted model beside its source and its controls."""

@@ -1,0 +1,1 @@
+"""Training: modules, callbacks, checkpoints and the Lightning CLI."""

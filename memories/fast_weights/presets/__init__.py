@@ -1,0 +1,1 @@
+"""Published rules of fast weights: named points in the space of `FastWeights`."""

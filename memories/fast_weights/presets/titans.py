@@ -1,0 +1,43 @@
+"""Titans' neural memory: an MLP trained with momentum, and a decay of its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerzoo.layer import Reduction
+
+from .. import MLP, FastWeights
+from ..layer import silence
+
+
+class Titans(FastWeights, name="titans"):
+    """Titans' neural memory: an MLP trained with momentum, whose weights decay.
+
+    M(x) = gelu(x W1) W2, hidden width 4 K, on L = |M(k) - v|^2 / 2.
+
+    S_t = momentum_t S_(t-1) - lr_t g_t,   W_t = (1 - decay_t) W_(t-1) + S_t,   o_t = M_(W_t)(q_t)
+
+    In the paper's letters momentum is eta (past surprise), lr theta, decay alpha. g_t is the
+    gradient at the weights from the start of t's mini-batch; S and W advance at every token.
+
+    Ambiguous in the paper: the depth (its ablation: two layers or more), whether gates are per
+    channel (per head here), initial weights (learned here). L has no 1/2 there, so that our rates
+    are twice its own. The gradient is taken before the decay: a depth of 1 is gated delta only up
+    to rescaled rates and values. Deviations: one shell for all memories.
+    """
+
+    class Config(FastWeights.Config):
+        network: Any = MLP()
+        optimiser: Any = "momentum"
+        forgetting: Any = "decay"
+        lr: float = 0.5
+
+    source = "Behrouz et al. 2025, arXiv 2501.00663"
+    cases = (
+        {"heads": 2, "mini_batch": 5},
+        {"heads": 3, "mini_batch": 1, "network": {"name": "mlp", "depth": 3, "expansion": 1.5}},
+    )
+    reductions = (
+        Reduction({"optimiser": "momentum"}, {"optimiser": "sgd"}, silence("momentum")),
+        Reduction({"forgetting": "decay"}, {"forgetting": "none"}, silence("decay")),
+    )

@@ -1,0 +1,118 @@
+"""Named points of linear attention, as their papers have them: a name, defaults, a few terms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerzoo.layer import State
+from layerzoo.memory import Write
+from layerzoo.shell import QKV
+
+from .rule import Linear
+
+
+class Retention(Linear, name="retention"):
+    """RetNet's retention: linear attention with a constant decay per head.
+
+    S_t = gamma_h S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   gamma_h = 1 - 2^-(5+h)
+
+    Deviations: no rotary positions of q and k; the paper's group norm and swish gate are the
+    shell's `out_norm: rms` and `out_gate: silu`.
+    """
+
+    class Config(Linear.Config):
+        decay: Literal["none", "constant", "scalar", "vector"] = "constant"
+
+    source = "Sun et al. 2023, arXiv 2307.08621"
+    cases = ({"heads": 2},)
+
+
+class GatedLinear(Linear, name="gated_linear"):
+    """Linear attention with a decay per head and token, the common core of Mamba-2 and of simple
+    gated linear attention.
+
+    S_t = exp(g_t) S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   g_t = -exp(A) softplus(x_t w + b)
+
+    `mamba2` adds what Mamba-2 has besides.
+    """
+
+    class Config(Linear.Config):
+        decay: Literal["none", "constant", "scalar", "vector"] = "scalar"
+
+    source = "Dao and Gu 2024, arXiv 2405.21060"
+    cases = ({"heads": 2},)
+
+
+class GLA(Linear, name="gla"):
+    """Gated linear attention: a decay per key channel and token.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   g_t = log sigmoid(z_t) / 16
+
+    with z_t a projection of x_t of rank 16. It is computed as -exp(A) softplus(-z_t), which is the
+    same at exp(A) = 1/16, where it starts. Deviation: A is learned.
+    """
+
+    class Config(Linear.Config):
+        decay: Literal["none", "constant", "scalar", "vector"] = "vector"
+        decay_rate: tuple[float, ...] = (1 / 16, 1 / 16)
+        decay_step: tuple[float, ...] = (math.log(2), math.log(2))
+
+    source = "Yang et al. 2023, arXiv 2312.06635"
+    cases = ({"heads": 2, "key_dim": 5}, {"heads": 2, "decay_gate": "bounded"})
+
+
+class Mamba2(Linear, name="mamba2"):
+    """Mamba-2's state space layer (SSD), in the names of attention: C is q, B is k, x is v.
+
+    S_t = exp(-exp(A) dt_t) S_{t-1} + dt_t k_t^T v_t,   o_t = q_t S_t + skip v_t,
+    dt_t = softplus(x_t w + b)
+
+    At the start exp(A) is uniform in [1, 16], softplus(b) log-uniform in [0.001, 0.1], and `skip`
+    (the paper's D, one per head) is 1. Deviations: q and k per head, unless key_heads is 1, which
+    shares them as the paper does; the convolution is the block's, norm and gate are the shell's.
+    """
+
+    class Config(Linear.Config):
+        decay: Literal["scalar"] = "scalar"
+        """The decay has a gate per head and token (scalar), because the size of a write is made of
+        the same dt."""
+        decay_gate: Literal["softplus"] = "softplus"
+        """dt is a softplus."""
+        decay_rate: tuple[float, ...] = (1.0, 16.0)
+
+        reasons: ClassVar[Any] = {
+            "decay": "the size of a write and the decay are made of the same dt",
+            "decay_gate": "dt, which the decay is made of, is a softplus",
+        }
+
+    source = "Dao and Gu 2024, arXiv 2405.21060"
+    cases = ({"heads": 2}, {"heads": 3, "qk_norm": "none", "out_gate": "silu", "key_heads": 1})
+    reductions = ()
+
+    def __init__(self, dim: int, config: Any) -> None:
+        super().__init__(dim, config)
+        self.skip = nn.Parameter(torch.ones(self.heads, 1))
+
+    def project(self, x: Tensor, start: int = 0, qkv: QKV | None = None) -> tuple[Tensor, Write]:
+        q, write = super().project(x, start, qkv)
+        v, step = write["v"], write.pop("step")
+        return q, {
+            **write,
+            "v": (v * step).to(v.dtype),
+            "skip": self.skip * v[..., : self.value_dim],
+        }
+
+    def gates(self, x: Tensor) -> Write:
+        step = self.log_decay.step(x)
+        log_decay = -self.log_decay.A_log.to(step.dtype).exp() * step
+        return {"step": step, "log_decay": log_decay[..., 0]}
+
+    def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
+        write = dict(write)
+        skip = write.pop("skip")
+        o, state = super().rule(q, write, state)
+        return o + skip.to(o.dtype), state
