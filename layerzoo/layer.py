@@ -67,26 +67,9 @@ class Inner(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class Execution:
-    """An attribute of a layer, and of all layers in it, that never changes the function, only how
-    it is computed. The first of the allowed values is the default."""
-
-    def __init__(self, *allowed: Any) -> None:
-        self.allowed = allowed
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, layer: Layer, owner: type) -> Any:
-        return layer.__dict__.get(self.name, self.allowed[0])
-
-    def __set__(self, layer: Layer, value: Any) -> None:
-        if value not in self.allowed:
-            known = suggest(str(value), map(str, self.allowed))
-            raise SpecError(f"{self.name} '{value}' is unknown; {known}")
-        for module in layer.modules():
-            if isinstance(module, Layer):
-                module.__dict__[self.name] = value
+EXECUTION = {"impl": IMPLS, "checkpoint": (False, True), "compiled": (False, True)}
+"""Attributes of a layer that never change the function, only how it is computed, and the values
+that they may have. They are not part of a run's identity."""
 
 
 class Layer(nn.Module):
@@ -99,12 +82,15 @@ class Layer(nn.Module):
 
     A subclass registers itself: ``class Mine(Layer, name="mine")``. It holds a nested `Config`,
     a `source` (paper), and `cases`: small specs with which the conformance suite proves the law.
-    Whatever does not change the function is an attribute, never a config field:
+    What does not change the function is an attribute, never a config field. Setting it sets it for
+    the layers inside, too.
 
-    impl: which implementation of its op the layer runs: auto, recurrent, chunked or triton.
-    checkpoint: keep less for the backward pass and compute it again, where the layer knows how.
-    compiled: compile what torch.compile of the whole would leave out, where it knows how; needs a
-        C++ compiler on a CPU.
+    Attributes:
+        impl: The layer runs this implementation of its op: auto, recurrent, chunked or triton.
+        checkpoint: If true, a layer that knows how keeps less for the backward pass, and computes
+            it again.
+        compiled: If true, a layer that knows how compiles what torch.compile of the whole would
+            leave out. It needs a C++ compiler on a CPU.
     """
 
     Config: ClassVar[Any]  # a subclass of layerzoo.spec.Config
@@ -116,9 +102,9 @@ class Layer(nn.Module):
     reductions: ClassVar[tuple[Reduction, ...]] = ()
     op: ClassVar[Op | None] = None
 
-    impl: Any = Execution(*IMPLS)
-    checkpoint: Any = Execution(False, True)
-    compiled: Any = Execution(False, True)
+    impl: str = "auto"
+    checkpoint: bool = False
+    compiled: bool = False
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -140,6 +126,16 @@ class Layer(nn.Module):
         super().__init__()
         self.dim = dim
         self.config = config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in EXECUTION:
+            return super().__setattr__(name, value)
+        if value not in EXECUTION[name]:
+            known = suggest(str(value), map(str, EXECUTION[name]))
+            raise SpecError(f"{name} '{value}' is unknown; {known}")
+        for module in self.modules():  # of the layers in it, too
+            if isinstance(module, Layer):
+                vars(module)[name] = value
 
     def __call__(self, x: Tensor, state: State = None, **more: Any) -> tuple[Tensor, State]:
         if not is_compiling():
@@ -207,10 +203,6 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, dim={self.dim}"
-
-
-EXECUTION = tuple(name for name, x in vars(Layer).items() if isinstance(x, Execution))
-"""What is not part of a run's identity."""
 
 
 @functools.cache

@@ -1,15 +1,19 @@
-"""Parts of layers and blocks: SwiGLU, short convolution, normalisation."""
+"""Parts of layers and blocks: normalisation, decays, SwiGLU and the short convolution."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerzoo.ops import accumulator_dtype, transforming
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class UnitLength(torch.autograd.Function):
@@ -113,5 +117,75 @@ class ShortConv(nn.Module):
 
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over the last dimension; finite gradient at zero."""
-    wide = x.to(accumulator_dtype(x))
-    return unit_length(wide, eps).to(x.dtype)
+    return unit_length(wide(x), eps).to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+LOWEST = 5
+"""A bounded gate stays above minus this (Kimi K3)."""
+
+
+class LogDecay(nn.Module):
+    """A gate that says how much of a memory each token leaves: its logarithm, which is at most 0.
+
+    log D_t = -exp(A) softplus(z_t) or, bounded, log D_t = -5 sigmoid(exp(A) z_t)
+
+    where z_t = x_t W + b, and A is one number per head.
+
+    Args:
+        dim: x has this width.
+        heads: there are this many heads.
+        channels: D_t has this many channels per head; None is one number per head.
+        rank: W is a product of two matrices through this width; None is a full matrix.
+        config: it has decay_gate, and the start in decay_rate and decay_step.
+
+    Returns:
+        `[B, T, heads]`, or `[B, T, heads, channels]`.
+
+    Source: Mamba-2, arXiv 2405.21060; Kimi Linear, 2510.26692, for the bounded gate of Kimi K3.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, channels: int | None, rank: int | None, config: Any
+    ) -> None:
+        super().__init__()
+        self.heads, self.channels, size = heads, channels, heads * (channels or 1)
+        self.bounded = config.decay_gate == "bounded"
+        if rank is None:
+            self.x: nn.Module = nn.Linear(dim, size, bias=False)
+        else:
+            rank = min(rank, dim)
+            self.x = nn.Sequential(
+                nn.Linear(dim, rank, bias=False), nn.Linear(rank, size, bias=False)
+            )
+        rates = torch.empty(heads, 1).uniform_(*config.decay_rate)
+        steps = torch.empty(size).uniform_(*map(math.log, config.decay_step)).exp()
+        self.A_log = nn.Parameter(rates.log())
+        if self.bounded:
+            start = (rates * steps.view(heads, -1) / LOWEST).logit() / rates
+            self.bias = nn.Parameter(start.flatten())
+        else:
+            self.bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus^-1
+
+    def gate(self, x: Tensor) -> Float[Tensor, "B T H channels"]:
+        """z = x W + b."""
+        return (wide(self.x(x)) + wide(self.bias)).unflatten(-1, (self.heads, -1))
+
+    def step(self, x: Tensor) -> Float[Tensor, "B T H channels"]:
+        """softplus(z), which Mamba calls dt."""
+        return F.softplus(self.gate(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x)
+        decay = log_decay(gate, self.A_log.to(gate.dtype), self.bounded)
+        return decay if self.channels else decay[..., 0]
+
+
+def log_decay(z: Tensor, A_log: Tensor, bounded: bool) -> Tensor:
+    """-exp(A) softplus(z), or bounded -5 sigmoid(exp(A) z)."""
+    rate = A_log.exp()
+    return -LOWEST * (rate * z).sigmoid() if bounded else -rate * F.softplus(z)

@@ -112,9 +112,8 @@ class Op:
         return None, "it has no Triton kernel yet; use 'chunked' or 'auto'"
 
 
-def transforming() -> bool:
-    """Whether this runs inside a transform of torch.func."""
-    return torch._C._are_functorch_transforms_active()
+transforming = torch._C._are_functorch_transforms_active
+"""Whether this runs inside a transform of torch.func."""
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,8 +133,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def accumulator_dtype(*tensors: Any) -> torch.dtype:
     """float32, or float64 where any of the tensors is: what states and sums are kept in."""
-    is_double = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if is_double else torch.float32
+    for t in tensors:
+        if isinstance(t, Tensor) and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _upcast(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -137,7 +137,8 @@ class Headed(Layer):
             q, k = l2_normalise(q), l2_normalise(k)
         elif self.config.qk_norm == "rms":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (self.config.rotate(t, start) for t in (q, k))
+        if self.config.rotary:
+            q, k = (self.config.rotate(t, start) for t in (q, k))
         return q, k, v
 
     def merge(self, o: Tensor, x: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def test_a_gradient_is_named(
 
 def test_a_memory_that_is_aligned_at_the_left(plant: Callable[..., list[Check]]) -> None:
     def mix(self: Any, q: Tensor, write: Any, state: State) -> tuple[Tensor, State]:
-        early = max(0, q.shape[1] - write["k"].shape[1])
+        early = max(0, q.shape[1] - write.k.shape[1])
         o, after = Linear.mix(self, q[:, : q.shape[1] - early], write, state)
         return torch.cat((o, self.read(q[:, q.shape[1] - early :], after)), 1), after
 

@@ -104,9 +104,9 @@ def test_the_normaliser_reads_back_a_constant(feature_map: str, decay: str) -> N
     layer: Any = build("linear", dim=DIM, **fields).double()
     q, write = layer.project(randn(B, 70, DIM))
     constant = randn(1, 1, H, 8)
-    write["v"] = torch.cat((constant.expand(B, 70, H, 8), write["v"][..., 8:]), -1)
+    write = write._replace(v=torch.cat((constant.expand(B, 70, H, 8), write.v[..., 8:]), -1))
     if decay == "vector":  # channels that are forgotten at other rates
-        write["log_decay"] = 5 * write["log_decay"]
+        write = write._replace(log_decay=5 * write.log_decay)
     o, state = layer.mix(q, write, layer.init_state(B))
     close(o, constant.expand_as(o), 1e-11)
     close(layer.read(q, state), constant.expand_as(o), 1e-11)
@@ -124,8 +124,8 @@ def test_beta_max(most: int) -> None:
         layer: Any = build(name, dim=DIM, **({"beta_max": 2} if most == 2 else {})).double()
         x = 20 * randn(B, 200, DIM)
         _, write = layer.project(x)
-        close(write["beta"], most / (1 + (-x @ layer.beta.weight.T).exp()))
-        assert 0 < write["beta"].min() < 0.01 and 0.99 * most < write["beta"].max() <= most
+        close(write.beta, most / (1 + (-x @ layer.beta.weight.T).exp()))
+        assert 0 < write.beta.min() < 0.01 and 0.99 * most < write.beta.max() <= most
 
 
 def test_decays_of_the_presets() -> None:
@@ -139,7 +139,7 @@ def test_decays_of_the_presets() -> None:
             continue
         z = (g.x(x) + g.bias).unflatten(-1, (H, -1))
         rate, step = g.A_log.exp(), F.softplus(g.bias)
-        got = layer.project(x)[1]["log_decay"]
+        got = layer.project(x)[1].log_decay
         want = F.logsigmoid(-z) / 16 if name == "gla" else -rate * F.softplus(z)
         close(got, want if name in ("gla", "kda") else want[..., 0], 1e-7)
         low, high = (1, 16) if name == "mamba2" else (1, 1)
@@ -179,8 +179,8 @@ def test_mamba2_with_a_normaliser() -> None:
         layer.v.weight.zero_()
         q, write = layer.project(x)
         step = layer.log_decay.step(x)
-        write["v"] = torch.cat((2 * step.expand(B, T, H, 8), step), -1)
-        write["skip"] = write["skip"] + 5.0
+        write = write._replace(v=torch.cat((2 * step.expand(B, T, H, 8), step), -1))
+        write = write._replace(skip=write.skip + 5.0)
         o, _ = layer.mix(q, write, layer.init_state(B))
     close(o, torch.full_like(o, 7.0), 1e-11)
 

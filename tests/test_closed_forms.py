@@ -18,7 +18,7 @@ from layerzoo.memories.common import chunks
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
 from layerzoo.memories.mesa import mesa
-from layerzoo.memories.mesa import rule as mesa_file
+from layerzoo.memories.mesa import chunked as mesa_file
 
 Args = dict[str, Any]
 OPS: dict[str, Callable[..., Any]] = {"linear": linear_attention, "delta": delta_rule}

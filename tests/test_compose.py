@@ -84,13 +84,13 @@ def test_evicted_writes_what_has_left_the_window(sinks: int) -> None:
     q, write = memory.project(X)
     want = layer.layers[0](X)[0]
     for i in range(X.shape[1]):
-        k, v = (write[name][:, sinks : max(sinks, i - 5 + 1)] for name in "kv")
+        k, v = (getattr(write, name)[:, sinks : max(sinks, i - 5 + 1)] for name in "kv")
         S = torch.einsum("bthk,bthv->bhkv", k, v)
         o = torch.einsum("bhk,bhkv->bhv", q[:, i], S) * memory.scale
         want[:, i] += memory.merge(o.unsqueeze(1), X[:, i : i + 1])[:, 0]
     assert torch.allclose(y, want, rtol=0, atol=1e-12)
     assert state[-1]["writes"][0]["k"].shape[1] == 5 and state[-1]["position"] == 30
-    assert torch.equal(state[-1]["writes"][0]["v"], write["v"][:, -5:])
+    assert torch.equal(state[-1]["writes"][0]["v"], write.v[:, -5:])
 
 
 @pytest.mark.parametrize("memory", ["linear", "gated_delta", "ttt_mlp", "allmem"])

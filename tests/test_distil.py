@@ -437,7 +437,7 @@ def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
         "model.kl: 2.0, but the checkpoint to resume was trained with 1" in capsys.readouterr().err
     )
     assert main(["test", "--config", "mqar", *checkpoint]) == 2
-    assert "is no option of layerzoo.train.lit.LitModel" in capsys.readouterr().err
+    assert "is no option of layerzoo.lit.LitModel" in capsys.readouterr().err
     assert main(["generate", checkpoint[1], "--prompt", "a"]) == 2
     assert "is not of a language model" in capsys.readouterr().err
     lit, other = module(), {**last, "state_dict": {"model.blocks.0.scales": torch.zeros(8)}}

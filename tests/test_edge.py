@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,8 +314,9 @@ def test_a_closed_stream_and_a_poor_encoding(
     poor = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", poor)
     assert main(["list", "delta"]) == 0
-    said = (lambda argv: print("\u00b1") or 0, "prints what ASCII lacks")
-    monkeypatch.setitem(cli.COMMANDS, "say", said)
+    printer = SimpleNamespace(main=lambda argv: print("\u00b1") or 0)
+    monkeypatch.setitem(sys.modules, "printer", printer)
+    monkeypatch.setitem(cli.COMMANDS, "say", ("printer", "prints what ASCII lacks"))
     assert main(["say"]) == 0
     assert poor.buffer.getvalue().endswith(b"?\n")
     assert capsys.readouterr().err == ""

@@ -286,7 +286,7 @@ def test_init_scale_is_of_the_last_matrix_alone(network: str) -> None:
         torch.manual_seed(0)
         layers.append(build("fast_weights", dim=16, network=network, **fields))
     plain, small = ([*layer.weights] for layer in layers)
-    last = layers[0].rule_.network.last
+    last = layers[0].inner_rule.network.last
     for m, (a, b) in enumerate(zip(plain, small, strict=True)):
         torch.testing.assert_close(b, a * 0.1 if m == last else a, rtol=1e-6, atol=0)
 

@@ -77,7 +77,7 @@ def test_diagnostics_are_of_the_state() -> None:
     x = torch.randn(3, 4, 8, dtype=torch.float64)
     _, state = layer(x)
     _, write = layer.project(x)
-    k, v, W = write["k"][:, :, 0], write["v"][:, :, 0], state["weights"][0][:, 0]
+    k, v, W = write.k[:, :, 0], write.v[:, :, 0], state["weights"][0][:, 0]
     old = layer.weights[0].expand_as(W)
     loss: Any = lambda W: 0.5 * (k @ W - v).square().sum(-1).mean()  # noqa: E731
     want = {

@@ -47,7 +47,7 @@ def test_an_abstract_base_does_not_register(registry: dict[str, type[Layer]]) ->
 @pytest.mark.parametrize(
     "name, body, message",
     [
-        ("linear", {}, r"'linear' is already registered by layerzoo.memories.linear.Linear"),
+        ("linear", {}, r"'linear' is already registered by layerzoo.memories.linear.rule.Linear"),
         ("new", {"Config": None}, r"'new' \(Declared\) has no nested Config class"),
         ("new", {"Config": nn.Module}, r"'new' \(Declared\) has no nested Config class"),
         ("new", {"cases": None}, r"'new' \(Declared\) must declare cases and source"),

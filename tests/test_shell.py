@@ -96,8 +96,8 @@ def test_a_memory_with_positions_knows_how_far_back_a_key_is(name: str) -> None:
     assert not torch.allclose(layer(x())[0], plain(x())[0], atol=1e-3)
     q, write = layer.project(x())
     q0, write0 = plain.project(x())
-    turned = layer.config.rotate(torch.stack((q0, write0["k"])).flatten(0, 1), 0)
-    torch.testing.assert_close(torch.cat((q, write["k"])), turned)
+    turned = layer.config.rotate(torch.stack((q0, write0.k)).flatten(0, 1), 0)
+    torch.testing.assert_close(torch.cat((q, write.k)), turned)
     _, state = layer(x(7))
     assert int(state["position"]) == 7
     assert layer.state_bytes(7).buffers == plain.state_bytes(7).buffers + 8
@@ -114,7 +114,7 @@ def test_the_norms_do_what_they_say() -> None:
     layer = made("linear", heads=2)
     q, write = layer.project(x())
     torch.testing.assert_close(q, l2_normalise(layer.q(x()).unflatten(-1, (2, -1))))
-    assert torch.allclose(write["k"].norm(dim=-1), torch.ones((), dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(write.k.norm(dim=-1), torch.ones((), dtype=torch.float64), atol=1e-4)
     layer = made("softmax", heads=2, out_norm="rms", out_gate="silu")
     o = torch.randn(2, 5, 2, 12, dtype=torch.float64)
     normed = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_today_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_starts_are_where_the_fields_say() -> None:
-    from layerzoo.memories.common.matrix import LogDecay
+    from layerzoo.nn import LogDecay
 
     for gate in ("softplus", "bounded"):
         layer = made(
@@ -204,7 +204,7 @@ def test_starts_are_where_the_fields_say() -> None:
     layer = made("delta", heads=2, beta_bias=-2.0, beta_max=2)
     torch.nn.init.zeros_(layer.beta.weight)
     want = 2 * torch.tensor(-2.0, dtype=torch.float64).sigmoid()
-    torch.testing.assert_close(layer.gates(x(3))["beta"], want.expand(2, 3, 2))
+    torch.testing.assert_close(layer.project(x(3))[1].beta, want.expand(2, 3, 2))
     layer = made("titans", heads=2, lr_bias=1.0, momentum_bias=-1.0, decay_bias=-4.0)
     gates = (layer.lr_gate, layer.momentum_gate, layer.decay_gate)
     assert [gate.x.bias.mean().item() for gate in gates] == [1.0, -1.0, -4.0]

@@ -151,7 +151,7 @@ def test_a_run_of_another_module(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "model.betas: " in fails(capsys, "fit", *saved, *resume, "--model.betas", "[0.5, 0.9]")
     wrong = fails(capsys, "validate", "--config", "mqar", *resume)
-    assert "its size is no option of layerzoo.train.lit.LitModel; give the module" in wrong
+    assert "its size is no option of layerzoo.lit.LitModel; give the module" in wrong
     assert "is not of a language model" in fails(capsys, "generate", resume[1], "--prompt", "a")
 
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_without_a_network_is_not_of_a_model_with_one(
 ) -> None:
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 0.1}}, "other.ckpt")
     error = fails(capsys, "test", "--config", "mqar", "--ckpt_path", "other.ckpt")
-    assert "other.ckpt: is no checkpoint of layerzoo.train.lit.LitModel" in error
+    assert "other.ckpt: is no checkpoint of layerzoo.lit.LitModel" in error
 
 
 def test_the_last_name_counts() -> None:

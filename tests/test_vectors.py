@@ -14,7 +14,7 @@ from torch import Tensor
 from layerzoo.attention.forgetting import forgetting_attention
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
-from layerzoo.memories.common.matrix import log_decay
+from layerzoo.nn import log_decay
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
 from layerzoo.memories.mesa import mesa

@@ -227,7 +227,7 @@ def test_a_cast_rounds_no_constant_of_a_layer(name: str) -> None:
 @pytest.mark.parametrize("cast", [torch.float64, torch.bfloat16])
 def test_retention_decays_by_what_its_equation_says(cast: torch.dtype) -> None:
     layer: Any = build("retention", dim=24, heads=4).to(torch.bfloat16).to(cast)
-    got = layer.constants()["log_decay"]
+    got = layer.log_decay()
     want = (1 - 2.0 ** -(5 + torch.arange(4, dtype=torch.float64))).log()
     torch.testing.assert_close(got, want.to(got.dtype), rtol=0, atol=0)
     assert got.dtype == (torch.float64 if cast == torch.float64 else torch.float32)

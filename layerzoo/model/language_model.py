@@ -21,7 +21,7 @@ from layerzoo.model.pattern import (
     tiled,
 )
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
-from layerzoo.ops import Op
+from layerzoo.ops import Op, transforming
 from layerzoo.spec import Config, SpecError, at
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class Block(nn.Module):
         h, new = self.norm(x), {}
         if self.conv is not None:
             h, new["conv"] = self.conv(h, state["conv"])
-        h, new["layer"] = self.layer(h, state["layer"])
+        # Not `self.layer(..)`, which would check again what the model has checked.
+        h, new["layer"] = nn.Module.__call__(self.layer, h, state["layer"])
         x = x + h
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(self.mlp_norm(x))
@@ -202,16 +203,23 @@ class LanguageModel(Stack, nn.Module):
         """
         check_tokens(tokens, state, documents)
         if not is_compiling():
-            Match("model").within(self.ids, tokens, "tokens")
-        if not is_compiling() and state is not None:
-            found = Match("model", B=len(tokens))
-            check_state(self, found, state, lambda: self.start(0))
+            self._check(tokens, state)
         if documents is not None:
             rows, where = unpack(tokens, documents)
             return self.hidden(rows)[0][where], None
         state = self.init_state(len(tokens)) if state is None else state
         x, state = self._run(self.embedding(tokens), state)
         return self.norm(x), state
+
+    def _check(self, tokens: Tensor, state: State) -> None:
+        """Refuse ids that are not of the vocabulary, and a state of another model or batch."""
+        if tokens.is_cpu and tokens.numel() and type(tokens) is Tensor and not transforming():
+            low, high = tokens.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                Match("model").within(self.ids, tokens, "tokens")  # which says what is wrong
+        if state is not None:
+            found = Match("model", B=len(tokens))
+            check_state(self, found, state, lambda: self.start(0))
 
     def _run(self, x: Tensor, states: State) -> tuple[Tensor, State]:
         """x `[B, T, D]` through the blocks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from layerzoo.layer import get_layer
-from layerzoo.memory import Memory
+from layerzoo.memory import Memory, map_write
 from layerzoo.testing.cases import (
     EXACT,
     LONG,
@@ -199,7 +200,7 @@ def alignment(case: Case) -> None:
 
 def _aligned(layer: Any, state: Any, reads: int, writes: int) -> None:
     q, write = layer.project(tokens(2, 9))
-    q, write = q[:, 9 - reads :], {name: w[:, 9 - writes :] for name, w in write.items()}
+    q, write = q[:, 9 - reads :], map_write(lambda w: w[:, 9 - writes :], write)
     got = dict(zip(("output", "state"), layer.mix(q, write, state), strict=True))
 
     def at(x: Tensor, n: int) -> Tensor:
@@ -209,7 +210,7 @@ def _aligned(layer: Any, state: Any, reads: int, writes: int) -> None:
 
     length, before, outputs = max(reads, writes), state, [got["output"][:, :0]]
     for n in range(length):
-        o, state = layer.mix(at(q, n), {name: at(w, n) for name, w in write.items()}, state)
+        o, state = layer.mix(at(q, n), map_write(functools.partial(at, n=n), write), state)
         outputs.append(o)
     where = f"{reads} queries and {writes} writes"
     want = {"output": torch.cat(outputs, 1), "state": state}

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import State, StateBytes
-from layerzoo.memory import Memory, Write
-from layerzoo.nn import Constant
-from layerzoo.ops import accumulator_dtype
+from layerzoo.memory import Memory, present
+from layerzoo.nn import Constant, wide
 from layerzoo.spec import SpecError
 
 from .bounds import check_bounded
 from .diagnostics import Log
-from .op import OP, fast_weights, read_fast_weights
+from .op import OP, READ, dispatch, fast_weights, per_row
 from .optimisers import NEWTON_SCHULZ, Muon
 from .rule import Rule
 from .state import init_state
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Gate(nn.Module):
@@ -32,7 +34,7 @@ class Gate(nn.Module):
         nn.init.constant_(self.x.bias, start)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.x(x).to(accumulator_dtype(x)).sigmoid()
+        return wide(self.x(x)).sigmoid()
 
 
 def silence(gate: str) -> Callable[[Any], None]:
@@ -42,6 +44,17 @@ def silence(gate: str) -> Callable[[Any], None]:
         nn.init.constant_(getattr(layer, f"{gate}_gate").x.bias, -torch.inf)
 
     return neutral
+
+
+class FastWeightsWrite(NamedTuple):
+    """What each token writes, named as the arguments of `fast_weights`; M is 1, or the number of
+    matrices."""
+
+    k: Float[Tensor, "B T H K"]
+    v: Float[Tensor, "B T H V"]
+    lr: Float[Tensor, "B T H M"]
+    momentum: Float[Tensor, "B T H"] | None
+    decay: Float[Tensor, "B T H"] | None
 
 
 class FastWeights(Memory, name="fast_weights"):
@@ -98,7 +111,7 @@ class FastWeights(Memory, name="fast_weights"):
                 )
             check_bounded(self, self.qk_norm, self.lr_per_matrix)
 
-        def rule(self) -> Rule:
+        def inner_rule(self) -> Rule:
             return Rule(**{field.name: getattr(self, field.name) for field in Rule.fields()})
 
     source = "Sun et al. 2024, arXiv 2407.04620; axes of many, see its options"
@@ -108,7 +121,7 @@ class FastWeights(Memory, name="fast_weights"):
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__(dim, config)
-        self.rule_ = rule = config.rule()
+        self.inner_rule = rule = config.inner_rule()
         H, K, V = self.heads, self.key_dim, self.value_dim
         if rule.network.residual and K != V:
             raise SpecError(f"network: residual needs key_dim = value_dim, got {K} and {V}")
@@ -136,18 +149,18 @@ class FastWeights(Memory, name="fast_weights"):
     @property
     def mini_batch(self) -> int:
         """The config's, until it is set; rates, which were chosen for the config's, stay."""
-        return self.rule_.mini_batch
+        return self.inner_rule.mini_batch
 
     @mini_batch.setter
     def mini_batch(self, tokens: int) -> None:
         if self.config.row and tokens != self.config.mini_batch:
             raise SpecError(f"{self.name}: mini_batch: `row` is learned for {self.mini_batch}")
-        self.rule_ = dataclasses.replace(self.rule_, mini_batch=tokens)
+        self.inner_rule = dataclasses.replace(self.inner_rule, mini_batch=tokens)
 
     def start(self, m: int) -> Tensor:
         """Initial weights of a matrix: outputs of variance 1, behind the last one a quarter and
         times init_scale^2."""
-        network, (i, o) = self.rule_.network, self.shapes[m]
+        network, (i, o) = self.inner_rule.network, self.shapes[m]
         std = self.squares[m] ** -0.5
         if m == network.last and m not in network.first:
             std = std / 2
@@ -158,38 +171,48 @@ class FastWeights(Memory, name="fast_weights"):
             weights[:, -1] = 0
         return weights
 
-    def gates(self, x: Tensor) -> Write:
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> FastWeightsWrite:
+        rule = self.inner_rule
         lr = self.lr_gate(x).unflatten(-1, (self.heads, -1)) * self.rates()
-        found = {"lr": lr}
-        if self.rule_.has_momentum:
-            found["momentum"] = self.momentum_gate(x)
-        if self.rule_.has_decay:
-            found["decay"] = self.decay_gate(x)
-        return found
+        momentum = self.momentum_gate(x) if rule.has_momentum else None
+        decay = self.decay_gate(x) if rule.has_decay else None
+        return FastWeightsWrite(k, v, lr, momentum, decay)
 
     def constants(self) -> dict[str, Any]:
-        """The op's arguments that no token writes."""
-        found: dict[str, Any] = {"weights": tuple(self.weights), "spec": self.rule_}
+        """The arguments of the op that no token writes."""
+        row = norm = None
         if self.config.row:
-            offset = self.row_offset.to(accumulator_dtype(self.row_offset))
+            offset = wide(self.row_offset)
             place = torch.arange(1, len(offset) + 1).to(offset)
-            found["row"] = (1 / place + offset).clamp(min=0)
-        if self.rule_.network.layer_norm:
-            found["layer_norm"] = (self.norm_weight, self.norm_bias)
-        return found
+            row = (1 / place + offset).clamp(min=0)
+        if self.inner_rule.network.layer_norm:
+            norm = (self.norm_weight, self.norm_bias)
+        return {"spec": self.inner_rule, "row": row, "layer_norm": norm}
 
-    def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        found = {**write, **self.constants(), "state": state}
-        how = {"impl": self.impl, "checkpoint": self.checkpoint, "compiled": self.compiled}
-        return fast_weights(q, **found, **how)
+    def rule(self, q: Tensor, write: FastWeightsWrite, state: State) -> tuple[Tensor, State]:
+        return dispatch(
+            self.impl,
+            q,
+            *write,
+            tuple(self.weights),
+            **self.constants(),
+            state=state,
+            checkpoint=self.checkpoint,
+            compiled=self.compiled,
+        )
 
     def read(self, q: Tensor, state: State) -> Tensor:
-        return read_fast_weights(q, **self.constants(), state=state)
+        constants = self.constants()
+        initial, norm = per_row(tuple(self.weights), constants["layer_norm"], len(q))
+        rule, row = constants["spec"], constants["row"]
+        return READ("chunked", q, row, norm, initial, rule=rule, state=state)
 
     def cautions(self, T: int) -> list[str]:
-        C = self.rule_.mini_batch
+        C = self.inner_rule.mini_batch
         what = (
-            "nothing is ever written" if self.rule_.update == "chunk" else "W_0 is never updated"
+            "nothing is ever written"
+            if self.inner_rule.update == "chunk"
+            else "W_0 is never updated"
         )
         if T >= C:
             return []
@@ -203,15 +226,15 @@ class FastWeights(Memory, name="fast_weights"):
         log = Log()
         with torch.no_grad():
             q, write = self.project(x)
-            fast_weights(q, **write, **self.constants(), impl="chunked", watch=log)
+            given = {**present(write), **self.constants()}
+            fast_weights(q, weights=tuple(self.weights), **given, impl="chunked", watch=log)
         return log.means()
 
     def rule_state(self, batch_size: int) -> State:
-        wide = accumulator_dtype(self.q.weight)
-        return init_state(self.rule_, tuple(w.to(wide) for w in self.weights), batch_size)
+        return init_state(self.inner_rule, tuple(map(wide, self.weights)), batch_size)
 
     def rule_bytes(self, T: int) -> StateBytes:
-        state = init_state(self.rule_, tuple(w.detach() for w in self.weights), 1)
+        state = init_state(self.inner_rule, tuple(w.detach() for w in self.weights), 1)
         memory = sum(4 * w.numel() for w in state.pop("weights"))
         position = 8 if state.pop("position", None) is not None else 0
         flat = [x for part in state.values() for x in (part if type(part) is tuple else (part,))]
@@ -219,11 +242,11 @@ class FastWeights(Memory, name="fast_weights"):
 
     def rule_flops(self, T: int) -> float:
         """A token's forward pass, errors and outer products, its read, and Muon's share."""
-        sizes, first = [i * o for i, o in self.shapes], self.rule_.network.first
+        sizes, first = [i * o for i, o in self.shapes], self.inner_rule.network.first
         behind = sum(size for m, size in enumerate(sizes) if m not in first)
         flops = 6.0 * sum(sizes) + 2 * behind
-        if isinstance(self.rule_.optimiser, Muon):
-            share = len(NEWTON_SCHULZ) * (T // self.rule_.mini_batch) / T
+        if isinstance(self.inner_rule.optimiser, Muon):
+            share = len(NEWTON_SCHULZ) * (T // self.inner_rule.mini_batch) / T
             for i, o in self.shapes:
                 r, c = min(i, o), max(i, o)
                 flops += share * (4 * r * r * c + 2 * r**3)

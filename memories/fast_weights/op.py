@@ -103,8 +103,34 @@ def fast_weights(
     if state is None:
         wide = accumulator_dtype(q, k, v)
         state = init_state(spec, tuple(w.to(wide) for w in weights), B)
+    given: Any = {"state": state, "checkpoint": checkpoint, "compiled": compiled, "watch": watch}
     lr = lr.unsqueeze(-1) if lr.dim() == 3 else lr
-    initial, norm = per_row(weights, layer_norm, B)
+    gates = (lr, momentum, decay)
+    return dispatch(
+        impl, q, k, v, *gates, weights, spec=spec, row=row, layer_norm=layer_norm, **given
+    )
+
+
+def dispatch(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Float[Tensor, "B T H M"],
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    weights: tuple[Tensor, ...],
+    *,
+    spec: Rule,
+    row: Tensor | None,
+    layer_norm: tuple[Tensor, Tensor] | None,
+    state: State,
+    checkpoint: bool = False,
+    compiled: bool = False,
+    watch: Watch | None = None,
+) -> tuple[Tensor, State]:
+    """`fast_weights` of arguments that fit, as a layer's do."""
+    initial, norm = per_row(weights, layer_norm, len(q))
     return OP(
         impl,
         *(q, k, v, lr, momentum, decay, row, norm, initial),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 from layerzoo.spec import Config, SpecError, at
@@ -91,15 +92,15 @@ class Rule(Config):
         `token_gates`. Kernels, which import no rule, take it from here."""
         return token_gates(*gates)
 
-    @property
+    @functools.cached_property
     def has_momentum(self) -> bool:
         return self.optimiser.has_momentum
 
-    @property
+    @functools.cached_property
     def has_decay(self) -> bool:
         return self.forgetting.has_decay
 
-    @property
+    @functools.cached_property
     def spares_initial(self) -> bool:
         """The first mini-batch uses the initial weights as they are: before the first write `norm`
         has nothing to mend (it matters where eps is not 0). A dual map acts at once."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import State
-from layerzoo.memory import Write
-from layerzoo.shell import QKV
 
+from ..common.matrix import Decay
 from .rule import Linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Retention(Linear, name="retention"):
@@ -25,7 +27,7 @@ class Retention(Linear, name="retention"):
     """
 
     class Config(Linear.Config):
-        decay: Literal["none", "constant", "scalar", "vector"] = "constant"
+        decay: Decay = "constant"
 
     source = "Sun et al. 2023, arXiv 2307.08621"
     cases = ({"heads": 2},)
@@ -41,7 +43,7 @@ class GatedLinear(Linear, name="gated_linear"):
     """
 
     class Config(Linear.Config):
-        decay: Literal["none", "constant", "scalar", "vector"] = "scalar"
+        decay: Decay = "scalar"
 
     source = "Dao and Gu 2024, arXiv 2405.21060"
     cases = ({"heads": 2},)
@@ -57,12 +59,21 @@ class GLA(Linear, name="gla"):
     """
 
     class Config(Linear.Config):
-        decay: Literal["none", "constant", "scalar", "vector"] = "vector"
+        decay: Decay = "vector"
         decay_rate: tuple[float, ...] = (1 / 16, 1 / 16)
         decay_step: tuple[float, ...] = (math.log(2), math.log(2))
 
     source = "Yang et al. 2023, arXiv 2312.06635"
     cases = ({"heads": 2, "key_dim": 5}, {"heads": 2, "decay_gate": "bounded"})
+
+
+class Mamba2Write(NamedTuple):
+    """What each token writes, and what it adds to its own read-out."""
+
+    k: Float[Tensor, "B T H F"]
+    v: Float[Tensor, "B T H V"]
+    log_decay: Float[Tensor, "B T H"]
+    skip: Float[Tensor, "B T H V"]
 
 
 class Mamba2(Linear, name="mamba2"):
@@ -97,22 +108,14 @@ class Mamba2(Linear, name="mamba2"):
         super().__init__(dim, config)
         self.skip = nn.Parameter(torch.ones(self.heads, 1))
 
-    def project(self, x: Tensor, start: int = 0, qkv: QKV | None = None) -> tuple[Tensor, Write]:
-        q, write = super().project(x, start, qkv)
-        v, step = write["v"], write.pop("step")
-        return q, {
-            **write,
-            "v": (v * step).to(v.dtype),
-            "skip": self.skip * v[..., : self.value_dim],
-        }
-
-    def gates(self, x: Tensor) -> Write:
-        step = self.log_decay.step(x)
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> Mamba2Write:
+        step = self.log_decay.step(x)  # [B, T, H, 1]
         log_decay = -self.log_decay.A_log.to(step.dtype).exp() * step
-        return {"step": step, "log_decay": log_decay[..., 0]}
+        k, v = self.featured(k, v)
+        return Mamba2Write(
+            k, (v * step).to(v.dtype), log_decay[..., 0], self.skip * v[..., : self.value_dim]
+        )
 
-    def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        write = dict(write)
-        skip = write.pop("skip")
-        o, state = super().rule(q, write, state)
-        return o + skip.to(o.dtype), state
+    def rule(self, q: Tensor, write: Mamba2Write, state: State) -> tuple[Tensor, State]:
+        o, state = super().rule(q, write[:3], state)
+        return o + write.skip.to(o.dtype), state

@@ -1,8 +1,8 @@
-"""Linear attention: the additive memory S_t = D_t S_{t-1} + k_t^T v_t, its op and its layer."""
+"""Linear attention, the additive memory: op, chunk form and layer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,32 +11,19 @@ from torch.nn import functional as F
 
 from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
-from layerzoo.memory import Write
-from layerzoo.ops import Op, once_differentiable
+from layerzoo.ops import Op
 from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
-from ..common.chunks import (
-    add_product,
-    chunk_size,
-    fold,
-    pad_tokens,
-    product,
-    segments,
-    stack,
-    tiles,
-    unfold,
-)
-from ..common.decays import FLOOR, Pulled, decays_of
 from ..common.matrix import MatrixConfig, MatrixMemory, per_token, zero_state
+from ..common.plain import chunk_decays, chunks
+from . import chunked
 from .features import FEATURE_MAPS
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 OP = Op("linear_attention", kernel="linear")
-
-
 SIGNATURE = Signature(log_decay=LOGARITHM)
 
 
@@ -54,23 +41,37 @@ def linear_attention(
     state: Float[Tensor, "B H K V"] | None = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """S_t = D_t S_{t-1} + k_t^T v_t,  o_t = scale q_t S_t (read after write).
+    """Each token adds its key and value to the memory, and then reads it.
+
+    S_t = D_t S_{t-1} + k_t^T v_t,   o_t = scale q_t S_t
+
+    where
+
+    - S_t `[K, V]` is the state of a head, S_0 is `state`, and S_T is returned;
+    - q_t, k_t `[K]` and v_t `[V]` are a token's query, key and value, as rows;
+    - D_t = exp(log_decay_t) is the decay, a number or the diagonal of a matrix.
 
     Args:
-        log_decay: natural logarithm of D_t, <= 0: None is D_t = 1; `[H]` constant (RetNet);
-            `[B, T, H]` scalar (Mamba-2, simple GLA); `[B, T, H, K]` vector, D_t = diag (GLA).
-        state: S_0, default zero.
+        q: The queries.
+        k: The keys.
+        v: The values.
+        log_decay: The natural logarithm of the decay, at most 0. None is no decay, `[H]` a
+            constant per head (RetNet), `[B, T, H]` a number per token (Mamba-2, simple GLA),
+            `[B, T, H, K]` a number per key channel (GLA).
+        scale: What is read is multiplied by this number.
+        state: The state before the first token; None is zero.
         impl: auto, recurrent, chunked or triton.
 
     Returns:
-        o in q's dtype and S_T in float32 (float64 for float64 input).
+        The read-outs in q's dtype, and the state after the last token in float32 (float64 for
+        float64 input).
 
     Raises:
-        SpecError: an argument of another shape, or a positive log_decay (see `Signature`).
-        ImplError: an impl that cannot run here.
+        SpecError: An argument has another shape, or a log_decay is positive.
+        ImplError: The impl cannot run here.
 
     Source: Katharopoulos et al. 2020, arXiv 2006.16236, eq. 18-20, without its normaliser;
-    decays: 2307.08621 (constant), 2405.21060 (scalar), 2312.06635 (vector).
+    decays: 2307.08621 (constant), 2405.21060 (per token), 2312.06635 (per channel).
     """
     if not is_compiling():
         SIGNATURE.check(locals())
@@ -79,7 +80,8 @@ def linear_attention(
 
 
 @OP.register("recurrent")
-def _recurrent(q, k, v, log_decay, *, scale, state):
+def recurrent(q, k, v, log_decay, *, scale, state):
+    """The specification: the formula of `linear_attention`, token by token."""
     decay = per_token(log_decay, k).exp()
     outputs = []
     for t in range(q.shape[1]):
@@ -89,95 +91,54 @@ def _recurrent(q, k, v, log_decay, *, scale, state):
     return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), state
 
 
-@OP.register("chunked")
-def _chunked(q, k, v, log_decay, *, scale, state):
-    if (T := q.shape[1]) <= 1:
-        return (_step if T else _recurrent)(q, k, v, log_decay, scale=scale, state=state)
-    size = chunk_size(T)
-    if log_decay is not None:
-        log_decay = pad_tokens(per_token(log_decay, k).clamp(min=FLOOR), size)
-    q, k, v = (pad_tokens(x, size) for x in (q, k, v))
-    o, state = Chunked.apply(q, k, v, log_decay, state, scale, size, torch.is_grad_enabled())
-    return o[:, :T], state
+def chunk_form(q, k, v, log_decay=None, *, scale=1.0, state=None, size=16):
+    """`linear_attention` in chunks of `size` tokens, to be read beside GLA's section 4.
+
+    With the state S before a chunk, and d(j, i) the decay from after token j until token i,
+
+    o_i = scale ((q_i d(0, i)) S + sum_{j <= i} (q_i d(j, i)) k_j^T v_j)
+    S_new = d(0, C) S + sum_j (k_j d(j, C))^T v_j
+    """
+    state = zero_state(k, v) if state is None else state
+    log_decay = per_token(log_decay, k).expand(k.shape)
+    outputs = []
+    for queries, keys, values, decays in chunks(size, q, k, v, log_decay):
+        since_start, until_end, between = chunk_decays(decays)
+        products = torch.einsum("bhik,bhijk,bhjk->bhij", queries, between, keys)
+        read = (queries * since_start) @ state + products @ values
+        outputs.append(scale * read.transpose(1, 2))
+        state = since_start[:, :, -1, :, None] * state + (keys * until_end).mT @ values
+    return torch.cat(outputs, 1), state
 
 
-def _step(q, k, v, log_decay, *, scale, state):
-    """One token, in the fewest operations: what decoding waits for."""
-    rows = state.shape[:2]
-    if log_decay is not None:
-        state = state * per_token(log_decay, k)[:, 0].exp().unsqueeze(-1)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B H, 1, D]
-    state = torch.baddbmm(state.flatten(0, 1), k.mT, v)
-    o = torch.bmm(q, state).mul(scale).unflatten(0, rows).transpose(1, 2)
-    return o, state.unflatten(0, rows)
+OP.register("chunked")(chunked.run)
 
 
-class Chunked(torch.autograd.Function):
-    """S' = D S + (k until)^T v from chunk to chunk, and o = (q since) S + scores v inside one."""
+class LinearWrite(NamedTuple):
+    """What each token writes, named as the arguments of `linear_attention`."""
 
-    @staticmethod
-    def forward(ctx: Any, q, k, v, g, state, scale, size, keep) -> Any:
-        B, _, H, _ = q.shape
-        o, saved = torch.empty_like(v), []
-        Q, Ks, Vs, Gs, Os = tiles(size, q, k, v, g, o)
-        state = state.flatten(0, 1)
-        for s in segments(Q):
-            rows, ks, vs = stack(Q[s]), fold(Ks[s]), fold(Vs[s])
-            decays = decays_of(None if g is None else fold(Gs[s]), 1, ks)
-            added = product(decays.fade(ks).mT, vs)
-            states = added.new_empty(len(added) + 1, *added.shape[1:])
-            states[0] = state
-            for n, (more, whole) in enumerate(zip(added, decays.whole, strict=True)):
-                state = torch.addcmul(more, state, whole, out=states[n + 1])
-            out = product(decays.read(rows)[:, :, 0], states[:-1])
-            add_product(out, decays.scores(rows, ks)[:, :, 0], vs)
-            unfold(out.mul_(scale), Os[s])
-            if keep:
-                saved.append(states)
-        ctx.scale, ctx.size = scale, size
-        ctx.save_for_backward(q, k, v, g, *saved)
-        return o, state.unflatten(0, (B, H)).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        do, d_state = grad_outputs
-        q, k, v, g, *saved = ctx.saved_tensors
-        grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, g)]
-        Q, Ks, Vs, Gs, Os, dQ, dK, dV, dG = tiles(ctx.size, q, k, v, g, do, *grads)
-        B, H, d_state = *Q.shape[1:3], d_state.flatten(0, 1)
-        for s in reversed(segments(Q)):
-            states = saved.pop()
-            rows, ks, vs, dos = stack(Q[s]), fold(Ks[s]), fold(Vs[s]), fold(Os[s]) * ctx.scale
-            decays = decays_of(None if g is None else fold(Gs[s]), 1, ks)
-            added = product(decays.read(rows)[:, :, 0].mT, dos)
-            d_states = torch.empty_like(states)
-            d_states[-1] = d_state
-            for n in reversed(range(len(added))):
-                d_state = torch.addcmul(added[n], d_state, decays.whole[n], out=d_states[n])
-            d_states = d_states[1:]  # of the states that the chunks leave
-            d_rows = decays.read(product(dos, states[:-1].mT).unsqueeze(2))
-            dk = decays.fade(product(vs, d_states.mT))
-            dv, scores = product(decays.fade(ks), d_states), decays.scores(rows, ks)
-            add_product(dv, scores[:, :, 0].mT, dos)
-            grad = product(dos, vs.mT).unsqueeze(2)
-            dg = decays.pull(grad, scores, rows, ks, Pulled(d_rows, dk, states[:-1], d_states))
-            for x, out in ((d_rows, dQ), (dk, dK), (dv, dV)):
-                unfold(x, out[s])
-            if dg is not None:
-                unfold(dg, dG[s])
-        return *grads, d_state.unflatten(0, (B, H)), None, None, None
+    k: Float[Tensor, "B T H F"]
+    v: Float[Tensor, "B T H V"]
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H F"] | None
 
 
 class Linear(MatrixMemory, name="linear"):
     """Linear attention, with an optional decay, feature map and normaliser.
 
-    S_t = D_t S_{t-1} + phi(k_t)^T v_t,   o_t = phi(q_t) S_t  [ / phi(q_t) z_t,
-    z_t = D_t z_{t-1} + phi(k_t)^T, the normaliser, held as one more column of S ]
+    S_t = D_t S_{t-1} + phi(k_t)^T v_t,   o_t = phi(q_t) S_t
 
-    S: [F, V] per head, with F features. The defaults are the plain sum of outer products: no
-    decay, phi(x) = x, no normaliser. Deviation: one shell for all memories (unit q and k, RMS norm
-    of the read-out, which takes the normaliser's place).
+    and with the normaliser o_t = phi(q_t) S_t / phi(q_t) z_t,   z_t = D_t z_{t-1} + phi(k_t)^T,
+
+    where
+
+    - S_t `[F, V]` is the state of a head, with F features;
+    - phi is the feature map, and q_t, k_t, v_t are projections of x_t;
+    - D_t is the decay, which is 1 unless `decay` says otherwise;
+    - z_t `[F]` is held as one more column of S.
+
+    The defaults are the plain sum of outer products: no decay, phi(x) = x, no normaliser.
+    Deviation: the layer has the shell that all memories share, with unit q and k, and with an RMS
+    norm of the read-out, which takes the normaliser's place.
     """
 
     class Config(MatrixConfig):
@@ -226,16 +187,28 @@ class Linear(MatrixMemory, name="linear"):
         features = FEATURE_MAPS[self.config.feature_map].size(self.key_dim)
         return features, self.value_dim + self.config.normaliser
 
-    def project(self, x: Tensor, start: int = 0, qkv: QKV | None = None) -> tuple[Tensor, Write]:
-        q, write = super().project(x, start, qkv)
-        phi = FEATURE_MAPS[self.config.feature_map].phi
-        q, write["k"] = (phi(t * self.inner_scale) for t in (q, write["k"]))
-        if self.config.normaliser:
-            write["v"] = F.pad(write["v"], (0, 1), value=1.0)
-        return q, write
+    def features(self, x: Tensor) -> Tensor:
+        """phi of queries or keys."""
+        return FEATURE_MAPS[self.config.feature_map].phi(x * self.inner_scale)
 
-    def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        o, state = linear_attention(q, **write, **self.constants(), state=state)
+    def project(
+        self, x: Tensor, start: int = 0, qkv: QKV | None = None
+    ) -> tuple[Tensor, LinearWrite]:
+        q, write = super().project(x, start, qkv)
+        return self.features(q), write
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> Any:
+        return LinearWrite(*self.featured(k, v), self.log_decay(x) if self.gated else None)
+
+    def featured(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """phi(k), and v with the column of ones that z is made of, if there is a normaliser."""
+        return self.features(k), F.pad(v, (0, 1), value=1.0) if self.config.normaliser else v
+
+    def rule(self, q: Tensor, write: Any, state: State) -> tuple[Tensor, State]:
+        k, v, log_decay = write
+        if self.config.decay == "constant":
+            log_decay = self.log_decay()
+        o, state = OP(self.impl, q, k, v, log_decay, scale=self.scale, state=state)
         return self.normalised(o), state
 
     def read(self, q: Tensor, state: State) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,18 @@ from torch.nn import functional as F
 
 from layerzoo.checked import LOGARITHM, POSITIVE, Signature
 from layerzoo.layer import State, StateBytes
-from layerzoo.memory import Write
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.spec import SpecError
 
-from ..common.chunks import chunk_size, fold, pad_tokens, tiles
-from ..common.decays import FLOOR
 from ..common.matrix import MatrixConfig, MatrixMemory, per_token, strength, zero_state
-from ..linear.rule import linear_attention
-from .systems import Solve, conjugate_gradient, magnitude, symmetric
+from ..common.plain import chunk_decays, chunks
+from . import chunked
+from .systems import solve
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 OP = Op("mesa")
-SOLVED = 2048
-"""Tokens (of all rows) in a segment: the gradient holds the solver's steps of one at a time."""
-
-
 SIGNATURE = Signature(log_decay=LOGARITHM, ridge=POSITIVE)
 
 
@@ -45,25 +39,39 @@ def mesa(
     state: tuple[Float[Tensor, "B H K K"], Float[Tensor, "B H K V"]] | None = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], tuple[Tensor, Tensor]]:
-    """A_t = D_t A_{t-1} + beta_t k_t^T k_t,  R_t = D_t R_{t-1} + beta_t k_t^T v_t,
-    o_t = q_t (A_t + diag(ridge))^-1 R_t.
+    """Each query reads the ridge regression from all keys to all values so far.
+
+    A_t = D_t A_{t-1} + beta_t k_t^T k_t,   R_t = D_t R_{t-1} + beta_t k_t^T v_t,
+    o_t = q_t (A_t + diag(ridge))^-1 R_t
+
+    where
+
+    - A_t `[K, K]` and R_t `[K, V]` are the state of a head;
+    - q_t, k_t `[K]` and v_t `[V]` are a token's query, key and value, as rows;
+    - D_t = exp(log_decay_t) is the decay, and beta_t the weight of a token;
+    - ridge `[K]` is the weight of |S|^2 in the regression that S = (A + diag(ridge))^-1 R solves.
 
     Args:
-        log_decay: natural logarithm of D_t, <= 0: None, `[H]` or `[B, T, H]`.
-        ridge: > 0, the weight of |S|^2 in the regression that S = (A + ridge)^-1 R solves.
-        steps: of conjugate gradient, from zero; None is the exact solve (K^3 a token). A query
-            whose residual reached rounding error is left alone. The gradient is that of the
-            steps, or of the exact solve.
-        state: (A_0 `[B, H, K, K]`, R_0 `[B, H, K, V]`), default zero. Conjugate gradient needs
-            a symmetric A_0 and takes its symmetric part.
+        q: The queries.
+        k: The keys.
+        v: The values.
+        beta: The weights of the tokens.
+        log_decay: The natural logarithm of the decay, at most 0. None is no decay, `[H]` a
+            constant per head, `[B, T, H]` a number per token.
+        ridge: The ridge of each head and key channel, above 0.
+        steps: Conjugate gradient takes this many steps from zero. A query whose residual is down
+            to rounding error is left alone. None is the exact solve, which costs K^3 a token. The
+            gradient is that of the steps, or of the exact solve.
+        state: (A_0, R_0); None is zero. Conjugate gradient takes the symmetric part of A_0.
         impl: auto, recurrent or chunked.
 
     Returns:
-        o in q's dtype and (A_T, R_T) in float32 (float64 for float64 input).
+        The read-outs in q's dtype, and (A_T, R_T) in float32 (float64 for float64 input).
 
     Raises:
-        SpecError: an argument of another shape, a positive log_decay, a negative ridge (see
-            `Signature`), or steps < 1. ImplError: an impl that cannot run.
+        SpecError: An argument has another shape, a log_decay is positive, a ridge is negative, or
+            steps is below 1.
+        ImplError: The impl cannot run here.
 
     Source: von Oswald et al. 2025, arXiv 2506.05233, eq. 6-9.
     """
@@ -76,16 +84,9 @@ def mesa(
     return o, tuple(state_)
 
 
-def solve(q: Float[Tensor, "... n K"], kk: Tensor, ridge: Tensor, steps: int | None) -> Tensor:
-    """Rows x of x (A + ridge) = q, one A `[..., K, K]` for all rows; ridge is `[..., 1, K]`."""
-    if steps is None:
-        return torch.linalg.solve(kk + torch.diag_embed(ridge.squeeze(-2)), q.mT).mT
-    kk, size = symmetric(kk), magnitude(q)
-    return size * conjugate_gradient(lambda p: p @ kk.mT + ridge * p, q / size, steps)
-
-
 @OP.register("recurrent")
-def _recurrent(q, k, v, beta, log_decay, ridge, *, steps, kk, kv):
+def recurrent(q, k, v, beta, log_decay, ridge, *, steps, kk, kv):
+    """The specification: the formula of `mesa`, token by token."""
     decay = per_token(log_decay, k).exp().unsqueeze(-1)
     outputs = []
     for t in range(q.shape[1]):
@@ -97,43 +98,66 @@ def _recurrent(q, k, v, beta, log_decay, ridge, *, steps, kk, kv):
     return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), kk, kv
 
 
+def chunk_form(q, k, v, beta, log_decay, ridge, *, steps=30, state=None, size=16):
+    """`mesa` in chunks of `size` tokens, to be read beside MesaNet's section 3.
+
+    With the state (A, R) before a chunk, and d(j, i) the decay from after token j until token i,
+
+    A_i = d(0, i) A + sum_{j <= i} d(j, i) beta_j k_j^T k_j,   R_i likewise with v_j,
+    o_i = x_i R_i = d(0, i) x_i R + sum_{j <= i} d(j, i) beta_j (x_i k_j^T) v_j
+
+    where x_i solves x_i (A_i + diag(ridge)) = q_i: with x as its queries, the read is linear
+    attention.
+    """
+    A, R = (zero_state(k, k), zero_state(k, v)) if state is None else state
+    log_decay = per_token(log_decay, k)
+    outputs = []
+    for queries, keys, values, decays, weights in chunks(
+        size, q, k, v, log_decay, beta.unsqueeze(-1)
+    ):
+        since_start, until_end, between = chunk_decays(decays)  # of one channel
+        between = between.squeeze(-1)
+        weighted = weights * keys
+        grams = torch.einsum("bhij,bhjk,bhjl->bhikl", between, weighted, keys)
+        grams = grams + since_start.unsqueeze(-1) * A.unsqueeze(2)
+        x = solve(queries.unsqueeze(-2), grams, ridge[:, None, None], steps).squeeze(-2)
+        products = between * (x @ weighted.mT)
+        outputs.append((since_start * (x @ R) + products @ values).transpose(1, 2))
+        whole = since_start[:, :, -1:]
+        A = whole * A + (until_end * weighted).mT @ keys
+        R = whole * R + (until_end * weighted).mT @ values
+    return torch.cat(outputs, 1), (A, R)
+
+
 @OP.register("chunked")
 def _chunked(q, k, v, beta, log_decay, ridge, *, steps, kk, kv):
-    """The solutions x first, for all tokens of a few chunks at a time (what a chunk's A_t have in
-    common is the state before it); o is then linear attention with x as its queries."""
-    (B, T, H, _), scaled = q.shape, beta.unsqueeze(-1) * k
-    if T <= 1:
-        return _recurrent(q, k, v, beta, log_decay, ridge, steps=steps, kk=kk, kv=kv)
-    size = chunk_size(T)
-    g = None
-    if log_decay is not None:
-        log_decay = log_decay.clamp(min=FLOOR)
-        g = pad_tokens(per_token(log_decay, k), size)
-    largest = magnitude(q)
-    Q, Ks, Ss, Gs = tiles(size, *(pad_tokens(x, size) for x in (q / largest, k, scaled)), g)
-    step = max(1, SOLVED // max(1, B * H * size))
-    rows = ridge.repeat(B, 1).unsqueeze(1)  # [R, 1, K]
-    state, solved = kk.flatten(0, 1), []
-    pieces = [x.split(step) for x in (Q, Ks, Ss)]
-    pieces.append([None] * len(pieces[0]) if g is None else Gs.split(step))
-    for segment in zip(*pieces, strict=True):
-        segment = (None if x is None else fold(x).contiguous() for x in segment)
-        x, state = Solve.apply(*segment, rows, state, steps)
-        solved.append(x)
-    x = torch.cat(solved).unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
-    o, kv = linear_attention(largest * x, scaled, v, log_decay, state=kv, impl="chunked")
-    return o, state.unflatten(0, (B, H)), kv
+    run = recurrent if q.shape[1] <= 1 else chunked.run
+    return run(q, k, v, beta, log_decay, ridge, steps=steps, kk=kk, kv=kv)
+
+
+class MesaWrite(NamedTuple):
+    """What each token writes, named as the arguments of `mesa`."""
+
+    k: Float[Tensor, "B T H K"]
+    v: Float[Tensor, "B T H V"]
+    beta: Float[Tensor, "B T H"]
+    log_decay: Float[Tensor, "B T H"] | None
 
 
 class Mesa(MatrixMemory, name="mesa"):
     """MesaNet: the read-out of the ridge regression from all keys to all values so far.
 
     A_t = D_t A_{t-1} + beta_t k_t^T k_t,   R_t = D_t R_{t-1} + beta_t k_t^T v_t,
-    o_t = q_t (A_t + diag(ridge))^-1 R_t
+    o_t = q_t (A_t + diag(ridge))^-1 R_t,   beta_t = sigmoid(x_t w),
+    ridge = 0.25 + softplus(lambda)
 
-    State: A `[K, K]` and R `[K, V]` per head; ridge = 0.25 + softplus(lambda) per head and key
-    channel, 1 at the start; beta_t = sigmoid(x_t w). Deviations: one shell for all memories; D_t
-    has Mamba-2's form.
+    where
+
+    - A_t `[K, K]` and R_t `[K, V]` are the state of a head;
+    - D_t is the decay, in the form of Mamba-2;
+    - ridge `[K]` is 1 at the start, and w and lambda are learned.
+
+    Deviations: the layer has the shell that all memories share, and the decay has Mamba-2's form.
     """
 
     class Config(MatrixConfig):
@@ -171,22 +195,27 @@ class Mesa(MatrixMemory, name="mesa"):
         start = torch.tensor(0.75).expm1().log()  # softplus^-1
         self.ridge = nn.Parameter(start.expand(self.heads, self.key_dim).clone())
 
-    def gates(self, x: Tensor) -> Write:
-        return {"beta": self.beta(x).sigmoid(), **super().gates(x)}
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> MesaWrite:
+        beta = self.beta(x).sigmoid()
+        return MesaWrite(k, v, beta, self.log_decay(x) if self.gated else None)
 
     def positive_ridge(self) -> Tensor:
         return 0.25 + F.softplus(self.ridge.to(accumulator_dtype(self.ridge)))
 
-    def rule(self, q: Tensor, write: Write, state: State) -> tuple[Tensor, State]:
-        log_decay = self.log_decay() if self.config.decay == "constant" else None
-        return mesa(
+    def rule(self, q: Tensor, write: MesaWrite, state: State) -> tuple[Tensor, State]:
+        if self.config.decay == "constant":
+            write = write._replace(log_decay=self.log_decay())
+        kk, kv = state
+        o, *state = OP(
+            self.impl,
             self.scale * q,
-            **{"log_decay": log_decay, **write},
-            ridge=self.positive_ridge(),
+            *write,
+            self.positive_ridge(),
             steps=self.config.steps,
-            state=state,
-            impl=self.impl,
+            kk=kk,
+            kv=kv,
         )
+        return o, tuple(state)
 
     def read(self, q: Tensor, state: State) -> Tensor:
         kk, kv = state

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-class Step(NamedTuple):
+class CGStep(NamedTuple):
     """What a step of conjugate gradient leaves for its derivative."""
 
     p: Tensor
@@ -34,7 +34,7 @@ def conjugate_gradient(
     apply: Callable[[Tensor], Tensor],
     b: Float[Tensor, "... K"],
     steps: int,
-    trace: list[Step] | None = None,
+    trace: list[CGStep] | None = None,
 ) -> Float[Tensor, "... K"]:
     """x with apply(x) = b for a symmetric positive `apply`, by at most `steps` steps from zero.
 
@@ -53,13 +53,13 @@ def conjugate_gradient(
         rr = r.square().sum(-1, keepdim=True)
         ratio = torch.where(live, rr / before, 0.0)
         if trace is not None:
-            trace.append(Step(p, Ap, pAp, before, r, live, size, ratio))
+            trace.append(CGStep(p, Ap, pAp, before, r, live, size, ratio))
         p = r + ratio * p
     return x
 
 
 def conjugate_gradient_back(
-    apply: Callable[[Tensor], Tensor], b: Tensor, trace: list[Step], dx: Tensor
+    apply: Callable[[Tensor], Tensor], b: Tensor, trace: list[CGStep], dx: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of b and of every step's Ap from the gradient of x: the steps in reverse."""
     dr, dp, drr = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b[..., :1])
@@ -76,6 +76,14 @@ def conjugate_gradient_back(
         drr = d_size - d_ratio * step.ratio
         d_products.append(dAp)
     return dr + dp + 2 * drr * b, d_products[::-1]
+
+
+def solve(q: Float[Tensor, "... n K"], kk: Tensor, ridge: Tensor, steps: int | None) -> Tensor:
+    """Rows x of x (A + ridge) = q, one A `[..., K, K]` for all rows; ridge is `[..., 1, K]`."""
+    if steps is None:
+        return torch.linalg.solve(kk + torch.diag_embed(ridge.squeeze(-2)), q.mT).mT
+    kk, size = symmetric(kk), magnitude(q)
+    return size * conjugate_gradient(lambda p: p @ kk.mT + ridge * p, q / size, steps)
 
 
 def magnitude(q: Float[Tensor, "... K"]) -> Float[Tensor, "... 1"]:
@@ -148,7 +156,7 @@ class Systems:
         return [d_k, d_scaled, dg, d_ridge, d_states[0]]
 
 
-class Solve(torch.autograd.Function):
+class SolveSystems(torch.autograd.Function):
     """x of the tokens of a segment's tiles, and the state after them. The backward runs the steps
     again: what is kept is the input only."""
 
@@ -175,7 +183,7 @@ class Solve(torch.autograd.Function):
             dq = torch.linalg.solve(A.mT, dx.unsqueeze(-1)).squeeze(-1)
             d_products, p = -dq.unsqueeze(2), x.unsqueeze(2)
         else:
-            trace: list[Step] = []
+            trace: list[CGStep] = []
             conjugate_gradient(systems.apply, q, ctx.steps, trace)
             dq, products = conjugate_gradient_back(systems.apply, q, trace, dx)
             d_products, p = torch.stack(products, 2), torch.stack([s.p for s in trace], 2)

@@ -252,7 +252,7 @@ def test_operators_describe_themselves(device: torch.device) -> None:
     rule, lr, n = problem.rule, g["lr"], 16
     form = token.make_form(g["q"], g["v"], lr, rule, g["weights"])
     coefficients, _ = token.make_coefficients(
-        (lr, g["momentum"], g["decay"]), None, None, n, True, form
+        rule, (lr, g["momentum"], g["decay"]), None, None, n, True, form
     )
     w = token.pack(init_state(rule, g["weights"], 1)["weights"], form)
     norm = tuple(x.clone() for x in g["layer_norm"])

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.layer import Layer, State, StateBytes
-from layerzoo.memory import Memory, Write
+from layerzoo.memory import Memory, present
 from layerzoo.shell import QKV
 from layerzoo.spec import SpecError, at
 
 from .base import ChildrenConfig, Composition
 from .reset import Reset
+
+Writes = dict[str, Tensor]
+"""What waits in the state, by the names of a memory's write."""
 
 PROJECTIONS = {"none": "", "qkv": ("q", "k", "v"), "qkvo": ("q", "k", "v", "out")}
 
@@ -161,18 +164,19 @@ class Parallel(Composition, name="parallel"):
         return y * stays.to(y.dtype)
 
     def _late(
-        self, child: Any, x: Tensor, state: State, waits: Write, shared: Any, past: int
-    ) -> tuple[Tensor, State, Write]:
+        self, child: Any, x: Tensor, state: State, waits: Writes, shared: Any, past: int
+    ) -> tuple[Tensor, State, Writes]:
         """A memory's output and state, and the writes that wait: those of the window's tokens.
         past: tokens before x."""
         q, write = child.project(x, past, **shared)
         sinks = max(0, self.sinks - past)
-        write = {name: join(waits[name], w[:, sinks:]) for name, w in write.items()}
-        stay = min(self.window, write["k"].shape[1])
-        leave = write["k"].shape[1] - stay
-        o, state = child.mix(q, {name: w[:, :leave] for name, w in write.items()}, state)
+        found = {name: join(waits[name], w[:, sinks:]) for name, w in present(write).items()}
+        tokens = found["k"].shape[1]
+        leave = tokens - min(self.window, tokens)
+        left = write._replace(**{name: w[:, :leave] for name, w in found.items()})
+        o, state = child.mix(q, left, state)
         # A view would keep what has left alive.
-        return child.merge(o, x), state, {n: w[:, leave:].clone() for n, w in write.items()}
+        return child.merge(o, x), state, {n: w[:, leave:].clone() for n, w in found.items()}
 
     def init_state(self, batch_size: int) -> State:
         states = super().init_state(batch_size)
@@ -183,9 +187,9 @@ class Parallel(Composition, name="parallel"):
             )
         return states
 
-    def _writes(self, child: Any, batch_size: int, T: int) -> Write:
+    def _writes(self, child: Any, batch_size: int, T: int) -> Writes:
         with torch.no_grad():
-            return child.project(self.scales.new_zeros(batch_size, T, self.dim))[1]
+            return present(child.project(self.scales.new_zeros(batch_size, T, self.dim))[1])
 
     def _evicted(self, T: int) -> tuple[int, int]:
         """(writes that wait after T tokens, that have left the window)."""

@@ -29,9 +29,8 @@ def inputs(
         Unfit: the layer's config makes other inputs of another rule, or T is no multiple.
     """
     found = dict(tensors)
-    constant = layer.constants().get("log_decay")
-    if constant is not None:
-        found["log_decay"] = constant.expand(found["q"].shape[:3]).contiguous()
+    if getattr(layer.config, "decay", None) == "constant":
+        found["log_decay"] = layer.log_decay().expand(found["q"].shape[:3]).contiguous()
     names = ("q", "k", "v", *gates, *(("log_decay",) if decay else ()))
     plain = found.keys() == set(names) and not getattr(layer.config, "normaliser", False)
     if not plain or (decay and found["log_decay"].dim() != decay):

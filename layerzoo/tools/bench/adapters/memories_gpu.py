@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -56,10 +57,7 @@ class _WithoutConstant:
     """A layer whose constant decay is built into the peer: RetNet's, which is ours."""
 
     def __init__(self, layer: Any) -> None:
-        self.config, self.scale = layer.config, layer.scale
-
-    def constants(self) -> dict[str, Any]:
-        return {}
+        self.config, self.scale = SimpleNamespace(decay="none"), layer.scale
 
 
 @peer("fla", "ops", layers=("linear", "gated_linear", "retention", "gla"), **KERNELS)
