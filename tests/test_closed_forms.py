@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from layerzoo.memories.common import chunks
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
-from layerzoo.memories.mesa import mesa
 from layerzoo.memories.mesa import chunked as mesa_file
+from layerzoo.memories.mesa import mesa
 
 Args = dict[str, Any]
 OPS: dict[str, Callable[..., Any]] = {"linear": linear_attention, "delta": delta_rule}

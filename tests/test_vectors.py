@@ -14,10 +14,10 @@ from torch import Tensor
 from layerzoo.attention.forgetting import forgetting_attention
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
-from layerzoo.nn import log_decay
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
 from layerzoo.memories.mesa import mesa
+from layerzoo.nn import log_decay
 
 VECTORS = Path(__file__).parent / "vectors"
 IMPLS = ("recurrent", "chunked")
