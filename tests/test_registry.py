@@ -213,8 +213,14 @@ def test_built_layers_as_children() -> None:
 
 HEAVY = ("lightning", "omegaconf", "triton", "transformers", "pytorch_lightning", "jsonargparse")
 PEERS = ("matplotlib", "transformers", "fla", "titans_pytorch", "local_attention", "einops")
+RUN = """
+import contextlib, io
+from layerzoo.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    assert main({}) == 0
+""".format
 LIGHT = {
-    "import layerzoo": HEAVY,
+    "import layerzoo": (*HEAVY, "torch._dynamo"),
     "from layerzoo.memories import linear_attention, delta_rule, mesa": (*HEAVY, "torch._dynamo"),
     "from layerzoo.attention import softmax_attention, sliding_attention": (
         *HEAVY,
@@ -223,7 +229,9 @@ LIGHT = {
     "import layerzoo.memories.linear": HEAVY,
     "import layerzoo.attention.sliding": HEAVY,
     "import layerzoo.model": HEAVY,
-    "layerzoo.list_layers()": (*PEERS, "lightning"),
+    "layerzoo.list_layers()": (*HEAVY, *PEERS, "torch._dynamo"),
+    RUN(["list"]): (*HEAVY, *PEERS, "torch._dynamo"),
+    RUN(["ablate", "list"]): ("lightning", "torchmetrics", "transformers", "triton"),
     "from layerzoo.tools.bench.peers import PEERS; assert PEERS": (*PEERS, "lightning"),
 }
 """Statements, and what must not have been imported behind each."""
