@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerzoo.spec import SpecError
-from layerzoo.support.arguments import Parser
+from layerzoo.support.arguments import CommandParser
 
 from .cells.source import shipped_grids
 
@@ -81,7 +81,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("layerzoo ablate", description="Grids of training runs.")
+    parser = CommandParser("layerzoo ablate", description="Grids of training runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, text in (
         ("list", _list, "list the shipped grids"),

@@ -84,7 +84,7 @@ def _chunked(q, k, v, mix, *, scale):
     return first - mix * second
 
 
-class Differential(Attention, name="differential"):
+class DifferentialAttention(Attention, name="differential"):
     """Differential attention: what two attention maps have in common, noise, is taken away.
 
     o_i = (1 - lambda_init) norm(sum_{j <= i} (a1_ij - lambda a2_ij) v_j),

@@ -198,7 +198,7 @@ def never_forget(layer: Any) -> None:
     nn.init.constant_(layer.forget.bias, 1e4)
 
 
-class Forgetting(Attention, name="forgetting"):
+class ForgettingAttention(Attention, name="forgetting"):
     """Forgetting attention (FoX): softmax attention that fades by gates of the data.
 
     o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K) + F_i - F_j) v_j,

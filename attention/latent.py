@@ -101,7 +101,7 @@ def _chunked(q, c, r, up, *, scale):
     return torch.einsum("bthr,hvr->bthv", o[..., :R], up[:, K:])
 
 
-class Latent(Attention, name="latent"):
+class LatentAttention(Attention, name="latent"):
     """Multi-head latent attention (DeepSeek-V2): keys and values are made of a small latent.
 
     c_j = norm(x_j W_c),  r_j = rotary(x_j W_r),  k_j = (U_k c_j, r_j),  v_j = U_v c_j per head,

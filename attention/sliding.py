@@ -229,7 +229,7 @@ def ramp(n: int, top: int) -> int:
     return rising * (rising + 1) // 2 + max(0, n - top) * top
 
 
-class Sliding(Attention, name="sliding"):
+class SlidingAttention(Attention, name="sliding"):
     """Sliding-window softmax attention with sinks.
 
     o_i = sum_j softmax_j(<q_i, k_j> / sqrt(K)) v_j,   j <= i and (i - j < window or j < sinks)

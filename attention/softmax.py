@@ -84,7 +84,7 @@ def _chunked(q, k, v, *, scale, sink_logit=None):
     return o[..., : v.shape[3]]
 
 
-class Softmax(Attention, name="softmax"):
+class SoftmaxAttention(Attention, name="softmax"):
     """Causal softmax attention with grouped-query heads and rotary positions.
 
     o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K)) v_j

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from layerzoo.checked import Match
 from layerzoo.forms import Form, form_of, tensor
 from layerzoo.ops import IMPLS, Op
-from layerzoo.spec import Config, Spec, SpecError, at, suggest
+from layerzoo.spec import Config, Spec, SpecError, error_at, suggest
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -279,7 +279,7 @@ def check_spec(spec: Spec | Layer, **fields: Any) -> tuple[type[Layer], Config]:
         raise SpecError(f"a layer spec needs a name, got {merged!r}")
     merged.pop("dim", None)
     cls = get_layer(merged.pop("name"))
-    with at(cls.name):
+    with error_at(cls.name):
         return cls, cls.Config.from_fields(merged)
 
 
@@ -313,7 +313,7 @@ def build(spec: Spec | Layer, *, dim: int | None = None, **fields: Any) -> Layer
             raise SpecError(f"dim: {inner} in the spec contradicts {dim}")
         dim = inner
     cls, config = check_spec(spec, **fields)
-    with at(cls.name):
+    with error_at(cls.name):
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
             raise SpecError(f"dim: expected a positive int, got {dim!r}")
         return cls(dim, config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerzoo.ops import accumulator_dtype
-from layerzoo.spec import Config, SpecError, at, suggest
+from layerzoo.spec import Config, SpecError, error_at, suggest
 
 
 def rotary(x: Tensor, start: int, base: float, scaling: Any = None) -> Tensor:
@@ -37,7 +37,7 @@ def rotary(x: Tensor, start: int, base: float, scaling: Any = None) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-class Scaling(Config):
+class RotaryScaling(Config):
     """A map of the frequencies theta_n = base^(-2n / K), n < K / 2."""
 
     factor: float
@@ -59,14 +59,14 @@ class Scaling(Config):
         return 1.0
 
 
-class Linear(Scaling):
+class LinearScaling(RotaryScaling):
     """theta / factor: positions interpolated (Chen et al. 2023, arXiv 2306.15595)."""
 
     def __call__(self, theta: Tensor, base: float) -> Tensor:
         return theta / self.factor
 
 
-class Ntk(Scaling):
+class NtkScaling(RotaryScaling):
     """base factor^(K / (K - 2)) in place of base: the highest frequency stays, the lowest is
     divided by factor (bloc97 2023, in Peng et al. 2023, arXiv 2309.00071, def. 1)."""
 
@@ -77,7 +77,7 @@ class Ntk(Scaling):
         return theta * self.factor ** (-n / (len(theta) - 1))
 
 
-class Yarn(Scaling):
+class YarnScaling(RotaryScaling):
     """theta as it is where it turns more than `fast` times in `original_length` tokens, theta /
     factor where less than `slow` times, linear in n between. Queries and keys are multiplied by
     `attention`, by default 0.1 ln factor + 1 (Peng et al. 2023, arXiv 2309.00071, sec. 3).
@@ -96,7 +96,7 @@ class Yarn(Scaling):
     """Queries and keys are multiplied by this number; null is 0.1 ln factor + 1."""
 
     def check(self) -> None:
-        Scaling.check(self)
+        RotaryScaling.check(self)
         if self.fast <= self.slow:
             raise SpecError(f"fast: must be more than slow, {self.slow}, got {self.fast}")
 
@@ -117,7 +117,7 @@ class Yarn(Scaling):
         return 0.1 * math.log(self.factor) + 1 if self.attention is None else self.attention
 
 
-class Llama3(Scaling):
+class Llama3Scaling(RotaryScaling):
     """theta as it is where it turns more than `high` times in `original_length` tokens, theta /
     factor where less than `low` times, linear in the turns between (Llama 3.1 2024)."""
 
@@ -130,7 +130,7 @@ class Llama3(Scaling):
     """A frequency that turns more often than this in original_length tokens stays as it is."""
 
     def check(self) -> None:
-        Scaling.check(self)
+        RotaryScaling.check(self)
         if self.high <= self.low:
             raise SpecError(f"high: must be more than low, {self.low}, got {self.high}")
 
@@ -140,11 +140,11 @@ class Llama3(Scaling):
         return theta * (kept + (1 - kept) / self.factor)
 
 
-SCALINGS: dict[str, type[Scaling]] = {
-    "linear": Linear,
-    "ntk": Ntk,
-    "yarn": Yarn,
-    "llama3": Llama3,
+SCALINGS: dict[str, type[RotaryScaling]] = {
+    "linear": LinearScaling,
+    "ntk": NtkScaling,
+    "yarn": YarnScaling,
+    "llama3": Llama3Scaling,
 }
 
 
@@ -164,7 +164,7 @@ class RotaryConfig(Config):
             raise SpecError(f"rotary: must be positive or null, got {self.rotary}")
         self.scaling()
 
-    def scaling(self) -> Scaling | None:
+    def scaling(self) -> RotaryScaling | None:
         """The scaling that the fields name.
 
         Raises:
@@ -172,7 +172,7 @@ class RotaryConfig(Config):
         """
         if self.rotary_scaling is None:
             return None
-        with at("rotary_scaling"):
+        with error_at("rotary_scaling"):
             fields = dict(self.rotary_scaling)
             name = fields.pop("name", None)
             if name not in SCALINGS:
@@ -185,7 +185,7 @@ class RotaryConfig(Config):
         if self.rotary and channels % 2:
             raise SpecError(f"rotary: needs an even {what}, got {channels}; or rotary: null")
         if (scaling := self.scaling()) and self.rotary:
-            with at("rotary_scaling"):
+            with error_at("rotary_scaling"):
                 scaling(torch.ones(channels // 2), self.rotary)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:

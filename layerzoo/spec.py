@@ -38,7 +38,7 @@ class Diverged(Exception):
 
 
 @contextmanager
-def at(place: str) -> Iterator[None]:
+def error_at(place: str) -> Iterator[None]:
     """Prefix any `SpecError` raised inside with the place where the user wrote the fault."""
     try:
         yield
@@ -96,7 +96,7 @@ class Config:
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)
             if isinstance(value, Mapping) and isinstance(hint, type) and issubclass(hint, Config):
-                with at(field.name):
+                with error_at(field.name):
                     value = hint.from_fields(value)
                 object.__setattr__(self, field.name, value)
             for number in value if isinstance(value, tuple) else (value,):

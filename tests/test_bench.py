@@ -21,9 +21,9 @@ from layerzoo.tools.bench import calls, measure
 from layerzoo.tools.bench.calls import STEPS, call_of, cut
 from layerzoo.tools.bench.command import prepared
 from layerzoo.tools.bench.measure import Spread, alternate, difference, peak_bytes, ratios, spread
-from layerzoo.tools.bench.peers import Arm
+from layerzoo.tools.bench.peers import Contender
 from layerzoo.tools.bench.report import digits
-from layerzoo.tools.bench.run import Settings, flops_of
+from layerzoo.tools.bench.run import BenchSettings, flops_of
 
 CPU = torch.device("cpu")
 TINY = ("--dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "8,16")
@@ -82,7 +82,7 @@ def test_peak_memory_is_exact() -> None:
 def test_peak_memory_of_a_layer_is_that_of_its_tensors() -> None:
     """A product saves nothing without gradients; with them, grad of x and of the weight."""
     layer, x = nn.Linear(8, 4, bias=False), torch.randn(5, 8)
-    arm = Arm(lambda x, state: (layer(x["x"]), None), {"x": x}, tuple(layer.parameters()))
+    arm = Contender(lambda x, state: (layer(x["x"]), None), {"x": x}, tuple(layer.parameters()))
     forward, backward = (call_of(arm, name) for name in ("forward", "backward"))
     assert forward and backward
     out, grads = 5 * 4 * 4, 5 * 8 * 4 + 8 * 4 * 4
@@ -99,7 +99,7 @@ def test_difference() -> None:
 
 
 def test_flops() -> None:
-    ops = Settings("ops", batch=3)
+    ops = BenchSettings("ops", batch=3)
     layers = replace(ops, mode="layers")
     layer = build("linear", dim=16, heads=2)
     rule, projections = 2 * 4 * 8 * 8, 4 * 2 * 16 * 16
@@ -148,7 +148,7 @@ def test_measures_of_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((x["x"].shape[1], state))
         return 2 * x["x"], x["x"].shape[1] + (state or 0)
 
-    def done(name: str, arm: Arm) -> list[tuple[int, Any]] | None:
+    def done(name: str, arm: Contender) -> list[tuple[int, Any]] | None:
         call = call_of(arm, name)
         seen.clear()
         if call is None:
@@ -156,7 +156,7 @@ def test_measures_of_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
         return seen
 
-    arm = Arm(fn, {"x": torch.randn(1, 10, 3)}, step=fn, carries=True)
+    arm = Contender(fn, {"x": torch.randn(1, 10, 3)}, step=fn, carries=True)
     assert done("forward", arm) == done("backward", arm) == [(10, None)]
     assert done("prefill", arm) == [(4, None), (4, 4), (2, 8)]
     assert done("decode", arm) == [(1, 10 + n) for n in range(STEPS)]
@@ -187,7 +187,7 @@ def test_forward_needs_no_gradient_and_backward_gives_all() -> None:
     def fn(x: dict[str, Tensor], state: Any) -> tuple[Tensor, None]:
         return Probe.apply(x["x"], w), None
 
-    arm = Arm(fn, {"x": torch.randn(1, 4)}, (w,))
+    arm = Contender(fn, {"x": torch.randn(1, 4)}, (w,))
     forward, backward = call_of(arm, "forward"), call_of(arm, "backward")
     assert forward and backward
     assert not forward()[0].requires_grad and not got

@@ -11,7 +11,7 @@ import pytest
 
 from layerzoo.cli import main
 from layerzoo.tools.bench import stream
-from layerzoo.tools.bench.stream import MIB, Arm, Point, growth, label_of, measure, table
+from layerzoo.tools.bench.stream import MIB, Point, Stream, growth, label_of, measure, table
 
 BOUNDED = "{name: parallel, children: [{name: sliding, window: 8}, {name: allmem, mini_batch: 4}]}"
 
@@ -24,9 +24,9 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "in_a_process", lambda run, *args: run(*args))
 
 
-def arm(spec: Any, **fields: Any) -> Arm:
+def arm(spec: Any, **fields: Any) -> Stream:
     sizes = {"dim": 16, "depth": 1, "tokens": 50, "every": 20, "threads": 1}
-    return Arm(spec, **{**sizes, **fields})
+    return Stream(spec, **{**sizes, **fields})
 
 
 def test_points() -> None:

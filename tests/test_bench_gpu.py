@@ -17,7 +17,7 @@ from layerzoo.tools.bench.command import arguments, specs_of
 from layerzoo.tools.bench.measure import Spread
 from layerzoo.tools.bench.peers import choose, peers_of
 from layerzoo.tools.bench.report import Peaks
-from layerzoo.tools.bench.run import Row, Settings, bytes_of
+from layerzoo.tools.bench.run import BenchSettings, Row, bytes_of
 
 TABLE = yaml.safe_load(gpu.TABLE.read_text())
 
@@ -58,9 +58,9 @@ def test_our_portable_path_as_a_peer() -> None:
 
 
 def test_a_batch_of_so_many_tokens() -> None:
-    settings = Settings("ops", tokens=4096)
+    settings = BenchSettings("ops", tokens=4096)
     assert [settings.at(T).batch for T in (1024, 4096, 8192)] == [4, 1, 1]
-    assert Settings("ops", batch=3).at(1024).batch == 3
+    assert BenchSettings("ops", batch=3).at(1024).batch == 3
 
 
 def test_the_bytes_that_an_op_moves() -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from layerzoo import Layer, SpecError, build, list_layers
 from layerzoo.cli import main
+from layerzoo.memories.linear.rule import LinearWrite
 from layerzoo.tools.bench import calls, measure
 from layerzoo.tools.bench.calls import arm_of, call_of, cut, disagreement
-from layerzoo.tools.bench.peers import PEERS, Arm, Peer, Unfit, choose, peer, peers_of
+from layerzoo.tools.bench.peers import PEERS, Contender, Peer, Unfit, choose, peer, peers_of
 
 TINY = ("--dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "8,16")
 
@@ -40,15 +41,15 @@ def bench(*argv: str) -> int:
     return main(["bench", *argv])
 
 
-def copy_of_ours(layer: Layer, tensors: dict[str, Tensor]) -> Arm:
+def copy_of_ours(layer: Layer, tensors: dict[str, Tensor]) -> Contender:
     """A peer that computes the same function: our own op."""
 
     def fn(x: dict[str, Tensor], state: Any) -> tuple[Tensor, Any]:
         given = dict(x)
         state = layer.init_state(len(x["q"])) if state is None else state
-        return layer.mix(given.pop("q"), given, state)
+        return layer.mix(given.pop("q"), LinearWrite(**given, log_decay=None), state)
 
-    return Arm(fn, tensors, step=fn, carries=True)
+    return Contender(fn, tensors, step=fn, carries=True)
 
 
 def test_the_same_function_goes_before_a_yardstick_of_the_same_name(peers: list[Peer]) -> None:
@@ -79,11 +80,11 @@ def test_which_peers_run(peers: list[Peer]) -> None:
 
 
 def test_a_peer_runs_beside_ours(peers: list[Peer], capsys: Any, tmp_path: Path) -> None:
-    def stateless(layer: Layer, tensors: dict[str, Tensor]) -> Arm:
+    def stateless(layer: Layer, tensors: dict[str, Tensor]) -> Contender:
         return replace(copy_of_ours(layer, tensors), step=None, carries=False)
 
-    def other(layer: Layer, tensors: dict[str, Tensor]) -> Arm:
-        return Arm(lambda x, state: (x["v"].cumsum(1), None), tensors)
+    def other(layer: Layer, tensors: dict[str, Tensor]) -> Contender:
+        return Contender(lambda x, state: (x["v"].cumsum(1), None), tensors)
 
     peer("mine", "ops", layers=("linear",))(copy_of_ours)
     peer("stateless", "ops", layers=("linear",))(stateless)
@@ -115,7 +116,7 @@ def test_peers_are_compared_in_float32_and_timed_in_the_dtype_asked_for(
 ) -> None:
     seen: list[tuple[torch.dtype, torch.dtype]] = []
 
-    def probe(layer: Layer, tensors: dict[str, Tensor]) -> Arm:
+    def probe(layer: Layer, tensors: dict[str, Tensor]) -> Contender:
         arm = copy_of_ours(layer, tensors)
 
         def run(x: dict[str, Tensor], state: Any) -> tuple[Tensor, Any]:
@@ -138,7 +139,7 @@ def test_peers_are_compared_in_float32_and_timed_in_the_dtype_asked_for(
 def test_a_peer_that_computes_something_else_is_refused(
     peers: list[Peer], capsys: Any, where: str
 ) -> None:
-    def wrong(layer: Layer, tensors: dict[str, Tensor]) -> Arm:
+    def wrong(layer: Layer, tensors: dict[str, Tensor]) -> Contender:
         arm = copy_of_ours(layer, tensors)
 
         def scaled(x: dict[str, Tensor], state: Any) -> tuple[Tensor, Any]:
@@ -158,11 +159,11 @@ def test_a_peer_that_computes_something_else_is_refused(
 
 
 def test_a_peer_that_cannot_run_is_skipped_with_a_word(peers: list[Peer], capsys: Any) -> None:
-    def unfit(layer: Layer, tensors: dict[str, Tensor]) -> Arm:
+    def unfit(layer: Layer, tensors: dict[str, Tensor]) -> Contender:
         raise Unfit("it needs a blue moon")
 
-    def breaks(layer: Layer, tensors: dict[str, Tensor]) -> Arm:
-        return Arm(lambda x, state: (torch.zeros(2) @ torch.zeros(3), None), tensors)
+    def breaks(layer: Layer, tensors: dict[str, Tensor]) -> Contender:
+        return Contender(lambda x, state: (torch.zeros(2) @ torch.zeros(3), None), tensors)
 
     peer("absent", "ops", layers=("linear",), module="no_such", library="no-such")(copy_of_ours)
     peer("unfit", "ops", layers=("linear",))(unfit)

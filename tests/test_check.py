@@ -16,7 +16,7 @@ from layerzoo import SpecError
 from layerzoo.cli import main
 from layerzoo.data.mqar import MQAR
 from layerzoo.layer import Layer, Reduction, State, StateBytes
-from layerzoo.memories.linear import Linear
+from layerzoo.memories.linear import LinearAttention
 from layerzoo.ops import Op
 from layerzoo.spec import Config
 from layerzoo.testing import Broken, Check, layer_checks, task_checks
@@ -207,10 +207,12 @@ def test_a_gradient_is_named(
 def test_a_memory_that_is_aligned_at_the_left(plant: Callable[..., list[Check]]) -> None:
     def mix(self: Any, q: Tensor, write: Any, state: State) -> tuple[Tensor, State]:
         early = max(0, q.shape[1] - write.k.shape[1])
-        o, after = Linear.mix(self, q[:, : q.shape[1] - early], write, state)
+        o, after = LinearAttention.mix(self, q[:, : q.shape[1] - early], write, state)
         return torch.cat((o, self.read(q[:, q.shape[1] - early :], after)), 1), after
 
-    found = broken([check for check in plant(Linear, mix=mix) if check.law.name == "alignment"])
+    found = broken(
+        [check for check in plant(LinearAttention, mix=mix) if check.law.name == "alignment"]
+    )
     assert "9 queries and 5 writes, against token by token" in found["alignment"]
 
 
@@ -282,9 +284,9 @@ def test_golden_hashes_of_one_task(tmp_path: Path) -> None:
 
 
 FILE = '''
-from layerzoo.memories.linear import Linear
+from layerzoo.memories.linear import LinearAttention
 
-class Mine(Linear, name="mine_in_a_file"):
+class Mine(LinearAttention, name="mine_in_a_file"):
     """Linear attention that forgets what it read."""
     source = "nobody"
     cases = ({"heads": 2},)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from layerzoo.layer import get_layer
 from layerzoo.testing import Check, layer_checks
 from layerzoo.testing.arithmetic_laws import wrong
-from layerzoo.testing.cases import Case
+from layerzoo.testing.cases import LayerCase
 from layerzoo.testing.precision import DRAWS, ratios
 from layerzoo.testing.sequence_laws import LAWS as SEQUENCE_LAWS
 
@@ -57,7 +57,7 @@ def test_law(check: Check) -> None:
 @pytest.mark.parametrize("name", ["linear", "gated_delta", "sliding"])
 def test_precision_sees_faults_of_an_op(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are planted in `chunked` alone, and not in projections."""
-    case = Case(name, 0, "chunked")
+    case = LayerCase(name, 0, "chunked")
     (op,) = case.build().ops()
     chunked = op.impls["chunked"]
     reference = [wrong(case._replace(impl="recurrent"), "float32", n) for n in range(DRAWS)]

@@ -17,7 +17,7 @@ from layerzoo.layer import StateBytes, get_layer
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.tools.describe.command import figures, read
 from layerzoo.tools.describe.costs import (
-    Part,
+    PartCost,
     attending,
     cost,
     full_attention,
@@ -50,7 +50,7 @@ def test_parts_sum_to_the_model(fields: dict[str, Any]) -> None:
     config = config_of(fields)
     model, meta = LanguageModel(config), on_meta(config)
     assert all(p.is_meta for p in meta.parameters())
-    total = sum([*layer_parts(meta, T), *other_parts(meta, T).values()], Part())
+    total = sum([*layer_parts(meta, T), *other_parts(meta, T).values()], PartCost())
     assert total.parameters == sum(p.numel() for p in model.parameters())
     assert total.flops == pytest.approx(model.flops_per_token(T), rel=1e-9)
     assert StateBytes(total.memory, total.buffers) == model.state_bytes(T)

@@ -23,7 +23,7 @@ from torchmetrics import Metric
 
 import layerzoo.metrics
 from layerzoo.data import MQAR, Continual
-from layerzoo.data.loading import IGNORE, Batches, Deal
+from layerzoo.data.loading import IGNORE, Batches, ShareOfBatches
 from layerzoo.data.task import Task
 from layerzoo.metrics import (
     Accuracy,
@@ -304,7 +304,7 @@ def test_every_exported_metric_is_tried() -> None:
 def test_held_out_samples_are_dealt_once(world: int, samples: int) -> None:
     data = MQAR(**SMALL, batch_size=4, val_samples=samples)
     batches = Batches([data], "val", data.order()[: data.batches("val")])
-    deals = [Deal(batches, rank, world, training=False) for rank in range(world)]
+    deals = [ShareOfBatches(batches, rank, world, training=False) for rank in range(world)]
     assert len({len(deal) for deal in deals}) == 1  # else a process waits for another
     scored = []
     for deal in deals:
@@ -320,7 +320,9 @@ def test_processes_share_the_batches_of_training(world: int) -> None:
     def steps(batch_size: int, rank: int, world: int) -> list[list[Any]]:
         data = MQAR(**SMALL, batch_size=batch_size, train_samples=50)
         order = data.order()
-        deal = Deal(batches := Batches([data], "train", order), rank, world, training=True)
+        deal = ShareOfBatches(
+            batches := Batches([data], "train", order), rank, world, training=True
+        )
         return [batches[n]["tokens"].tolist() for n in deal]
 
     one = steps(4 * world, 0, 1)

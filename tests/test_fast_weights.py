@@ -17,7 +17,7 @@ from layerzoo.memories.fast_weights import Rule, engine, fast_weights
 from layerzoo.memories.fast_weights import rule as engine_rule
 from layerzoo.memories.fast_weights.activations import GELU, GELU_TANH, SILU
 from layerzoo.memories.fast_weights.objectives import Objective
-from layerzoo.memories.fast_weights.primitives import Dual, Write, products
+from layerzoo.memories.fast_weights.primitives import AddGradients, Dual, products
 from layerzoo.spec import SpecError
 
 ALL: Any = {"bias": True, "residual": True, "layer_norm": True}
@@ -336,9 +336,9 @@ def test_activations(activation: Any) -> None:
     (slope,) = torch.autograd.grad(activation.f(x).sum(), x, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), x)
     g = torch.randn_like(x, requires_grad=True)
-    torch.testing.assert_close(activation.pull(g, x), g * slope, rtol=0, atol=1e-12)
+    torch.testing.assert_close(activation.times_derivative(g, x), g * slope, rtol=0, atol=1e-12)
     torch.testing.assert_close(activation.curvature(x.detach()), curvature, rtol=0, atol=1e-12)
-    assert gradcheck(activation.pull, (g, x))
+    assert gradcheck(activation.times_derivative, (g, x))
 
 
 def test_products() -> None:
@@ -382,5 +382,5 @@ def test_primitives(
         return tuple(x for x in out if x is not None)
 
     assert gradcheck(run, tuple(x for x in given if x is not None))
-    assert gradcheck(Write.apply, (X, E, w, matrices[0]))
-    assert gradcheck(Write.apply, (X, E, w, None))
+    assert gradcheck(AddGradients.apply, (X, E, w, matrices[0]))
+    assert gradcheck(AddGradients.apply, (X, E, w, None))

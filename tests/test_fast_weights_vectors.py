@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerzoo.memories.fast_weights import GLU, MLP, Linear, Rule, fast_weights
+from layerzoo.memories.fast_weights import GLU, MLP, LinearNetwork, Rule, fast_weights
 from layerzoo.memories.fast_weights.forgetting import Norm
 from layerzoo.memories.fast_weights.optimisers import Muon
 from layerzoo.memories.fast_weights.state import init_state
@@ -77,7 +77,10 @@ NO_MOMENTUM: Any = {"without": ("momentum",)}
 MOMENTUM_MUON = Muon(momentum=True)
 TTT_MLP = Rule(network=MLP(activation="gelu_tanh", **TTT))
 CASES = [
-    *(Case(f"ttt_linear_{n}", Rule(network=Linear(**TTT)), ("W1 b1",)) for n in ("full", "rem")),
+    *(
+        Case(f"ttt_linear_{n}", Rule(network=LinearNetwork(**TTT)), ("W1 b1",))
+        for n in ("full", "rem")
+    ),
     *(Case(f"ttt_mlp_{n}", TTT_MLP, ("W1 b1", "W2 b2")) for n in ("full", "rem")),
     *(
         Case(f"titans_linear_c{C}", titans("linear", C), ("W1",), ("S_W1",), unit=2)

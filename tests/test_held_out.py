@@ -17,7 +17,7 @@ from layerzoo.data import MQAR
 from layerzoo.model import ModelConfig
 from layerzoo.support.figures import Family, draw, families
 from layerzoo.train.command import quiet
-from layerzoo.train.held_out import Figures, Rows, markdown, table
+from layerzoo.train.held_out import HeldOutFigures, Rows, markdown, table
 from layerzoo.train.lit import LitModel
 
 FIGURES = {
@@ -157,7 +157,7 @@ def test_a_model_that_is_lost_is_measured_all_the_same(
     lit.model.norm.weight.data *= scale
     logger: Any = TensorBoardLogger(tmp_path, name="", version="")
     less: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[Figures()], **less)
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[HeldOutFigures()], **less)
     trainer.test(lit, task, verbose=False)
     out = capsys.readouterr().out.splitlines()
     found = dict(line.split() for line in out if line.strip().startswith("loss/"))

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from layerzoo.support import internals
 from layerzoo.train.command import TrainCLI
-from layerzoo.train.parser import Parser
+from layerzoo.train.parser import TrainingParser
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("layerzoo", "memories", "attention", "kernels", "ablations")
@@ -43,11 +43,11 @@ def owner(library: str, path: list[str]) -> Any:
     elif path == ["argparse"]:
         return argparse
     else:
-        found = Parser(exit_on_error=False) if library == "jsonargparse" else None
+        found = TrainingParser(exit_on_error=False) if library == "jsonargparse" else None
         found = found or argparse.ArgumentParser()
         if library == "jsonargparse":
             found.add_argument("--number", type=int | None)
-            found.add_subcommands().add_subcommand("fit", Parser(exit_on_error=False))
+            found.add_subcommands().add_subcommand("fit", TrainingParser(exit_on_error=False))
     for name in path[1:]:
         if name.endswith("[Union]"):
             actions = getattr(found, name.removesuffix("[Union]"))

@@ -20,13 +20,13 @@ from layerzoo.layer import get_layer, list_layers
 from layerzoo.model import ModelConfig
 from layerzoo.spec import Config
 from layerzoo.support import internals
-from layerzoo.support.arguments import Parser
+from layerzoo.support.arguments import CommandParser
 from layerzoo.support.field_docs import field_docs, field_lines, field_rows
 from layerzoo.train.callbacks import Controls
 from layerzoo.train.checkpoints import Checkpoints
 from layerzoo.train.lit import LitModel
 from layerzoo.train.module import TaskModule
-from layerzoo.train.parser import Parser as TrainingParser
+from layerzoo.train.parser import TrainingParser
 
 ROOT = Path(__file__).parents[1]
 TASKS = [cls for cls in list_tasks() if cls.__module__.startswith("layerzoo.")]
@@ -82,8 +82,8 @@ BELOW = {"bench": ("gpu", "stream", "compile")}
 def test_every_option_of_a_command_has_help(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parsers: list[Parser] = []
-    monkeypatch.setattr(Parser, "print_help", lambda self, *_: parsers.append(self))
+    parsers: list[CommandParser] = []
+    monkeypatch.setattr(CommandParser, "print_help", lambda self, *_: parsers.append(self))
     with pytest.raises(SystemExit):
         main([*words, "--help"])
     (parser,) = parsers

@@ -39,7 +39,7 @@ from layerzoo.train.checkpoints import (
     newest_checkpoint,
 )
 from layerzoo.train.command import TrainCLI, quiet
-from layerzoo.train.held_out import Figures
+from layerzoo.train.held_out import HeldOutFigures
 from layerzoo.train.lit import LitModel
 
 from .here import quick
@@ -115,7 +115,7 @@ def fit(
     watch = Watch(kill)
     trainer = Trainer(
         logger=logger,
-        callbacks=[Resume(), Summary(), Figures(), watch, *more, Checkpoints(**when)],
+        callbacks=[Resume(), Summary(), HeldOutFigures(), watch, *more, Checkpoints(**when)],
         plugins=[AtomicIO()],
         **{"log_every_n_steps": 1, "accelerator": "cpu"},
         **{"enable_progress_bar": False, "enable_model_summary": False},

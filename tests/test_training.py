@@ -17,7 +17,7 @@ from layerzoo.data import MQAR
 from layerzoo.data.task import IGNORE
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.train.lit import LitModel, load_model
-from layerzoo.train.parser import Parser
+from layerzoo.train.parser import TrainingParser
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
@@ -170,6 +170,6 @@ def test_a_number_of_batches_stays_a_whole_number() -> None:
     class Options:
         def __init__(self, batches: Optional[Union[int, float]] = None) -> None: ...  # noqa: UP007,UP045
 
-    parser = Parser(exit_on_error=False)
+    parser = TrainingParser(exit_on_error=False)
     parser.add_class_arguments(Options, "options")
     assert repr(parser.parse_args(["--options.batches", "4"]).options.batches) == "4"

@@ -15,12 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from layerzoo.data import Task
 from layerzoo.layer import EXECUTION
 from layerzoo.model import LanguageModel, ModelConfig
-from layerzoo.spec import SpecError, at, plain, required, suggest
+from layerzoo.spec import SpecError, error_at, plain, required, suggest
 from layerzoo.support.foreign import spec_error
 from layerzoo.train.identity import digest_weights
 from layerzoo.train.lit import LitModel, initial_weights
 from layerzoo.train.module import TaskModule
-from layerzoo.train.parser import Parser, check_trainer
+from layerzoo.train.parser import TrainingParser, check_trainer
 
 Tree = dict[str, Any]
 
@@ -79,7 +79,7 @@ def _completed(tree: Tree) -> Tree:
         f.name: plain(f.default) for f in known if not required(f) and f.name not in EXECUTION
     }
     written = tree.get("model") or {}
-    with at("model.network"):
+    with error_at("model.network"):
         network = network_of(written).to_fields()
     return {**defaults, **written, "network": network}
 
@@ -132,9 +132,9 @@ def _parsed(options: Tree) -> Tree:
 
 
 @cache
-def _parser() -> tuple[Parser, dict[str, list[str]]]:
+def _parser() -> tuple[TrainingParser, dict[str, list[str]]]:
     """The parser of the trainer's and the module's options, and their names by section."""
-    parser = Parser(exit_on_error=False)
+    parser = TrainingParser(exit_on_error=False)
     trainer = parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     model = parser.add_class_arguments(LitModel, "model", skip={"network"}, instantiate=False)
     names = {"trainer": trainer, "model": [*model, "model.network"]}
@@ -160,7 +160,7 @@ def _task(data: Tree) -> tuple[Tree, Task]:
 
 
 def _built(data: Tree) -> tuple[Tree, Task]:
-    parser = Parser(exit_on_error=False)
+    parser = TrainingParser(exit_on_error=False)
     parser.add_subclass_arguments(Task, "data", required=True)
     parsed = parser.parse_object({"data": copy.deepcopy(data)})  # it changes what it is given
     try:
@@ -185,7 +185,7 @@ def digests(config: Tree) -> dict[str, str]:
     found = {f"data.{option}": digest for option, digest in fresh.digest().items()}
     init, network = config["model"].get("init"), config["model"]["network"]
     if init is not None:
-        with at("model.init"):
+        with error_at("model.init"):
             weights = initial_weights(init, ModelConfig.from_fields(network))
         found["model.init"] = digest_weights(weights)
     return found
@@ -197,5 +197,5 @@ def model(config: Tree) -> LanguageModel:
     Raises:
         SpecError: it does not build.
     """
-    with at("model.network"), torch.device("meta"):
+    with error_at("model.network"), torch.device("meta"):
         return LanguageModel(network_of(config.get("model") or {}))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from layerzoo.spec import Config, SpecError, at, suggest
+from layerzoo.spec import Config, SpecError, error_at, suggest
 
 from .configs import Tree
 from .knobs import NETWORK, fields, start_of, turned
@@ -55,7 +55,7 @@ def matched(
     for knob in match.solve:
         if knob not in known:
             raise SpecError(f"solve: no arm has such a knob, '{knob}'; {suggest(knob, known)}")
-    with at("to"):
+    with error_at("to"):
         target, whose = _target(match, configs, arms)
     out = {}
     for arm, config in configs.items():

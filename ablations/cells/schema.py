@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from layerzoo.spec import Config, SpecError, at
+from layerzoo.spec import Config, SpecError, error_at
 from layerzoo.train.command import MAX_SEED
 
 from .axes import folder_name
@@ -54,7 +54,7 @@ class Fields(Config):
     """This size is run, if the command names none."""
 
     def check(self) -> None:
-        with at("name"):
+        with error_at("name"):
             folder_name(self.name)
         if self.budget is not None and self.budget < 1:
             raise SpecError(f"budget: must be at least 1, got {self.budget}")

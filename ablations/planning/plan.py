@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from layerzoo.spec import at
+from layerzoo.spec import error_at
 from layerzoo.support.json_files import dumps
 
 from ..cells.cell import Cell
@@ -133,7 +133,7 @@ def _kind(cell: Cell) -> tuple[str, ...]:
 
 
 def _run(cell: Cell, known: Mapping[str, Speed]) -> Run:
-    with at(cell.arm):
+    with error_at(cell.arm):
         todo = work(cell)
     size = sizes(cell.config)
     forward = sum(n * sizes(cell.config, T).flops for T, n in todo.tokens.items())

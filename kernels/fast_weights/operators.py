@@ -20,7 +20,7 @@ from .mlp_backward import mlp_backward
 from .mlp_forward import mlp_forward
 
 
-class Form(NamedTuple):
+class TileForm(NamedTuple):
     """Of the call. tokens: of a mini-batch; tile: with padding. hidden: 0 is the linear network.
     width: of v without padding. matrices: rates of a token. full: mini-batches end here."""
 
@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     """Tile, warps and stages of the backward kernel, if not the same and one stage."""
 
 
-def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
+def settings(form: TileForm, dtype: torch.dtype, target: launch.Target) -> Settings:
     """Products have 64 rows, which four warps share: more would only repeat them. On Hopper tiles
     of 64: with 16 and 32 the backward kernel of 64 tokens has accessed illegal memory there,
     though its PTX accesses none."""
@@ -62,7 +62,7 @@ def settings(form: Form, dtype: torch.dtype, target: launch.Target) -> Settings:
     return Settings(min(form.hidden, tile), 8 if wide else 4, 1, hip)
 
 
-def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:
+def constants(form: TileForm, dtype: torch.dtype, FT: int) -> dict[str, Any]:
     found = {
         "K": form.keys, "V": form.values, "C": form.tile, "VT": form.width, "BIAS": form.bias,
         "NORM": form.norm, "RESIDUAL": form.residual, "L2": form.l2, "FULL": form.full,
@@ -73,18 +73,18 @@ def constants(form: Form, dtype: torch.dtype, FT: int) -> dict[str, Any]:
     return found
 
 
-def row_size(form: Form) -> int:
+def row_size(form: TileForm) -> int:
     K, V, F = form.keys, form.values, form.hidden
     return (K + V) * F + (F + V) * form.bias if F else K * V + V * form.bias
 
 
-def turn_size(form: Form) -> int:
+def turn_size(form: TileForm) -> int:
     """Of the scratch of a program of the forward kernel."""
     return form.tile * (3 * form.values + 2 * form.keys + form.tile) if form.hidden else 0
 
 
 def forward(
-    given: Sequence[Any], form: Form, o: Any, w: Tensor, s: Any, kept: Any, turn: Any,
+    given: Sequence[Any], form: TileForm, o: Any, w: Tensor, s: Any, kept: Any, turn: Any,
     first: int, count: int, step: int,
 ) -> None:  # fmt: skip
     """Launch `count` mini-batches from `first` on; w, s: buffers from the slot that is read."""
@@ -118,7 +118,7 @@ def token_forward(
     w: Tensor, u: Tensor | None, s: Tensor | None, form: Sequence[int], keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the weights (or updates) at the end, the momentum, and checkpoints of both."""
-    f = Form._make(form)
+    f = TileForm._make(form)
     count, N, P = rates.shape[0], *w.shape
     G = group_size(count) if keep else count
     groups = -(-count // G)
@@ -165,7 +165,7 @@ def token_backward(
     w: Tensor, u: Tensor | None, s: Tensor | None, form: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q .. beta, w, u, s, as far as these are there. w, s: the checkpoints."""
-    f = Form._make(form)
+    f = TileForm._make(form)
     count, (_, N, P) = rates.shape[0], w.shape
     G = group_size(count)
     like = [q, k, v, rates, coef, ends, lam]
@@ -235,7 +235,7 @@ def _backward(ctx: Any, d_o: Any, d_w: Any, d_s: Any, *_: Any) -> Any:
 token_forward.register_autograd(_backward, setup_context=_setup)
 
 
-def operator(given: tuple[Any, ...], form: Form) -> tuple[Tensor, Tensor, Any]:
+def operator(given: tuple[Any, ...], form: TileForm) -> tuple[Tensor, Tensor, Any]:
     """o, the weights at the end (updates, unless form.full), and the momentum. given: what
     `token_forward` takes."""
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)

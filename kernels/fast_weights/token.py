@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import launch
 from .decode import step
-from .operators import Form, operator
+from .operators import TileForm, operator
 
 LONGEST, WIDEST, HIDDEN = 128, 128, 1024
 """Tokens of a mini-batch, channels of k and v, and hidden ones, at most."""
@@ -121,7 +121,7 @@ def _run(
     return o[..., : form.width], {name: new_state[name]() for name in state}
 
 
-def make_form(q: Tensor, v: Tensor, lr: Tensor, rule: Any, weights: Any) -> Form:
+def make_form(q: Tensor, v: Tensor, lr: Tensor, rule: Any, weights: Any) -> TileForm:
     network = rule.network
     hidden = weights[0].shape[-1] if len(weights) == 2 else 0
     tile = launch.power_of_two(rule.mini_batch)
@@ -130,7 +130,7 @@ def make_form(q: Tensor, v: Tensor, lr: Tensor, rule: Any, weights: Any) -> Form
     keys, values = (launch.power_of_two(x.shape[-1]) for x in (q, v))
     tanh = getattr(network, "activation", "") == "gelu_tanh"
     l2, flags = rule.objective.name == "l2", (network.bias, network.layer_norm, network.residual)
-    return Form(
+    return TileForm(
         rule.mini_batch,
         tile,
         keys,
@@ -160,7 +160,7 @@ def pieces(T: int, start: int, C: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def make_coefficients(
-    rule: Any, gates: Any, row: Any, A: Any, n: int, full: bool, form: Form
+    rule: Any, gates: Any, row: Any, A: Any, n: int, full: bool, form: TileForm
 ) -> tuple[tuple[Any, ...], Any]:
     """(rates `[G, N, M, C]`, coef `[G, N, 6, C]`, ends `[G, N, 4]`, lam `[G, N, C, C]` or None)
     of G mini-batches of n tokens, zeros beyond; and A at the end. gates: lr, momentum, decay. A:
@@ -209,7 +209,7 @@ def pad(x: Tensor, size: int, dims: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing) * dims) if missing else x
 
 
-def pack(weights: Any, form: Form) -> Tensor:
+def pack(weights: Any, form: TileForm) -> Tensor:
     """One row a head, `[N, P]`: see `mlp_forward`."""
     parts, biases = [], []
     sizes = ((form.keys, form.hidden), (form.hidden, form.values))
@@ -225,7 +225,7 @@ def pack(weights: Any, form: Form) -> Tensor:
     return torch.cat((*parts, *biases), 1)
 
 
-def unpack(x: Any, like: Any, form: Form) -> tuple[Tensor, ...]:
+def unpack(x: Any, like: Any, form: TileForm) -> tuple[Tensor, ...]:
     """The weights of a row, of the shapes of `like`."""
     K, V, F = form.keys, form.values, form.hidden
     sizes = [K * F, V * F, F, V] if F else [K * V, V]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from layerzoo.data.task import SPLITS
 from layerzoo.data.tokenizer import NOWHERE, extra, reason
-from layerzoo.spec import Config, SpecError, at, require, suggest
+from layerzoo.spec import Config, SpecError, error_at, require, suggest
 
 Contents = dict[str, bytes]
 """Documents by their digests."""
@@ -61,7 +61,7 @@ class Source(Config):
             f"subset: '{self.subset}' is of no dataset; give dataset, too",
         )
 
-    def read(self) -> Read:
+    def read(self) -> DocumentSet:
         """Read it all now.
 
         Raises:
@@ -69,7 +69,7 @@ class Source(Config):
         """
         if self.dataset is None:
             contents = read_files(self.files)
-            return Read(
+            return DocumentSet(
                 _texts(deal(contents, self.held_out, ["val", "test"])), digest([*contents])
             )
         splits = read_dataset(self.dataset, self.subset, self.column, self.max_bytes)
@@ -77,10 +77,10 @@ class Source(Config):
         documents = {split: [*contents.values()] for split, contents in splits.items()}
         if missing := [split for split in SPLITS if split not in splits]:
             documents |= _texts(deal(splits["train"], self.held_out, missing))
-        return Read(documents, of_all)
+        return DocumentSet(documents, of_all)
 
 
-class Read(NamedTuple):
+class DocumentSet(NamedTuple):
     """The documents of a source, and a digest of all that it holds: the same for the same
     contents, wherever they lie and whatever they are called."""
 
@@ -139,7 +139,7 @@ def read_dataset(
 ) -> dict[str, Contents]:
     """The first documents of each split that a dataset has, streamed, see `distinct`: what is
     beyond `max_bytes` is not downloaded."""
-    with at("dataset"):
+    with error_at("dataset"):
         datasets = extra("datasets")
     path, where, file = Path(name).expanduser().absolute(), name, None
     if path.is_file():

@@ -45,7 +45,7 @@ class Batches(Dataset[Any]):
         return batch
 
 
-class Deal(DistributedSampler[int]):
+class ShareOfBatches(DistributedSampler[int]):
     """Deals batch numbers to processes in turn. Training drops the last incomplete round;
     evaluation fills it with blanks, so that every process has as many batches and none counts
     twice. (A DistributedSampler, so that Lightning leaves it alone.)"""
@@ -86,7 +86,7 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         self.done = getattr(self.sampler, "start", 0)
         batches = super().__iter__()
-        if isinstance(self.sampler, Deal):
+        if isinstance(self.sampler, ShareOfBatches):
             self.sampler.start = 0  # only now: with worker processes it has been iterated twice
         for batch in batches:
             self.done += 1
@@ -96,12 +96,12 @@ class ResumableLoader(DataLoader[Any]):
         return {"done": self.done % (self.limit or len(self))}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        assert isinstance(self.sampler, Deal)
+        assert isinstance(self.sampler, ShareOfBatches)
         self.sampler.start = state["done"]
 
 
 def loader(batches: Batches, rank: int, world: int, num_workers: int) -> ResumableLoader:
-    deal = Deal(batches, rank, world, training=batches.split == "train")
+    deal = ShareOfBatches(batches, rank, world, training=batches.split == "train")
     workers = num_workers if batches.split == "train" else 0
     return ResumableLoader(
         batches,

@@ -16,7 +16,7 @@ from layerzoo.data.retrieval import longest, plant
 from layerzoo.data.task import IGNORE, SPLITS
 from layerzoo.data.text import Text
 from layerzoo.metrics import LossByPosition, MarkedAnswers, TokenLoss
-from layerzoo.spec import at, require, suggest
+from layerzoo.spec import error_at, require, suggest
 
 GRAIN = 10**6
 """Depths and the share of questions are drawn in such parts, as integers."""
@@ -73,7 +73,7 @@ class RecallText(Text):
         assert self.tokenizer is not None
         self.recall, self.kinds = config.recall, self.config.kinds
         for kind in self.kinds if self.recall else ():
-            with at(f"data: {type(self).__name__}"):
+            with error_at(f"data: {type(self).__name__}"):
                 size = longest(kind, self.tokenizer)
             self.require(
                 self.length >= 2 * size,

@@ -13,7 +13,7 @@ from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE, SPLITS, Task
 from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.metrics import LossByPosition, TokenLoss
-from layerzoo.spec import at, require
+from layerzoo.spec import error_at, require
 
 
 class Corpus(NamedTuple):
@@ -60,7 +60,7 @@ class Text(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.source = Source(**{f.name: getattr(config, f.name) for f in Source.fields()})
-        with at(f"data: {type(self).__name__}: tokenizer"):
+        with error_at(f"data: {type(self).__name__}: tokenizer"):
             name = config.tokenizer
             self.tokenizer = None if name is None else Tokenizer(name)
         self.documents = config.documents
@@ -89,7 +89,7 @@ class Text(Task):
     def _read(self) -> None:
         """Read the text, once."""
         if not self._digest:
-            with at(f"data: {type(self).__name__}"):
+            with error_at(f"data: {type(self).__name__}"):
                 documents, found = self.source.read()
             self._documents |= documents
             self._digest["files" if self.source.dataset is None else "dataset"] = found

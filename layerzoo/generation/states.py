@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from layerzoo.layer import State
-from layerzoo.spec import SpecError, at
+from layerzoo.spec import SpecError, error_at
 
 if TYPE_CHECKING:
     from layerzoo.model import LanguageModel
@@ -57,7 +57,7 @@ def check_state(model: LanguageModel, state: State) -> None:
     """
     rows = batch_size(state)
     want = [block.init_state(rows) for block in model.each_block()]
-    with at("state: is not of this model"):
+    with error_at("state: is not of this model"):
         _compare(state, want, "")
 
 
@@ -146,7 +146,7 @@ def load_state(path: str | Path, model: LanguageModel | None = None) -> State:
         ) from None
     if model is None:
         return state
-    with at(f"{path}"):
+    with error_at(f"{path}"):
         check_state(model, state)
     return to_device(state, model.embedding.weight.device)
 

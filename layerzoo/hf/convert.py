@@ -13,7 +13,7 @@ import torch
 from layerzoo.data.tokenizer import reason
 from layerzoo.layer import full_spec, get_layer
 from layerzoo.memory import Memory
-from layerzoo.spec import SpecError, at
+from layerzoo.spec import SpecError, error_at
 from layerzoo.train.identity import digest_files
 
 from .config import LayerzooConfig
@@ -65,7 +65,7 @@ def convert(
     blocks = sorted({n % count for n in (range(count) if layers is None else layers)})
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    with at("memory"):
+    with error_at("memory"):
         spec = full_spec(fitted(memory, heads, head_dim))
     return LayerzooForCausalLM(
         LayerzooConfig(

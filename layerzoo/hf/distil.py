@@ -18,7 +18,7 @@ from layerzoo.hf import modes
 from layerzoo.layer import State
 from layerzoo.model.language_model import unpack
 from layerzoo.ops import accumulator_dtype
-from layerzoo.spec import SpecError, at, plain, require
+from layerzoo.spec import SpecError, error_at, plain, require
 from layerzoo.train.identity import TRAINED_ON
 from layerzoo.train.module import TaskModule, within
 
@@ -102,7 +102,7 @@ class Distil(TaskModule):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        with at("model.source"):
+        with error_at("model.source"):
             self.model = load(config.source, torch.float32)
         self.source_digest = source_digest(config.source)
         self.model.checkpoint = config.checkpoint

@@ -22,7 +22,7 @@ from layerzoo.model.pattern import (
 )
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op, transforming
-from layerzoo.spec import Config, SpecError, at
+from layerzoo.spec import Config, SpecError, error_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -171,7 +171,7 @@ class LanguageModel(Stack, nn.Module):
             self.persistent = nn.Parameter(torch.randn(c.persistent, c.dim) * std)
         self.blocks = nn.ModuleList()
         for place, spec in c.blocks():
-            with at(place):
+            with error_at(place):
                 self.blocks.append(Block(c, spec))
         self.norm = RMSNorm(c.dim, eps=1e-6)
         self.out = nn.Linear(c.dim, c.vocab_size, bias=False)

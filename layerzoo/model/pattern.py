@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerzoo.layer import Layer, check_spec, full_spec
-from layerzoo.spec import SpecError, at, plain, suggest
+from layerzoo.spec import SpecError, error_at, plain, suggest
 
 Placed = tuple[str, Any]
 """A spec, behind the place where the user wrote it."""
@@ -54,7 +54,7 @@ def check_blocks(
     named = layers.items() if isinstance(layers, Mapping) else ()
     specs = {f"layers.{name}": spec for name, spec in named} | dict(base) | dict(blocks)
     for place, spec in specs.items():
-        with at(place):
+        with error_at(place):
             check_spec(spec)
     built = Counter(id(spec) for _, spec in blocks if isinstance(spec, Layer))
     for place, spec in blocks:
@@ -90,7 +90,7 @@ def overridden(blocks: Sequence[Placed], overrides: Mapping[int, Any]) -> list[P
     result, seen = list(blocks), {}
     for index, change in overrides.items():
         place = f"overrides[{index}]"
-        with at(place):
+        with error_at(place):
             if not -len(result) <= index < len(result):
                 raise SpecError(
                     f"no such block; there are 0 to {len(result) - 1}, or -1 to "

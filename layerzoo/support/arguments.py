@@ -30,7 +30,7 @@ class OneLine:
         return f"{word}: no such option; {suggest(word, names)}"
 
 
-class Parser(OneLine, argparse.ArgumentParser):
+class CommandParser(OneLine, argparse.ArgumentParser):
     """Bad options are a `SpecError`, as all bad input is, behind the subcommand's name."""
 
     missing: str | None = None

@@ -18,7 +18,7 @@ from layerzoo.testing.cases import (
     ROUNDED,
     SHORT,
     SMALL,
-    Case,
+    LayerCase,
     add_noise,
     in_pieces,
     is_wide,
@@ -45,7 +45,7 @@ def weighted(tree: Any) -> Tensor:
     "a field that the config's to_fields or from_fields loses, or a name that is not set",
     once=lambda case: (case.name, case.n),
 )
-def registered(case: Case) -> None:
+def registered(case: LayerCase) -> None:
     """A layer has a kind, and its spec builds it again, also after a way through JSON."""
     cls, layer = get_layer(case.name), build(case.name, dim=DIM, **case.spec)
     kinds = ("memory", "attention", "composition")
@@ -59,7 +59,7 @@ def registered(case: Case) -> None:
 
 
 @law("a parameter that forward does not use, or a detach", applies=is_wide)
-def gradients(case: Case) -> None:
+def gradients(case: LayerCase) -> None:
     """Every parameter gets a finite gradient."""
     layer, x = case.build(), tokens(2, SHORT)
     weighted(in_pieces(layer, x, [11, 9])["output"]).backward()
@@ -99,7 +99,7 @@ def outcome(
     "is missing in a backward pass",
     applies=lambda case: case.impl == "chunked",
 )
-def implementations(case: Case) -> None:
+def implementations(case: LayerCase) -> None:
     """`chunked` is the function that `recurrent` is: outputs, final state and gradients."""
     for past, length in ((0, LONG), (37, 2 * SHORT)):  # sinks and warm-ups are of the start
         run = functools.partial(outcome, past=past, length=length)
@@ -108,12 +108,12 @@ def implementations(case: Case) -> None:
         require_close(run(case.build()), want, ROUNDED, where)
 
 
-def _reduces(case: Case) -> bool:
+def _reduces(case: LayerCase) -> bool:
     return is_wide(case) and case.n == 0 and bool(get_layer(case.name).reductions)
 
 
 @law("a gate whose neutral value is not what the reduction's `neutral` sets", applies=_reduces)
-def reductions(case: Case) -> None:
+def reductions(case: LayerCase) -> None:
     """A gate at its neutral value is the rule without the gate, and elsewhere it is not."""
     for reduction in get_layer(case.name).reductions:
         specs = ({"name": case.name, **spec} for spec in (reduction.spec, reduction.parent))
@@ -136,7 +136,7 @@ def reductions(case: Case) -> None:
     "a tensor that state_bytes forgets, or a view of a larger one (make it contiguous)",
     applies=is_wide,
 )
-def state_bytes(case: Case) -> None:
+def state_bytes(case: LayerCase) -> None:
     """`state_bytes` is the size of the state, in float32."""
     layer = case.build(torch.float32)
     for T in (1, 3, 40):
@@ -153,7 +153,7 @@ def state_bytes(case: Case) -> None:
     "a matrix product that rule_flops leaves out or counts twice",
     applies=lambda case: case.impl in ("recurrent", "auto"),
 )
-def flops(case: Case) -> None:
+def flops(case: LayerCase) -> None:
     """`flops_per_token` is the number of FLOPs of matrix products that are measured."""
     layer = case.build()
     solves = {
@@ -167,7 +167,7 @@ def flops(case: Case) -> None:
         require(close, f"of {T} tokens flops_per_token is {told:g}, and measured are {measured:g}")
 
 
-def _is_first(case: Case) -> bool:
+def _is_first(case: LayerCase) -> bool:
     return case.n == 0 and case.impl in ("chunked", "auto")
 
 
@@ -177,7 +177,7 @@ def _is_first(case: Case) -> bool:
     slow=True,
     once=lambda case: case.op,
 )
-def compiles(case: Case) -> None:
+def compiles(case: LayerCase) -> None:
     """What torch.compile captures, whatever a backend makes of it, is the function as it is."""
     layer, x = case.build(), tokens(2, SHORT)
     torch.compiler.reset()
@@ -189,12 +189,12 @@ def compiles(case: Case) -> None:
 
 
 @functools.lru_cache(DRAWS)
-def _exact(case: Case, draw: int) -> dict[str, Tensor]:
+def _exact(case: LayerCase, draw: int) -> dict[str, Tensor]:
     layer = case._replace(impl="recurrent").build(draw=draw)
     return named(outcome(layer, length=PRECISION_T))
 
 
-def wrong(case: Case, kind: str, draw: int) -> dict[str, Error]:
+def wrong(case: LayerCase, kind: str, draw: int) -> dict[str, Error]:
     """The error of output, state and gradients of a case in a precision, float32 or bfloat16."""
     want = _exact(case._replace(impl=""), draw)
     want = {name: x for name, x in want.items() if x.is_floating_point()}
@@ -204,7 +204,7 @@ def wrong(case: Case, kind: str, draw: int) -> dict[str, Error]:
     return errors({name: got[name] for name in want}, want)
 
 
-def _is_fast(case: Case) -> bool:
+def _is_fast(case: LayerCase) -> bool:
     """Precision is of the op, and not of the specs: the first case stands for all."""
     return case.n == 0 and case.impl in ("chunked", "triton")
 
@@ -214,7 +214,7 @@ def _is_fast(case: Case) -> bool:
     _is_fast,
     slow=True,
 )
-def precision(case: Case) -> None:
+def precision(case: LayerCase) -> None:
     """In float32, and in bfloat16 by autocast, an implementation is wrong by at most twice what
     `recurrent` is wrong by."""
     specification, draws = case._replace(impl="recurrent"), range(DRAWS)

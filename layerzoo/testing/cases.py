@@ -23,7 +23,7 @@ EXACT, SMALL, ROUNDED = 0.0, 1e-12, 1e-9
 """Tolerances in float64: equal to the bit, the same sums in the same order, other sums."""
 
 
-class Case(NamedTuple):
+class LayerCase(NamedTuple):
     """A spec of `Layer.cases`, by its index, and an implementation."""
 
     name: str
@@ -75,7 +75,7 @@ def tokens(B: int, T: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(B, T, DIM, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def is_wide(case: Case) -> bool:
+def is_wide(case: LayerCase) -> bool:
     """Whether it runs in float64, which a kernel may refuse."""
     return case.impl != "triton"
 
@@ -95,11 +95,11 @@ def whole(layer: Layer, x: Tensor, state: Any = None) -> dict[str, Any]:
     return {"output": y, "state": state}
 
 
-def cases(name: str) -> Iterator[Case]:
+def cases(name: str) -> Iterator[LayerCase]:
     """The cases of a layer, each with every implementation that runs here."""
     for n, spec in enumerate(get_layer(name).cases):
         layer = build(name, dim=DIM, **spec)
-        yield from (Case(name, n, impl) for impl in impls(layer))
+        yield from (LayerCase(name, n, impl) for impl in impls(layer))
 
 
 def impls(layer: Layer) -> list[str]:

@@ -19,7 +19,7 @@ from layerzoo.testing.cases import (
     ROUNDED,
     SHORT,
     SMALL,
-    Case,
+    LayerCase,
     in_pieces,
     is_wide,
     tokens,
@@ -37,7 +37,7 @@ CAUSAL_T = 40
     "an init_state that differs from what forward starts with, or a forward that needs tokens",
     applies=is_wide,
 )
-def shapes(case: Case) -> None:
+def shapes(case: LayerCase) -> None:
     """Outputs are like x for any number of tokens, none included; no state is `init_state`, and
     no tokens leave a state as it was."""
     layer = case.build()
@@ -61,7 +61,7 @@ def shapes(case: Case) -> None:
 
 
 @law("a state in the dtype of x; make it with Memory.accumulator, or in float32")
-def state_dtype(case: Case) -> None:
+def state_dtype(case: LayerCase) -> None:
     """States are of float32, or of float64 in a float64 layer, also under autocast; a cache of an
     attention layer may be as its keys are."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -88,7 +88,7 @@ STATE = (
 
 
 @law(STATE, applies=is_wide)
-def pieces(case: Case) -> None:
+def pieces(case: LayerCase) -> None:
     """A sequence run in pieces gives the outputs and the final state of the whole sequence."""
     layer, x = case.build(), tokens(2, SHORT)
     want = whole(layer, x)
@@ -101,12 +101,12 @@ def pieces(case: Case) -> None:
         require_close(found, want, ROUNDED, f"pieces {sizes}")
 
 
-def _has_chunks(case: Case) -> bool:
+def _has_chunks(case: LayerCase) -> bool:
     return is_wide(case) and case.impl != "recurrent"
 
 
 @law(f"{STATE}, or a chunk that does not start where the last one ended", applies=_has_chunks)
-def long_pieces(case: Case) -> None:
+def long_pieces(case: LayerCase) -> None:
     """A sequence longer than a chunk, run in pieces, gives what the whole sequence gives."""
     layer, x = case.build(), tokens(2, LONG)
     want = whole(layer, x)
@@ -115,7 +115,7 @@ def long_pieces(case: Case) -> None:
 
 
 @law("an update of the state in place, or a state that is not detached", applies=is_wide)
-def rollback(case: Case) -> None:
+def rollback(case: LayerCase) -> None:
     """`forward` leaves the state that it is given as it was, with gradients and without, and a
     state keeps no graph where gradients are off."""
     layer, x = case.build(), tokens(2, SHORT)
@@ -141,7 +141,7 @@ def rollback(case: Case) -> None:
 
 
 @law("a sum over all tokens, a mask that is off by one, or a norm over time", applies=is_wide)
-def causal(case: Case) -> None:
+def causal(case: LayerCase) -> None:
     """A token changes no output before its own, and changes its own or a later one."""
     layer, T = case.build(), CAUSAL_T
     x = tokens(1, T).repeat(T + 1, 1, 1)  # row t perturbs token t; the last row is left alone
@@ -155,7 +155,7 @@ def causal(case: Case) -> None:
 
 
 @law("a mean over the batch, or rows that share a state", applies=is_wide)
-def rows(case: Case) -> None:
+def rows(case: LayerCase) -> None:
     """A sequence gives the same alone as in a batch."""
     layer, x = case.build(), tokens(3, SHORT)
     batch = in_pieces(layer, x, [11, 9])
@@ -167,7 +167,7 @@ def rows(case: Case) -> None:
 
 
 @law("an entry of the state that is not a tensor, or a buffer that is not saved", applies=is_wide)
-def saved_state(case: Case) -> None:
+def saved_state(case: LayerCase) -> None:
     """A state that was saved and loaded continues as it would have."""
     layer, x = case.build(), tokens(2, SHORT)
     _, state = layer(x[:, :11])
@@ -180,7 +180,7 @@ def saved_state(case: Case) -> None:
     require_close(whole(again, x[:, 11:], loaded), whole(layer, x[:, 11:], state), EXACT)
 
 
-def _is_memory(case: Case) -> bool:
+def _is_memory(case: LayerCase) -> bool:
     return is_wide(case) and issubclass(get_layer(case.name), Memory)
 
 
@@ -188,7 +188,7 @@ def _is_memory(case: Case) -> bool:
     "queries and writes that are aligned at their first tokens, or a read that changes the state",
     applies=_is_memory,
 )
-def alignment(case: Case) -> None:
+def alignment(case: LayerCase) -> None:
     """In `mix` the last query meets the last write; earlier queries read the incoming state, and
     earlier writes are written all the same."""
     layer: Any = case.build()

@@ -20,7 +20,7 @@ LAWS: list[Law] = []
 law = laws(LAWS)
 
 
-class Case(NamedTuple):
+class TaskCase(NamedTuple):
     """Options of `Task.cases`, by their index. golden: the hash that its samples should have."""
 
     cls: type[Task]
@@ -52,7 +52,7 @@ def task_checks(cls: type[Task], golden: Path | None = None, quick: bool = False
     Returns:
         checks, to be called; `str` of one is its id, such as `MQAR-0-solver`.
     """
-    found = [Case(cls, n) for n in range(len(cls.cases))]
+    found = [TaskCase(cls, n) for n in range(len(cls.cases))]
     if golden is not None:
         known = _hashes(golden)
         found = [case._replace(golden=known.get(str(case), "")) for case in found]
@@ -61,7 +61,7 @@ def task_checks(cls: type[Task], golden: Path | None = None, quick: bool = False
 
 def write_golden(cls: type[Task], golden: Path) -> None:
     """Write the hashes of a task's cases into the file, and leave those of other tasks alone."""
-    cases = [Case(cls, n) for n in range(len(cls.cases))]
+    cases = [TaskCase(cls, n) for n in range(len(cls.cases))]
     found = {str(case): digest(case.make()) for case in cases}
     known = _hashes(golden).items()
     others = {
@@ -93,7 +93,7 @@ def draw(task: Task, split: str, count: int) -> Arrays:
 
 
 @law("a batch that is not of int64, or a sample without a question")
-def samples(case: Case) -> None:
+def samples(case: TaskCase) -> None:
     """A batch has tokens and labels `[B, T]` within the vocabulary, every row asks something, and
     annotations are of a row or of its positions."""
     task = case.make()
@@ -117,7 +117,7 @@ def samples(case: Case) -> None:
 
 
 @law("a generator that is not seeded by (seed, split, index), or one that goes on from the last")
-def purity(case: Case) -> None:
+def purity(case: TaskCase) -> None:
     """A sample depends on seed, split and index alone."""
     task, again = case.make(), case.make()
     batch = task.batch("train", range(20))
@@ -140,14 +140,14 @@ def purity(case: Case) -> None:
     "anew with `layerzoo check NAME --golden FILE --write` if it is meant",
     applies=lambda case: case.golden is not None,
 )
-def golden(case: Case) -> None:
+def golden(case: TaskCase) -> None:
     """Samples are the same on every machine and in every version."""
     require(case.golden, "the file of golden hashes has none of this case")
     require(digest(case.make()) == case.golden, "samples have another hash")
 
 
 @law("a generator that all workers share", applies=lambda case: case.n == 0, slow=True)
-def workers(case: Case) -> None:
+def workers(case: TaskCase) -> None:
     """Worker processes change no batch."""
     options = {"train_samples": 20, "batch_size": 4}
     own = case.make(**options).train_dataloader()
@@ -175,7 +175,7 @@ def above_chance(task: Task, sample: Arrays, right: np.ndarray) -> float:
 
 
 @law("a question that its sample does not answer, or a solver that reads it otherwise")
-def solver(case: Case) -> None:
+def solver(case: TaskCase) -> None:
     """`solve` answers everything from the tokens alone."""
     task = case.make()
     sample = draw(task, "test", 128)
@@ -184,12 +184,12 @@ def solver(case: Case) -> None:
     require(not wrong.any(), f"{wrong.sum()} answers are wrong, the first at (row, token) {where}")
 
 
-def _in_context(case: Case) -> bool:
+def _in_context(case: TaskCase) -> bool:
     return case.cls.in_context
 
 
 @law("an answer that stands outside the context, or a chance that is not so", _in_context)
-def shuffled(case: Case) -> None:
+def shuffled(case: TaskCase) -> None:
     """With another sample's context the solver is within 3 standard errors of chance."""
     task = case.make(shuffled=True)
     sample = draw(task, "test", 1000)
@@ -198,7 +198,7 @@ def shuffled(case: Case) -> None:
 
 
 @law("answers that are not drawn evenly, or a question whose words depend on them", _in_context)
-def leaks(case: Case) -> None:
+def leaks(case: TaskCase) -> None:
     """No table from a position, its token, or it and the token before, to the label beats chance
     by more than 3 standard errors."""
     task = case.make()
@@ -230,12 +230,12 @@ def _feature(task: Task, sample: Arrays, name: str) -> np.ndarray:
     return {"position": position, "token": tokens}.get(name, both)
 
 
-def _is_recall(case: Case) -> bool:
+def _is_recall(case: TaskCase) -> bool:
     return issubclass(case.cls, RecallTask)
 
 
 @law("a lag that counts from another token than the question", applies=_is_recall)
-def lag(case: Case) -> None:
+def lag(case: TaskCase) -> None:
     """The answer stands `lag` tokens before the question."""
     task = case.make()
     sample = draw(task, "train", 64)
@@ -249,7 +249,7 @@ def lag(case: Case) -> None:
 
 
 @law("a reach that leaves out the key or the value", applies=_is_recall)
-def ceiling(case: Case) -> None:
+def ceiling(case: TaskCase) -> None:
     """The ceiling rises with the reach, from 0 to 1."""
 
     def of(reach: int | None) -> float:
@@ -264,7 +264,7 @@ def ceiling(case: Case) -> None:
 
 
 @law("a metric that divides by the number of questions of a kind that has none")
-def metrics(case: Case) -> None:
+def metrics(case: TaskCase) -> None:
     """Metrics are finite for perfect and for random answers, and an accuracy is 1 for the perfect
     ones alone."""
     task = case.make()

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from layerzoo.layer import list_layers
 from layerzoo.spec import SpecError, suggest
-from layerzoo.support.arguments import Parser
+from layerzoo.support.arguments import CommandParser
 from layerzoo.testing.check import Broken, Check
 from layerzoo.testing.layers import layer_checks
 from layerzoo.testing.tasks import task_checks, write_golden
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         1 if a law is broken, else 0.
     """
-    parser = Parser("layerzoo check", description=__doc__, allow_abbrev=False)
+    parser = CommandParser("layerzoo check", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "name", nargs="+", help="check this layer or task, or those in this Python file"
     )

@@ -14,15 +14,15 @@ from layerzoo.data import Text
 from layerzoo.data.tokenizer import reason
 from layerzoo.hf.centre import biased, centre
 from layerzoo.hf.convert import convert, load_source
-from layerzoo.spec import SpecError, at
-from layerzoo.support.arguments import Parser, check_folder, integers, spec_of
+from layerzoo.spec import SpecError, error_at
+from layerzoo.support.arguments import CommandParser, check_folder, integers, spec_of
 
 CENTRE_ROWS, CENTRE_TOKENS = 8, 1024
 """Text that key biases are set by."""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
+    parser = CommandParser(
         "layerzoo convert",
         description="Put a memory beside the attention of a pretrained Llama, Qwen2 or Qwen3, "
         "and write the model, and its tokenizer, to a folder.",
@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
         scale_init=options.scale_init,
     )
     if options.centre:
-        with at("--centre"):
+        with error_at("--centre"):
             biased(model)  # before the text is read, which takes longer
             centre(model, some_text(options))
     model.save_pretrained(options.out)

@@ -16,8 +16,8 @@ from layerzoo.data.tokenizer import Tokenizer
 from layerzoo.generation.decode import PIECE, stream
 from layerzoo.generation.states import check_state, load_state, save_state
 from layerzoo.model import LanguageModel
-from layerzoo.spec import SpecError, at
-from layerzoo.support.arguments import Parser, check_file
+from layerzoo.spec import SpecError, error_at
+from layerzoo.support.arguments import CommandParser, check_file
 from layerzoo.train.checkpoints import find_checkpoint
 from layerzoo.train.lit import load_model
 
@@ -32,7 +32,7 @@ def ids(text: str) -> list[int]:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
+    parser = CommandParser(
         "layerzoo generate",
         description="Continue a prompt, or a state, with a trained model.",
         allow_abbrev=False,
@@ -111,7 +111,7 @@ def model_of(options: argparse.Namespace) -> Any:
 def tokenizer_of(options: argparse.Namespace, model: LanguageModel) -> Tokenizer | None:
     if options.tokenizer is None:
         return None
-    with at("--tokenizer"):
+    with error_at("--tokenizer"):
         tokenizer = Tokenizer(options.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:  # a model's may be padded
         raise SpecError(
@@ -151,7 +151,7 @@ def read_saved(path: str, model: LanguageModel) -> tuple[list[int], Any]:
     saved = load_state(path)
     if not isinstance(saved, dict) or saved.keys() != {"unread", "state"}:
         raise SpecError(f"--state {path}: was not written by `layerzoo generate --save_state`")
-    with at(f"--state {path}"):
+    with error_at(f"--state {path}"):
         check_state(model, saved["state"])
     return saved["unread"].tolist(), saved["state"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerzoo.layer import Layer, build, get_layer, list_layers
 from layerzoo.spec import SpecError, required, suggest
-from layerzoo.support.arguments import Parser, check_file
+from layerzoo.support.arguments import CommandParser, check_file
 from layerzoo.support.field_docs import field_lines, field_rows
 from layerzoo.support.json_files import dumps
 from layerzoo.tools import options_page
@@ -88,7 +88,7 @@ def _size(count: int | None) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Print the layers, the tasks, or the page of one of them."""
-    parser = Parser("layerzoo list", description="The layers, or the tasks, of the zoo.")
+    parser = CommandParser("layerzoo list", description="The layers, or the tasks, of the zoo.")
     parser.add_argument("name", nargs="?", help="show this layer's or task's page")
     parser.add_argument("--tasks", action="store_true", help="list the tasks")
     parser.add_argument("--options", action="store_true", help="list every option of everything")

@@ -24,18 +24,18 @@ from layerzoo.data import Task
 from layerzoo.data.replaced import replaced
 from layerzoo.layer import EXECUTION
 from layerzoo.model import ModelConfig
-from layerzoo.spec import SpecError, at, plain, suggest
+from layerzoo.spec import SpecError, error_at, plain, suggest
 from layerzoo.support import foreign, internals
 from layerzoo.support.arguments import make_folder
 from layerzoo.support.yaml_files import config_path, read_yaml
 from layerzoo.train.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
 from layerzoo.train.checkpoints import AtomicIO, Resume, find_checkpoint
 from layerzoo.train.finite import Finite
-from layerzoo.train.held_out import Figures
+from layerzoo.train.held_out import HeldOutFigures
 from layerzoo.train.identity import TRAINED_ON, TrainedOn
 from layerzoo.train.lit import LitModel, read_checkpoint
 from layerzoo.train.named_module import MODULE, module_class, named_module, split_option
-from layerzoo.train.parser import Parser, check_trainer
+from layerzoo.train.parser import TrainingParser, check_trainer
 from layerzoo.train.resumed import Resumed, same_start
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -83,7 +83,7 @@ class TrainCLI(LightningCLI):
             Resume(),
             TokensPerSecond(),
             Summary(),
-            Figures(),
+            HeldOutFigures(),
             PredictionWriter(),
             Finite(),
             TrainedOn(),
@@ -94,7 +94,7 @@ class TrainCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=ConfigWriter,
-            parser_class=Parser,
+            parser_class=TrainingParser,
             parser_kwargs={"parser_mode": "omegaconf+"},
             trainer_defaults={"logger": logger, "callbacks": callbacks},
             seed_everything_default=0,
@@ -109,7 +109,7 @@ class TrainCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one that is run: the parser of each takes a seventh of a second. It is without
-        Lightning's own table of the figures, for `Figures` prints one."""
+        Lightning's own table of the figures, for `HeldOutFigures` prints one."""
         known = LightningCLI.subcommands()
         return {name: known[name] | {"verbose"} for name in self.names}
 
@@ -199,7 +199,7 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand] if self.subcommand else self.config
         if "network" in options["model"]:
-            with at("model.network"):
+            with error_at("model.network"):
                 network = ModelConfig.from_fields(options["model"]["network"].as_dict())
                 options["model"]["network"] = jsonargparse.Namespace(**network.to_fields())
 

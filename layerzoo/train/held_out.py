@@ -16,7 +16,7 @@ from rich.table import Table
 from layerzoo.data.task import Task
 
 
-class Figures(Callback):
+class HeldOutFigures(Callback):
     """Draws the curves and heat maps of the held-out figures into TensorBoard's images when
     training ends; after `validate` and `test` also prints their table, logs it as text, and saves
     the pictures beside the logs."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.ops import accumulator_dtype
-from layerzoo.spec import SpecError, at
+from layerzoo.spec import SpecError, error_at
 from layerzoo.train.identity import TRAINED_ON, digest_weights, first_difference
 from layerzoo.train.module import TaskModule
 from layerzoo.train.older import of_today
@@ -45,7 +45,7 @@ class LitModel(TaskModule):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.started: str | None = None  # the digest of the weights of `init`
-        with at("model.network"):
+        with error_at("model.network"):
             self.model: LanguageModel = LanguageModel(
                 config.network,
                 impl=config.impl,
@@ -57,7 +57,7 @@ class LitModel(TaskModule):
         """Take the weights of `init`, once, if there is one."""
         init = self.config.init
         if init is not None and self.started is None:
-            with at("model.init"):
+            with error_at("model.init"):
                 weights = initial_weights(init, self.model.config)
                 load_weights(self.model, weights, init)
             self.started = digest_weights(weights)
@@ -99,7 +99,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         for part in (checkpoint["state_dict"], hyper := checkpoint["hyper_parameters"]):
             len(part)  # both are mappings, or this is another program's file
         if "network" in hyper:
-            with at(f"checkpoint {path}: network"):
+            with error_at(f"checkpoint {path}: network"):
                 hyper["network"] = of_today(hyper["network"])
     except OSError as error:
         raise SpecError(f"checkpoint {path}: cannot be read: {error.strerror}") from None
@@ -166,7 +166,7 @@ def load_model(path: str | Path, impl: str = "auto") -> LanguageModel:
         SpecError: the checkpoint is damaged, or another module's.
     """
     config, weights = read_weights(path)
-    with at(f"checkpoint {path}"):
+    with error_at(f"checkpoint {path}"):
         model = LanguageModel(config, impl=impl)
     load_weights(model, weights, path)
     return model.eval()

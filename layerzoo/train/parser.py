@@ -13,14 +13,14 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from lightning.pytorch.cli import LightningArgumentParser
 
 from layerzoo.data import list_tasks
-from layerzoo.spec import Config, SpecError, at, suggest
+from layerzoo.spec import Config, SpecError, error_at, suggest
 from layerzoo.support import foreign, internals
 from layerzoo.support.arguments import OneLine
 from layerzoo.support.configured import Configured
 from layerzoo.support.field_docs import field_docs
 
-LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "check_val_every_n_epoch": 1}
-LEAST |= {"max_steps": -1, "max_epochs": -1, "num_sanity_val_steps": -1}
+MINIMUM = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "check_val_every_n_epoch": 1}
+MINIMUM |= {"max_steps": -1, "max_epochs": -1, "num_sanity_val_steps": -1}
 """The least values of options of the trainer. Lightning does not check most of them."""
 SHARES = {f"limit_{split}_batches": 0 for split in ("train", "val", "test", "predict")}
 SHARES |= {"overfit_batches": 0, "val_check_interval": 1}
@@ -35,7 +35,7 @@ WANTED = {
 """What jsonargparse says of a value of another type, and what we say."""
 
 
-class Parser(OneLine, LightningArgumentParser):
+class TrainingParser(OneLine, LightningArgumentParser):
     """Reports an error as a SpecError of one line, and takes the help of an option from the
     docstring of its field."""
 
@@ -112,13 +112,13 @@ def check_trainer(options: Mapping[str, Any]) -> None:
         SpecError: names the option.
     """
     for name, value in options.items():
-        with at(f"trainer.{name}"):
+        with error_at(f"trainer.{name}"):
             if isinstance(value, float) and not math.isfinite(value):
                 raise SpecError(f"must be finite, got {value}")
             if value is None:
                 continue
-            if name in LEAST and value < LEAST[name]:
-                raise SpecError(f"must be at least {LEAST[name]}, got {value}")
+            if name in MINIMUM and value < MINIMUM[name]:
+                raise SpecError(f"must be at least {MINIMUM[name]}, got {value}")
             if name in SHARES and isinstance(value, int | float):
                 low, share = SHARES[name], isinstance(value, float)
                 if not (0 <= value <= 1 if share else value >= low):

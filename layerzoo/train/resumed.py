@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from layerzoo.spec import SpecError, at
+from layerzoo.spec import SpecError, error_at
 from layerzoo.train.checkpoints import find_checkpoint
 from layerzoo.train.identity import TRAINED_ON, digest_weights, digests, refuse_changed, trained_on
 from layerzoo.train.lit import read_checkpoint, read_weights
@@ -108,7 +108,7 @@ def same_start(asked: str | None, trained: str | None, resumed: Resumed) -> None
         )
     before = resumed.digest.get("model.init")
     if before is not None and Path(asked).exists():
-        with at("model.init"):
+        with error_at("model.init"):
             now = digest_weights(read_weights(find_checkpoint(asked))[1])
         if now != before:
             raise SpecError(

@@ -37,7 +37,7 @@ def pad_tokens(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
 
 
-def tiles(size: int, *xs: Tensor | None) -> list[Any]:
+def chunk_views(size: int, *xs: Tensor | None) -> list[Any]:
     """Views `[N, B, H, C, D]` of `[B, T, H, D]` with T a multiple of `size`; None stays None."""
     return [None if x is None else x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4) for x in xs]
 
@@ -49,17 +49,17 @@ def segments(x: Float[Tensor, "N B H C D"]) -> list[slice]:
     return [slice(n, min(n + step, N)) for n in range(0, N, step)]
 
 
-def fold(x: Float[Tensor, "n B H C D"]) -> Float[Tensor, "n R C D"]:
+def join_heads(x: Float[Tensor, "n B H C D"]) -> Float[Tensor, "n R C D"]:
     """Tiles of a segment, copied together. (Never write into them: a copy is not certain.)"""
     return x.flatten(1, 2)
 
 
-def unfold(x: Float[Tensor, "n R C D"], out: Float[Tensor, "n B H C D"]) -> None:
+def write_chunks(x: Float[Tensor, "n R C D"], out: Float[Tensor, "n B H C D"]) -> None:
     """Write the tiles of a segment into a view of the whole."""
     out.copy_(x.view_as(out))
 
 
-def stack(*parts: Float[Tensor, "n B H C D"]) -> Float[Tensor, "n R parts C D"]:
+def side_by_side(*parts: Float[Tensor, "n B H C D"]) -> Float[Tensor, "n R parts C D"]:
     """Tiles of a segment, side by side: one product serves them all."""
     n, B, H, C, D = parts[0].shape
     out = parts[0].new_empty(n, B, H, len(parts), C, D)
@@ -68,12 +68,12 @@ def stack(*parts: Float[Tensor, "n B H C D"]) -> Float[Tensor, "n R parts C D"]:
     return out.flatten(1, 2)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def batched_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with all leading dimensions equal: a single batched product, whatever the strides."""
     return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, a.shape[:-2])
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def add_batched_matmul(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a @ b, in place, for a contiguous `out`."""
     flat = out.view(-1, *out.shape[-2:])
     flat.baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
@@ -93,5 +93,5 @@ def unit_lower_inverse(A: Float[Tensor, "... C C"]) -> Float[Tensor, "... C C"]:
     ends = unit_lower_inverse(torch.stack((A[..., :h, :h], A[..., h:, h:])))
     out = torch.zeros_like(A)
     out[..., :h, :h], out[..., h:, h:] = ends[0], ends[1]
-    out[..., h:, :h] = -product(ends[1], product(A[..., h:, :h], ends[0]))
+    out[..., h:, :h] = -batched_matmul(ends[1], batched_matmul(A[..., h:, :h], ends[0]))
     return out

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .chunks import add_product, product
+from .chunks import add_batched_matmul, batched_matmul
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,8 +22,8 @@ FLOOR = -40.0
 would make inf - inf."""
 
 
-class Pulled(NamedTuple):
-    """Gradients that a segment's states have passed back before `Decays.pull`.
+class StateGradients(NamedTuple):
+    """Gradients that a segment's states have passed back before `Decays.backward`.
 
     d_rows: of the rows, which read the states.
     d_k: of the keys, which fade into the states.
@@ -44,7 +44,7 @@ class Decays:
     since: through token i, itself included, `[n, R, C, 1 | K]`. until: after token i through the
     chunk's last. whole: of the chunk, `[n, R, 1 | K, 1]`. ratio: after token j through token i.
 
-    `scores` and `pull` compare the rows of `parts` queries, stacked as `[n, R, parts, C, K]`,
+    `scores` and `backward` compare the rows of `parts` queries, stacked as `[n, R, parts, C, K]`,
     with the keys: the first part sees its own token, the second only those before it.
     """
 
@@ -66,17 +66,17 @@ class Decays:
 
     def scores(self, rows: Tensor, k: Tensor) -> Float[Tensor, "n R parts C C"]:
         """scores[p, i, j] = sum_c rows[p, i, c] k[j, c] D_(j+1..i), zero where j is not seen."""
-        flat = product(rows.flatten(2, 3), k.mT)
+        flat = batched_matmul(rows.flatten(2, 3), k.mT)
         return flat.unflatten(2, rows.shape[2:4]).mul_(self.ratio)
 
-    def pull(
-        self, grad: Tensor, scores: Tensor, rows: Tensor, k: Tensor, into: Pulled
+    def backward(
+        self, grad: Tensor, scores: Tensor, rows: Tensor, k: Tensor, into: StateGradients
     ) -> Float[Tensor, "n R C 1|K"] | None:
         """Add what `scores` passes back from its gradient to d_rows and d_k of `into`. Return the
         gradient of g, where there is one."""
         grad = (grad * self.ratio).flatten(2, 3)
-        add_product(into.d_rows.flatten(2, 3), grad, k)
-        add_product(into.d_k, grad.mT, rows.flatten(2, 3))
+        add_batched_matmul(into.d_rows.flatten(2, 3), grad, k)
+        add_batched_matmul(into.d_k, grad.mT, rows.flatten(2, 3))
         return None
 
 
@@ -95,8 +95,8 @@ class TokenDecays(Decays):
         between = (total - total.mT).to(g.dtype).masked_fill_(self.ratio[0] == 0, -torch.inf)
         self.ratio = between.exp_().unsqueeze(2) * self.ratio
 
-    def pull(
-        self, grad: Tensor, scores: Tensor, rows: Tensor, k: Tensor, into: Pulled
+    def backward(
+        self, grad: Tensor, scores: Tensor, rows: Tensor, k: Tensor, into: StateGradients
     ) -> Tensor | None:
         """The gradient of g_t is a sum over all factors that g_t is in: the ratio of i and j for
         j < t <= i, the reads of the tokens from t on, what is left of the tokens before t, and
@@ -106,7 +106,7 @@ class TokenDecays(Decays):
         whole = (into.states * into.d_states).sum((2, 3), keepdim=True) * self.whole
         from_t_on = torch.ones_like(grad[0, 0, 0]).triu()
         between = (from_t_on @ (grad * scores).sum(2)).tril(-1).sum(-1, keepdim=True)
-        super().pull(grad, scores, rows, k, into)
+        super().backward(grad, scores, rows, k, into)
         return between + from_t_on @ read + F.pad(left, (0, 0, 1, -1)).cumsum(2) + whole
 
 
@@ -150,11 +150,11 @@ class ChannelDecays(Decays):
         for factor in self.factors:
             right, left = self.halves(rows, k, factor)
             h = factor.shape[4]
-            self.blocks(out, h).copy_(product(right, left.mT).unflatten(3, (-1, h)))
+            self.blocks(out, h).copy_(batched_matmul(right, left.mT).unflatten(3, (-1, h)))
         return out
 
-    def pull(
-        self, grad: Tensor, scores: Tensor, rows: Tensor, k: Tensor, into: Pulled
+    def backward(
+        self, grad: Tensor, scores: Tensor, rows: Tensor, k: Tensor, into: StateGradients
     ) -> Tensor | None:
         """What the sums over a block get is handed down to its halves, to single tokens."""
         d_prefix = (rows * into.d_rows).sum(2)
@@ -167,7 +167,7 @@ class ChannelDecays(Decays):
             right, left = self.halves(rows, k, factor)
             h = factor.shape[4]
             block = self.blocks(grad, h).flatten(3, 4)
-            d_right, d_left = product(block, left), product(block.mT, right)
+            d_right, d_left = batched_matmul(block, left), batched_matmul(block.mT, right)
             d_prefix, d_suffix = (d.unflatten(2, (-1, 2, h)) for d in (d_prefix, d_suffix))
             of_left, of_right = d_prefix[:, :, :, 1].sum(3), d_suffix[:, :, :, 0].sum(3)
             d_prefix[:, :, :, 0, -1] += of_left

@@ -15,13 +15,13 @@ from layerzoo.spec import SpecError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Decay = Literal["none", "constant", "scalar", "vector"]
+DecayKind = Literal["none", "constant", "scalar", "vector"]
 
 
 class MatrixConfig(Memory.Config):
     """Fields that every matrix memory has."""
 
-    decay: Decay = "none"
+    decay: DecayKind = "none"
     """This is the factor D_t in S_t = D_t S_{t-1}. none is 1. constant is 1 - 2^-(5+h) in head h
     (RetNet). scalar is exp(g_t), with a gate g_t per head and token (Mamba-2). vector has a gate
     per key channel and token, through a projection of rank 16."""

@@ -9,18 +9,18 @@ import torch
 from layerzoo.ops import once_differentiable
 
 from ..common.chunks import (
-    add_product,
+    add_batched_matmul,
+    batched_matmul,
     chunk_size,
-    fold,
+    chunk_views,
+    join_heads,
     pad_tokens,
-    product,
     segments,
-    stack,
-    tiles,
-    unfold,
+    side_by_side,
     unit_lower_inverse,
+    write_chunks,
 )
-from ..common.decays import FLOOR, Pulled, decays_of
+from ..common.decays import FLOOR, StateGradients, decays_of
 from ..common.matrix import per_token
 
 
@@ -62,12 +62,12 @@ class DeltaChunked(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, beta, g, state, scale, size, keep) -> Any:
         B, _, H, _ = q.shape
         o, saved = torch.empty_like(v), []
-        Q, Ks, Vs, Bs, Gs, Os = tiles(size, q, k, v, beta, g, o)
+        Q, Ks, Vs, Bs, Gs, Os = chunk_views(size, q, k, v, beta, g, o)
         state = state.flatten(0, 1)
         for s in segments(Q):
-            rows, vs, betas = stack(Q[s], Ks[s]), fold(Vs[s]), fold(Bs[s])
+            rows, vs, betas = side_by_side(Q[s], Ks[s]), join_heads(Vs[s]), join_heads(Bs[s])
             ks = rows[:, :, 1]
-            decays = decays_of(None if g is None else fold(Gs[s]), 2, ks)
+            decays = decays_of(None if g is None else join_heads(Gs[s]), 2, ks)
             scores, reads = decays.scores(rows, ks), decays.read(rows)
             M = unit_lower_inverse(betas * scores[:, :, 1])
             e, u = torch.empty_like(vs), torch.empty_like(vs)
@@ -78,9 +78,9 @@ class DeltaChunked(torch.autograd.Function):
                 torch.baddbmm(value, read, state, alpha=-1, out=e[n])
                 torch.bmm(solve, e[n], out=u[n])
                 state = torch.baddbmm(state * whole, fade, u[n], out=states[n + 1])
-            out = product(reads[:, :, 0], states[:-1])
-            add_product(out, scores[:, :, 0], u)
-            unfold(out.mul_(scale), Os[s])
+            out = batched_matmul(reads[:, :, 0], states[:-1])
+            add_batched_matmul(out, scores[:, :, 0], u)
+            write_chunks(out.mul_(scale), Os[s])
             if keep:
                 saved += (scores, M, e, u, states)
         ctx.scale, ctx.size = scale, size
@@ -93,19 +93,19 @@ class DeltaChunked(torch.autograd.Function):
         do, d_state = grad_outputs
         q, k, v, beta, g, *saved = ctx.saved_tensors
         grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, beta, g)]
-        Q, Ks, Bs, Gs, Os, dQ, dK, dV, dB, dG = tiles(ctx.size, q, k, beta, g, do, *grads)
+        Q, Ks, Bs, Gs, Os, dQ, dK, dV, dB, dG = chunk_views(ctx.size, q, k, beta, g, do, *grads)
         B, H, d_state = *Q.shape[1:3], d_state.flatten(0, 1)
         for s in reversed(segments(Q)):
             scores, M, e, u, states = saved[-5:]
             del saved[-5:]
-            rows, betas = stack(Q[s], Ks[s]), fold(Bs[s])
+            rows, betas = side_by_side(Q[s], Ks[s]), join_heads(Bs[s])
             ks = rows[:, :, 1]
-            decays = decays_of(None if g is None else fold(Gs[s]), 2, ks)
+            decays = decays_of(None if g is None else join_heads(Gs[s]), 2, ks)
             reads = decays.read(rows)
             dy = u.new_empty(*u.shape[:2], 2, *u.shape[2:])  # of what q and k read
-            torch.mul(fold(Os[s]), ctx.scale, out=dy[:, :, 0])
-            du = product(scores[:, :, 0].mT, dy[:, :, 0])
-            added = product(reads[:, :, 0].mT, dy[:, :, 0])
+            torch.mul(join_heads(Os[s]), ctx.scale, out=dy[:, :, 0])
+            du = batched_matmul(scores[:, :, 0].mT, dy[:, :, 0])
+            added = batched_matmul(reads[:, :, 0].mT, dy[:, :, 0])
             x = torch.empty_like(u)  # of beta e
             d_states = torch.empty_like(states)
             d_states[-1] = d_state
@@ -117,14 +117,16 @@ class DeltaChunked(torch.autograd.Function):
                 more.addcmul_(d_state, whole)
                 d_state = torch.baddbmm(more, read, dy[n, :, 1], out=d_states[n])
             d_states = d_states[1:]  # of the states that the chunks leave
-            d_rows = decays.read(product(dy.flatten(2, 3), states[:-1].mT).view_as(rows))
-            dk = decays.fade(product(u, d_states.mT))
-            grad = product(dy.flatten(2, 3), u.mT).view_as(scores)
-            dg = decays.pull(grad, scores, rows, ks, Pulled(d_rows, dk, states[:-1], d_states))
-            db = torch.linalg.vecdot(x, e - product(scores[:, :, 1], u)).unsqueeze(-1)
+            d_rows = decays.read(batched_matmul(dy.flatten(2, 3), states[:-1].mT).view_as(rows))
+            dk = decays.fade(batched_matmul(u, d_states.mT))
+            grad = batched_matmul(dy.flatten(2, 3), u.mT).view_as(scores)
+            dg = decays.backward(
+                grad, scores, rows, ks, StateGradients(d_rows, dk, states[:-1], d_states)
+            )
+            db = torch.linalg.vecdot(x, e - batched_matmul(scores[:, :, 1], u)).unsqueeze(-1)
             dk += d_rows[:, :, 1]
             for d, out in ((d_rows[:, :, 0], dQ), (dk, dK), (-dy[:, :, 1], dV), (db, dB)):
-                unfold(d, out[s])
+                write_chunks(d, out[s])
             if dg is not None:
-                unfold(dg, dG[s])
+                write_chunks(dg, dG[s])
         return *grads, d_state.unflatten(0, (B, H)), None, None, None

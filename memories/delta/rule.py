@@ -12,7 +12,7 @@ from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
 from layerzoo.ops import Op
 
-from ..common.matrix import Decay, MatrixConfig, MatrixMemory, per_token, strength, zero_state
+from ..common.matrix import DecayKind, MatrixConfig, MatrixMemory, per_token, strength, zero_state
 from ..common.plain import chunk_decays, chunks
 from . import chunked
 
@@ -212,7 +212,7 @@ class GatedDelta(Delta, name="gated_delta"):
     """
 
     class Config(Delta.Config):
-        decay: Decay = "scalar"
+        decay: DecayKind = "scalar"
 
     source = "Yang et al. 2024, arXiv 2412.06464"
     cases = ({"heads": 2}, {"heads": 2, "decay": "constant"})
@@ -233,7 +233,7 @@ class KDA(Delta, name="kda"):
     """
 
     class Config(Delta.Config):
-        decay: Decay = "vector"
+        decay: DecayKind = "vector"
 
     source = "Kimi Team 2025, arXiv 2510.26692"
     cases = (

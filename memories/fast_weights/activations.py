@@ -20,7 +20,7 @@ class Activation(NamedTuple):
     times_slope: Callable[[Tensor, Tensor], Tensor]
     curvature: Callable[[Tensor], Tensor]
 
-    def pull(self, g: Tensor, x: Tensor) -> Tensor:
+    def times_derivative(self, g: Tensor, x: Tensor) -> Tensor:
         """g f'(x), differentiable in both."""
         return Slope.apply(g, x, self)
 

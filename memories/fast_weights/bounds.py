@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from layerzoo.spec import SpecError
 
-from .networks import GLU, Linear
+from .networks import GLU, LinearNetwork
 from .objectives import Dot
 from .optimisers import Muon
 from .rule import Rule
@@ -33,7 +33,7 @@ def check_bounded(rule: Rule, qk_norm: str, lr_per_matrix: bool) -> None:
             f"objective '{objective.name}' needs {BOUND}: its gradient grows faster than the "
             f"error, so that a large error writes a larger one; or use huber"
         )
-    deep = not isinstance(network, Linear)
+    deep = not isinstance(network, LinearNetwork)
     if deep and isinstance(objective, Dot):
         raise SpecError(
             f"objective 'dot' of network '{network.name}' needs {BOUND}: it has no minimum, and "

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ..common.chunks import SEGMENT, fold, tiles
+from ..common.chunks import SEGMENT, chunk_views, join_heads
 from .compiled import compiled_piece
 from .gates import Gates, token_gates
 from .networks import with_bias
-from .primitives import Dual, Write, scaled
+from .primitives import AddGradients, Dual, scaled
 from .rule import Rule
-from .state import PENDING, State, from_rows, position, to_rows
+from .state import PENDING, WeightsState, from_rows, position, to_rows
 
 Weights = tuple[Tensor, ...]
 Watch = Callable[..., None]
@@ -79,31 +79,33 @@ class Engine:
         mapped = W if spare else self.phi(W, "start", "view")
         return Running(W, mapped, None, S, None, None)
 
-    def gradients(self, at: Weights, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(
+        self, anchor: Weights, k: Tensor, v: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs X and errors E of every matrix, at weights that all tokens share."""
-        rule, X = self.rule, [k] * len(at)
+        rule, X = self.rule, [k] * len(anchor)
 
-        def lin(m: int, x: Tensor) -> Tensor:
+        def times(m: int, x: Tensor) -> Tensor:
             X[m] = with_bias(rule.network, x)
-            return X[m] @ at[m]
+            return X[m] @ anchor[m]
 
-        def lin_t(m: int, e: Tensor) -> Tensor:
-            return e @ (at[m][:, :-1] if rule.network.bias else at[m]).mT
+        def times_transposed(m: int, e: Tensor) -> Tensor:
+            return e @ (anchor[m][:, :-1] if rule.network.bias else anchor[m]).mT
 
-        y, pull = rule.network.forward(lin, k, self.layer_norm)
-        return X, pull(rule.objective.error(y, v), lin_t)
+        y, backward = rule.network.forward(times, k, self.layer_norm)
+        return X, backward(rule.objective.error(y, v), times_transposed)
 
     def read(self, weights: Weights, q: Tensor) -> Tensor:
         network = self.rule.network
-        lin = lambda m, z: with_bias(network, z) @ weights[m]  # noqa: E731
-        return network.forward(lin, q, self.layer_norm)[0]
+        times = lambda m, z: with_bias(network, z) @ weights[m]  # noqa: E731
+        return network.forward(times, q, self.layer_norm)[0]
 
     def token_piece(
-        self, at: Running, q: Tensor, k: Tensor, v: Tensor, gates: Gates, full: bool
+        self, now: Running, q: Tensor, k: Tensor, v: Tensor, gates: Gates, full: bool
     ) -> tuple[Tensor, Running]:
         """full: this piece ends the mini-batch."""
-        X, E = self.gradients(at.mapped, k, v)
-        A = gates.A if at.A is None else scaled(gates.A, at.A)
+        X, E = self.gradients(now.mapped, k, v)
+        A = gates.A if now.A is None else scaled(gates.A, now.A)
         A_end = None if A is None else A[:, -1:]
         u_end, s_end = gates.u_end, gates.s_end
         w = gates.w
@@ -112,29 +114,29 @@ class Engine:
             u_end = last if u_end is None else last * u_end
             s_end = None if s_end is None else last * s_end
             w = tuple(last * x for x in w)
-        end, momenta = list(at.W), list(at.W)
+        end, momenta = list(now.W), list(now.W)
 
-        def lin(m: int, z: Tensor) -> Tensor:
+        def times(m: int, z: Tensor) -> Tensor:
             r = m % len(w)
             o, end[m], momenta[m] = Dual.apply(
                 full,
                 *(with_bias(self.rule.network, z), X[m], E[m], gates.L[r], w[r]),
                 *(None if gates.t is None else gates.t[r], gates.theta),
-                *(at.W[m], A, A_end),
-                *(at.U and at.U[m], gates.u, u_end),
-                *(at.S and at.S[m], gates.s, s_end),
+                *(now.W[m], A, A_end),
+                *(now.U and now.U[m], gates.u, u_end),
+                *(now.S and now.S[m], gates.s, s_end),
             )
             return o
 
-        o, _ = self.rule.network.forward(lin, q, self.layer_norm)
-        S = None if at.S is None else tuple(momenta)
+        o, _ = self.rule.network.forward(times, q, self.layer_norm)
+        S = None if now.S is None else tuple(momenta)
         if not full:
-            return o, at._replace(U=tuple(end), S=S, A=A_end)
-        return o, self.end(at, tuple(end), S, k, v)
+            return o, now._replace(U=tuple(end), S=S, A=A_end)
+        return o, self.end(now, tuple(end), S, k, v)
 
     def chunk_piece(
         self,
-        at: Running,
+        now: Running,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -143,41 +145,43 @@ class Engine:
     ) -> tuple[Tensor, Running]:
         """gates: lr `[N, n, M]`, momentum and retention `[N, n]`."""
         rule, (lr, momentum, retention) = self.rule, gates
-        o = self.read(at.mapped if rule.place == "view" else at.W, q)
-        X, E = self.gradients(at.mapped, k, v)
+        o = self.read(now.mapped if rule.place == "view" else now.W, q)
+        X, E = self.gradients(now.mapped, k, v)
         rates = lr.unsqueeze(-1).unbind(-2)
         U = tuple(
-            Write.apply(X[m], E[m], rates[m % len(rates)], None if at.U is None else at.U[m])
+            AddGradients.apply(
+                X[m], E[m], rates[m % len(rates)], None if now.U is None else now.U[m]
+            )
             for m in self.matrices
         )
-        A, m = at.A, at.m
+        A, m = now.A, now.m
         if retention is not None:
             A = scaled(A, retention.prod(-1)[:, None, None])
         if momentum is not None:
             total = momentum.sum(-1)[:, None, None]
             m = total if m is None else m + total
         if not full:
-            return o, at._replace(U=U, A=A, m=m)
-        S = at.S
+            return o, now._replace(U=U, A=A, m=m)
+        S = now.S
         if S is not None:
             assert m is not None
             mean = m / rule.mini_batch
             U = S = tuple(torch.addcmul(u, s, mean) for u, s in zip(U, S, strict=True))
-        base = at.W if rule.place == "view" else at.mapped
+        base = now.W if rule.place == "view" else now.mapped
         W = tuple(scaled(A, w) + rule.optimiser.direction(u) for w, u in zip(base, U, strict=True))
-        return o, self.end(at, W, S, k, v)
+        return o, self.end(now, W, S, k, v)
 
-    def end(self, at: Running, W: Weights, S: Any, k: Tensor, v: Tensor) -> Running:
+    def end(self, now: Running, W: Weights, S: Any, k: Tensor, v: Tensor) -> Running:
         """The end of a mini-batch."""
         new = self.begin(self.phi(W, "end"), S)
         if self.watch is not None:
             view = self.rule.place == "view"
-            self.watch(self, at.mapped, new.mapped if view else new.W, k, v)
+            self.watch(self, now.mapped, new.mapped if view else new.W, k, v)
         return new
 
-    def group(self, at: Running, start: int, n: int, *seq: Tensor | None) -> Any:
+    def group(self, now: Running, start: int, n: int, *seq: Tensor | None) -> Any:
         """Pieces of n tokens each, `[B, g n, H, ..]`, from position `start` of a mini-batch."""
-        found: Any = (None if x is None else fold(x) for x in tiles(n, *seq))
+        found: Any = (None if x is None else join_heads(x) for x in chunk_views(n, *seq))
         q, k, v, lr, *rest = found
         momentum, decay = (None if x is None else x.squeeze(-1) for x in rest)
         retention = None if decay is None else 1 - decay
@@ -194,9 +198,9 @@ class Engine:
             piece = compiled_piece(piece, self.rule)
         for x in zip(q.unbind(0), k.unbind(0), v.unbind(0), gates, strict=True):
             start += n
-            o, at = piece(self, at, *x, full=start % C == 0)
+            o, now = piece(self, now, *x, full=start % C == 0)
             outputs.append(o)
-        return outputs, at
+        return outputs, now
 
 
 def plan(T: int, start: int, C: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -223,11 +227,11 @@ def run(
     initial: Weights,
     *,
     rule: Rule,
-    state: State,
+    state: WeightsState,
     checkpoint: bool,
     compiled: bool,
     watch: Watch | None,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, WeightsState]:
     """See `fast_weights`. initial: weights `[N, I, O]`; layer_norm: `[N, 1, V]` each."""
     B, T, H, _ = q.shape
     if T == 0:
@@ -236,10 +240,10 @@ def run(
     flat = {name: to_rows(x) for name, x in state.items() if name != "position"}
     past, C = position(state), rule.mini_batch
     start = past % C
-    at = engine.begin(flat["weights"], flat.get("momentum"), first=past < C)
+    now = engine.begin(flat["weights"], flat.get("momentum"), first=past < C)
     if start:
         A, m = (None if (x := flat.get(n)) is None else x[:, None, None] for n in PENDING)
-        at = at._replace(U=flat["updates"], A=A, m=m)
+        now = now._replace(U=flat["updates"], A=A, m=m)
     groups = list(plan(T, start, C, B * H))
     sizes = [n * g for _, n, g in groups]
     gates = (None if x is None else x.unsqueeze(-1) for x in (momentum, decay))
@@ -249,12 +253,12 @@ def run(
     outputs = []
     for (begin, n, _), *seq in zip(groups, *parts, strict=True):
         if checkpoint and torch.is_grad_enabled():
-            o, at = recompute(engine.group, at, begin, n, *seq, use_reentrant=False)
+            o, now = recompute(engine.group, now, begin, n, *seq, use_reentrant=False)
         else:
-            o, at = engine.group(at, begin, n, *seq)
+            o, now = engine.group(now, begin, n, *seq)
         outputs += o
     o = torch.cat(outputs, 1).unflatten(0, (B, H)).transpose(1, 2)
-    return o, from_rows(at, state, past + T, (B, H))
+    return o, from_rows(now, state, past + T, (B, H))
 
 
 def read_only(
@@ -264,15 +268,15 @@ def read_only(
     initial: Weights,
     *,
     rule: Rule,
-    state: State,
+    state: WeightsState,
 ) -> Tensor:
     """What q `[B, T, H, K]` reads from a state, which does not change."""
     B, _, H, _ = q.shape
     engine = Engine(rule, initial, row, layer_norm)
     W, past = to_rows(state["weights"]), position(state)
     if rule.update == "chunk":
-        at = engine.begin(W, None, first=past < rule.mini_batch)
-        weights = at.mapped if rule.place == "view" else W
+        now = engine.begin(W, None, first=past < rule.mini_batch)
+        weights = now.mapped if rule.place == "view" else W
     elif (start := past % rule.mini_batch) == 0:
         weights = W
     else:

@@ -14,7 +14,7 @@ from layerzoo.spec import SpecError
 from .options import Option
 
 
-class Forgetting(Option):
+class ForgettingRule(Option):
     """has_decay: W = (1 - decay) W + step, with an input-dependent decay. A new rule is one
     function, `phi`. nonlinear: it has one. dual: W is what phi makes of a master copy that adds up
     the writes, which must be kept (`place: view`)."""
@@ -25,7 +25,7 @@ class Forgetting(Option):
 
     @property
     def nonlinear(self) -> bool:
-        return type(self).phi is not Forgetting.phi
+        return type(self).phi is not ForgettingRule.phi
 
     @property
     def dual(self) -> bool:
@@ -36,11 +36,11 @@ class Forgetting(Option):
         return W
 
 
-class Nothing(Forgetting, name="none"):
+class Nothing(ForgettingRule, name="none"):
     """W = W + step."""
 
 
-class Decay(Forgetting, name="decay"):
+class Decay(ForgettingRule, name="decay"):
     """W = (1 - decay) W + step."""
 
     @property
@@ -48,7 +48,7 @@ class Decay(Forgetting, name="decay"):
         return True
 
 
-class Mapped(Forgetting):
+class Mapped(ForgettingRule):
     """Rules by a map, which may have a decay as well."""
 
     decay: bool = False

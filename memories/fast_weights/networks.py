@@ -1,6 +1,6 @@
 """The inner networks: a token's key or query `[N, n, K]` -> `[N, n, V]`, N = batch x heads.
 
-A network meets its fast weights only through `lin(m, x)`, x times matrix m: so one definition
+A network meets its fast weights only through `times(m, x)`, x times matrix m: so one definition
 serves the writes at the anchor, the reads with every token's own weights, and the specification.
 """
 
@@ -22,9 +22,10 @@ from .options import Option
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Lin = Callable[[int, Tensor], Tensor]
-Pull = Callable[[Tensor, Lin], list[Tensor]]
-"""`pull(dL/dy, lin_t)` -> dL/d(output of matrix m) for every m; `lin_t` times the transposes."""
+Multiply = Callable[[int, Tensor], Tensor]
+Backward = Callable[[Tensor, Multiply], list[Tensor]]
+"""From dL/dy, and `times_transposed(m, e)`, e times the transpose of matrix m, to dL/d(output of
+matrix m) for every m."""
 
 EPS = 1e-6
 
@@ -52,36 +53,36 @@ class Network(Option):
         """(inputs, outputs) of every matrix, without the bias row."""
         raise NotImplementedError
 
-    def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
+    def body(self, times: Multiply, x: Tensor) -> tuple[Tensor, Backward]:
         """f(x), and how an error at f(x) reaches the matrices."""
         raise NotImplementedError
 
     def forward(
-        self, lin: Lin, x: Float[Tensor, "N n K"], layer_norm: tuple[Tensor, Tensor] | None
-    ) -> tuple[Float[Tensor, "N n V"], Pull]:
+        self, times: Multiply, x: Float[Tensor, "N n K"], layer_norm: tuple[Tensor, Tensor] | None
+    ) -> tuple[Float[Tensor, "N n V"], Backward]:
         """M(x), and how dL/dM(x) reaches the matrices; layer_norm: (weight, bias), `[N, 1, V]`."""
-        f, pull = self.body(lin, x)
+        f, backward = self.body(times, x)
         if layer_norm is None:
-            return (x + f if self.residual else f), pull
+            return (x + f if self.residual else f), backward
         weight, bias = layer_norm
         normal, mean, rstd = torch.native_layer_norm(f, f.shape[-1:], None, None, EPS)
         y = normal * weight + bias
 
-        def through_norm(dy: Tensor, lin_t: Lin) -> list[Tensor]:
+        def through_norm(dy: Tensor, times_transposed: Multiply) -> list[Tensor]:
             given = (dy * weight, f, f.shape[-1:], mean, rstd, None, None, [True, False, False])
-            return pull(torch.ops.aten.native_layer_norm_backward(*given)[0], lin_t)
+            return backward(torch.ops.aten.native_layer_norm_backward(*given)[0], times_transposed)
 
         return (x + y if self.residual else y), through_norm
 
 
-class Linear(Network, name="linear"):
+class LinearNetwork(Network, name="linear"):
     """f(x) = x W0."""
 
     def shapes(self, K: int, V: int) -> list[tuple[int, int]]:
         return [(K, V)]
 
-    def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
-        return lin(0, x), lambda e, lin_t: [e]
+    def body(self, times: Multiply, x: Tensor) -> tuple[Tensor, Backward]:
+        return times(0, x), lambda e, times_transposed: [e]
 
 
 class MLP(Network, name="mlp"):
@@ -108,19 +109,19 @@ class MLP(Network, name="mlp"):
         widths = [K, *[max(1, round(self.expansion * K))] * (self.depth - 1), V]
         return list(itertools.pairwise(widths))
 
-    def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
+    def body(self, times: Multiply, x: Tensor) -> tuple[Tensor, Backward]:
         act = GELU if self.activation == "gelu" else GELU_TANH
-        hidden = [lin(0, x)]
+        hidden = [times(0, x)]
         for m in range(1, self.depth):
-            hidden.append(lin(m, act.f(hidden[-1])))
+            hidden.append(times(m, act.f(hidden[-1])))
 
-        def pull(e: Tensor, lin_t: Lin) -> list[Tensor]:
+        def backward(e: Tensor, times_transposed: Multiply) -> list[Tensor]:
             errors = [e]
             for m in range(self.depth - 1, 0, -1):
-                errors.append(act.pull(lin_t(m, errors[-1]), hidden[m - 1]))
+                errors.append(act.times_derivative(times_transposed(m, errors[-1]), hidden[m - 1]))
             return errors[::-1]
 
-        return hidden[-1], pull
+        return hidden[-1], backward
 
 
 class GLU(Network, name="glu"):
@@ -142,15 +143,15 @@ class GLU(Network, name="glu"):
         hidden = max(1, round(self.expansion * K))
         return [(K, hidden), (hidden, V), (K, hidden)]
 
-    def body(self, lin: Lin, x: Tensor) -> tuple[Tensor, Pull]:
-        gate, up = lin(0, x), lin(2, x)
+    def body(self, times: Multiply, x: Tensor) -> tuple[Tensor, Backward]:
+        gate, up = times(0, x), times(2, x)
         open_ = SILU.f(gate)
 
-        def pull(e: Tensor, lin_t: Lin) -> list[Tensor]:
-            d = lin_t(1, e)
-            return [SILU.pull(d * up, gate), e, d * open_]
+        def backward(e: Tensor, times_transposed: Multiply) -> list[Tensor]:
+            d = times_transposed(1, e)
+            return [SILU.times_derivative(d * up, gate), e, d * open_]
 
-        return lin(1, open_ * up), pull
+        return times(1, open_ * up), backward
 
 
 def with_bias(network: Network, x: Tensor) -> Tensor:

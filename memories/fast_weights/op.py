@@ -18,7 +18,7 @@ from . import engine, recurrent
 from .compiled import uncompiled
 from .engine import Watch
 from .rule import Rule
-from .state import State, init_state
+from .state import WeightsState, init_state
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -42,12 +42,12 @@ def fast_weights(
     decay: Float[Tensor, "B T H"] | None = None,
     row: Float[Tensor, " C"] | None = None,
     layer_norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None,
-    state: State | None = None,
+    state: WeightsState | None = None,
     impl: str = "auto",
     checkpoint: bool = False,
     compiled: bool = False,
     watch: Watch | None = None,
-) -> tuple[Float[Tensor, "B T H V"], State]:
+) -> tuple[Float[Tensor, "B T H V"], WeightsState]:
     """A network M_W trained on the pairs (k, v) while they are read: o_t = M_(W_t)(q_t).
 
     With g_j the gradient of the objective of M(k_j) against v_j at the weights W_0 from the start
@@ -124,11 +124,11 @@ def dispatch(
     spec: Rule,
     row: Tensor | None,
     layer_norm: tuple[Tensor, Tensor] | None,
-    state: State,
+    state: WeightsState,
     checkpoint: bool = False,
     compiled: bool = False,
     watch: Watch | None = None,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, WeightsState]:
     """`fast_weights` of arguments that fit, as a layer's do."""
     initial, norm = per_row(weights, layer_norm, len(q))
     return OP(
@@ -153,7 +153,7 @@ def read_fast_weights(
     spec: Rule,
     row: Float[Tensor, " C"] | None = None,
     layer_norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None,
-    state: State,
+    state: WeightsState,
 ) -> Float[Tensor, "B T H V"]:
     """o = M_W(q) with the weights that the last token of a state read; nothing is written.
     Arguments as in `fast_weights`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from layerzoo.spec import Config, SpecError, at, suggest
+from layerzoo.spec import Config, SpecError, error_at, suggest
 
 
 class Option(Config):
@@ -42,7 +42,7 @@ class Option(Config):
         name = fields.pop("name")
         if name not in cls.options:
             raise SpecError(f"unknown option '{name}'; {suggest(name, cls.options)}")
-        with at(name):
+        with error_at(name):
             return cls.options[name].from_fields(fields)
 
     def spec(self) -> dict[str, Any]:

@@ -92,10 +92,10 @@ class Dual(torch.autograd.Function):
         d_P = G * L
         d_z, d_X, d_E = d_P @ X, d_P.mT @ z, torch.bmm((P * L).neg_().mT, g)
         d_L = G.mul_(P)
-        d_w = _pull_outer(g_end, X, E, w, d_X, d_E)
+        d_w = _outer_backward(g_end, X, E, w, d_X, d_E)
         d_t = d_theta = None
         if theta is not None:
-            d_t = _pull_outer(g_S, X, E, t, d_X, d_E)
+            d_t = _outer_backward(g_S, X, E, t, d_X, d_E)
             d_theta = row_sum(g_S, parts[6], theta)
         grads = []
         for n, (B, c, e) in enumerate(_parts(parts)):
@@ -143,7 +143,7 @@ def _subtract_outer(total: Tensor | None, X: Tensor, E: Tensor, w: Tensor) -> Te
     return torch.bmm(x.mT, e).neg_() if total is None else total.baddbmm_(x.mT, e, alpha=-1)
 
 
-def _pull_outer(
+def _outer_backward(
     g: Tensor, X: Tensor, E: Tensor, w: Tensor, d_X: Tensor, d_E: Tensor
 ) -> Float[Tensor, "N n 1"]:
     """The gradients of -X^T (w E), from g: added to d_X and d_E; of w, returned."""
@@ -158,7 +158,7 @@ def _pull_outer(
     return row_sum(E, y, w).neg()
 
 
-class Write(torch.autograd.Function):
+class AddGradients(torch.autograd.Function):
     """U - X^T (w E), U None for 0: the sum of a piece's gradients."""
 
     @staticmethod
@@ -172,7 +172,7 @@ class Write(torch.autograd.Function):
         (g,) = grad_outputs
         X, E, w = ctx.saved_tensors
         d_X, d_E = torch.zeros_like(X), torch.zeros_like(E)
-        d_w = _pull_outer(g, X, E, w, d_X, d_E)
+        d_w = _outer_backward(g, X, E, w, d_X, d_E)
         return d_X, d_E, d_w, g if ctx.needs_input_grad[3] else None
 
 

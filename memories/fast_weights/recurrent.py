@@ -12,7 +12,7 @@ from torch import Tensor
 from layerzoo.ops import transforming
 
 from .rule import Rule
-from .state import State, position
+from .state import WeightsState, position
 
 
 def run(
@@ -27,11 +27,11 @@ def run(
     initial: tuple[Tensor, ...],
     *,
     rule: Rule,
-    state: State,
+    state: WeightsState,
     checkpoint: bool,
     compiled: bool,
     watch: Any,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, WeightsState]:
     """See `fast_weights`. initial: weights `[N, I, O]`; layer_norm: `[N, 1, V]` each."""
     args: Any = (q, k, v, lr, momentum, decay, row, layer_norm, initial, state)
     recording = torch.is_grad_enabled()  # the next mode turns it on
@@ -61,23 +61,23 @@ def tokens(
     row: Tensor | None,
     layer_norm: tuple[Tensor, Tensor] | None,
     initial: tuple[Tensor, ...],
-    state: State,
-) -> tuple[Tensor, State]:
+    state: WeightsState,
+) -> tuple[Tensor, WeightsState]:
     B, T, H, _ = q.shape
     C, network, count = rule.mini_batch, rule.network, len(initial)
     matrices, rows = range(count), (B, H)
     lr = lr.expand(B, T, H, count) if lr.shape[-1] == 1 else lr
 
-    def at(x: Tensor, t: int) -> Tensor:
+    def token(x: Tensor, t: int) -> Tensor:
         """Token t: gates `[N, 1, 1]`, vectors `[N, 1, D]`."""
         return x[:, t].reshape(B * H, 1, -1)
 
     def model(weights: Any, x: Tensor) -> Tensor:
-        def lin(m: int, z: Tensor) -> Tensor:
+        def times(m: int, z: Tensor) -> Tensor:
             W = weights[m]
             return z @ W[:, :-1] + W[:, -1:] if network.bias else z @ W
 
-        return network.forward(lin, x, layer_norm)[0]
+        return network.forward(times, x, layer_norm)[0]
 
     def phi(weights: Any) -> Any:
         if not rule.forgetting.nonlinear:
@@ -102,25 +102,25 @@ def tokens(
     A, total = part("retention", 1.0), part("momentum_sum", 0.0)
     outputs = []
     for t in range(T):
-        keep = 1.0 if decay is None else 1 - at(decay, t)
-        theta = 0.0 if momentum is None else at(momentum, t)
+        keep = 1.0 if decay is None else 1 - token(decay, t)
+        theta = 0.0 if momentum is None else token(momentum, t)
         first = past + t < C  # a norm has nothing to mend before the first write
         maps = rule.place == "view" if rule.forgetting.dual else rule.place != "end" and not first
         anchor = phi(W) if maps else W
-        key, value = at(k, t), at(v, t)
+        key, value = token(k, t), token(v, t)
         g = gradient(lambda w: rule.objective.loss(model(w, key), value), anchor)  # noqa: B023
         A = A * keep
         if rule.update == "token":
-            S = [theta * S[m] - at(lr[..., m], t) * g[m] for m in matrices]
+            S = [theta * S[m] - token(lr[..., m], t) * g[m] for m in matrices]
             U = [keep * U[m] + S[m] for m in matrices]
             factor = 1.0 if row is None else row[pos]
             now = [A * W[m] + factor * U[m] for m in matrices]
-            outputs.append(model(now, at(q, t)))
+            outputs.append(model(now, token(q, t)))
         else:
-            U = [U[m] - at(lr[..., m], t) * g[m] for m in matrices]
+            U = [U[m] - token(lr[..., m], t) * g[m] for m in matrices]
             total = total + theta
             now = W
-            outputs.append(model(anchor if rule.place == "view" else W, at(q, t)))
+            outputs.append(model(anchor if rule.place == "view" else W, token(q, t)))
         pos += 1
         if pos < C:
             continue
@@ -135,7 +135,7 @@ def tokens(
     def whole(weights: Any) -> tuple[Tensor, ...]:
         return tuple(w.unflatten(0, rows) for w in weights)
 
-    new: State = {
+    new: WeightsState = {
         "weights": whole(W),
         "updates": whole(U),
         "momentum": whole(S),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
-from layerzoo.spec import Config, SpecError, at
+from layerzoo.spec import Config, SpecError, error_at
 
-from .forgetting import Forgetting, Mapped
+from .forgetting import ForgettingRule, Mapped
 from .gates import Gates, token_gates
 from .networks import Network
 from .objectives import Objective
@@ -17,7 +17,7 @@ AXES: dict[str, Any] = {
     "network": Network,
     "objective": Objective,
     "optimiser": Optimiser,
-    "forgetting": Forgetting,
+    "forgetting": ForgettingRule,
 }
 
 
@@ -51,7 +51,7 @@ class Rule(Config):
 
     def check(self) -> None:
         for name, axis in AXES.items():
-            with at(name):
+            with error_at(name):
                 object.__setattr__(self, name, axis.of(getattr(self, name)))
         if self.mini_batch < 1:
             raise SpecError(f"mini_batch: must be at least 1, got {self.mini_batch}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .rule import Rule
 
-State = dict[str, Any]
+WeightsState = dict[str, Any]
 """weights W_0: of every matrix at the start of the current mini-batch, `[B, H, I, O]`.
 updates U: what the mini-batch has added so far, likewise. momentum S: likewise.
 retention A: product of 1 - decay over the mini-batch so far, `[B, H]`.
@@ -17,11 +17,11 @@ momentum_sum m: sum of the momentum gates over it, `[B, H]` (of `update: chunk`)
 position: tokens read so far, a 0-d integer on the CPU."""
 
 
-def init_state(rule: Rule, weights: tuple[Tensor, ...], batch_size: int) -> State:
+def init_state(rule: Rule, weights: tuple[Tensor, ...], batch_size: int) -> WeightsState:
     """The state before the first token. weights: initial ones, `[H, I, O]` or `[B, H, I, O]`."""
     shapes = [(batch_size, *w.shape[-3:]) for w in weights]
     # Clones: a state must not change when an optimiser steps on the parameters.
-    state: State = {
+    state: WeightsState = {
         "weights": tuple(w.expand(s).clone() for w, s in zip(weights, shapes, strict=True))
     }
     rows = weights[0].new_zeros(shapes[0][:2])
@@ -39,7 +39,7 @@ def init_state(rule: Rule, weights: tuple[Tensor, ...], batch_size: int) -> Stat
     return state
 
 
-def position(state: State) -> int:
+def position(state: WeightsState) -> int:
     return int(state["position"]) if "position" in state else 0
 
 
@@ -51,7 +51,7 @@ def to_rows(x: Any) -> Any:
     return tuple(w.flatten(0, 1) for w in x) if isinstance(x, tuple) else x.flatten(0, 1)
 
 
-def from_rows(at: Any, like: State, past: int, rows: tuple[int, int]) -> State:
+def from_rows(now: Any, like: WeightsState, past: int, rows: tuple[int, int]) -> WeightsState:
     """The state after `past` tokens, with the parts that `like` has, from the engine's `Running`;
     rows: (B, H)."""
 
@@ -64,12 +64,12 @@ def from_rows(at: Any, like: State, past: int, rows: tuple[int, int]) -> State:
         return like["weights"][0].new_full(rows, empty) if x is None else x.reshape(rows)
 
     like_W = like["weights"]
-    new: State = {
-        "weights": lambda: back(at.W, like_W),
-        "updates": lambda: back(at.U, like_W),
-        "momentum": lambda: back(at.S, like_W),
-        "retention": lambda: gate(at.A, 1.0),
-        "momentum_sum": lambda: gate(at.m, 0.0),
+    new: WeightsState = {
+        "weights": lambda: back(now.W, like_W),
+        "updates": lambda: back(now.U, like_W),
+        "momentum": lambda: back(now.S, like_W),
+        "retention": lambda: gate(now.A, 1.0),
+        "momentum_sum": lambda: gate(now.m, 0.0),
         "position": lambda: torch.full_like(like["position"], past),
     }
     return {name: new[name]() for name in like}

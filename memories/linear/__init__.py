@@ -1,5 +1,5 @@
 """Linear attention: the op, its layer and the presets."""
 
-from .rule import Linear, linear_attention
+from .rule import LinearAttention, linear_attention
 
-__all__ = ["Linear", "linear_attention"]
+__all__ = ["LinearAttention", "linear_attention"]

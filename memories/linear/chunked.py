@@ -9,17 +9,17 @@ import torch
 from layerzoo.ops import once_differentiable
 
 from ..common.chunks import (
-    add_product,
+    add_batched_matmul,
+    batched_matmul,
     chunk_size,
-    fold,
+    chunk_views,
+    join_heads,
     pad_tokens,
-    product,
     segments,
-    stack,
-    tiles,
-    unfold,
+    side_by_side,
+    write_chunks,
 )
-from ..common.decays import FLOOR, Pulled, decays_of
+from ..common.decays import FLOOR, StateGradients, decays_of
 from ..common.matrix import per_token
 
 
@@ -56,19 +56,19 @@ class LinearChunked(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, g, state, scale, size, keep) -> Any:
         B, _, H, _ = q.shape
         o, saved = torch.empty_like(v), []
-        Q, Ks, Vs, Gs, Os = tiles(size, q, k, v, g, o)
+        Q, Ks, Vs, Gs, Os = chunk_views(size, q, k, v, g, o)
         state = state.flatten(0, 1)
         for s in segments(Q):
-            rows, ks, vs = stack(Q[s]), fold(Ks[s]), fold(Vs[s])
-            decays = decays_of(None if g is None else fold(Gs[s]), 1, ks)
-            added = product(decays.fade(ks).mT, vs)
+            rows, ks, vs = side_by_side(Q[s]), join_heads(Ks[s]), join_heads(Vs[s])
+            decays = decays_of(None if g is None else join_heads(Gs[s]), 1, ks)
+            added = batched_matmul(decays.fade(ks).mT, vs)
             states = added.new_empty(len(added) + 1, *added.shape[1:])
             states[0] = state
             for n, (more, whole) in enumerate(zip(added, decays.whole, strict=True)):
                 state = torch.addcmul(more, state, whole, out=states[n + 1])
-            out = product(decays.read(rows)[:, :, 0], states[:-1])
-            add_product(out, decays.scores(rows, ks)[:, :, 0], vs)
-            unfold(out.mul_(scale), Os[s])
+            out = batched_matmul(decays.read(rows)[:, :, 0], states[:-1])
+            add_batched_matmul(out, decays.scores(rows, ks)[:, :, 0], vs)
+            write_chunks(out.mul_(scale), Os[s])
             if keep:
                 saved.append(states)
         ctx.scale, ctx.size = scale, size
@@ -81,26 +81,33 @@ class LinearChunked(torch.autograd.Function):
         do, d_state = grad_outputs
         q, k, v, g, *saved = ctx.saved_tensors
         grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, g)]
-        Q, Ks, Vs, Gs, Os, dQ, dK, dV, dG = tiles(ctx.size, q, k, v, g, do, *grads)
+        Q, Ks, Vs, Gs, Os, dQ, dK, dV, dG = chunk_views(ctx.size, q, k, v, g, do, *grads)
         B, H, d_state = *Q.shape[1:3], d_state.flatten(0, 1)
         for s in reversed(segments(Q)):
             states = saved.pop()
-            rows, ks, vs, dos = stack(Q[s]), fold(Ks[s]), fold(Vs[s]), fold(Os[s]) * ctx.scale
-            decays = decays_of(None if g is None else fold(Gs[s]), 1, ks)
-            added = product(decays.read(rows)[:, :, 0].mT, dos)
+            rows, ks, vs, dos = (
+                side_by_side(Q[s]),
+                join_heads(Ks[s]),
+                join_heads(Vs[s]),
+                join_heads(Os[s]) * ctx.scale,
+            )
+            decays = decays_of(None if g is None else join_heads(Gs[s]), 1, ks)
+            added = batched_matmul(decays.read(rows)[:, :, 0].mT, dos)
             d_states = torch.empty_like(states)
             d_states[-1] = d_state
             for n in reversed(range(len(added))):
                 d_state = torch.addcmul(added[n], d_state, decays.whole[n], out=d_states[n])
             d_states = d_states[1:]  # of the states that the chunks leave
-            d_rows = decays.read(product(dos, states[:-1].mT).unsqueeze(2))
-            dk = decays.fade(product(vs, d_states.mT))
-            dv, scores = product(decays.fade(ks), d_states), decays.scores(rows, ks)
-            add_product(dv, scores[:, :, 0].mT, dos)
-            grad = product(dos, vs.mT).unsqueeze(2)
-            dg = decays.pull(grad, scores, rows, ks, Pulled(d_rows, dk, states[:-1], d_states))
+            d_rows = decays.read(batched_matmul(dos, states[:-1].mT).unsqueeze(2))
+            dk = decays.fade(batched_matmul(vs, d_states.mT))
+            dv, scores = batched_matmul(decays.fade(ks), d_states), decays.scores(rows, ks)
+            add_batched_matmul(dv, scores[:, :, 0].mT, dos)
+            grad = batched_matmul(dos, vs.mT).unsqueeze(2)
+            dg = decays.backward(
+                grad, scores, rows, ks, StateGradients(d_rows, dk, states[:-1], d_states)
+            )
             for x, out in ((d_rows, dQ), (dk, dK), (dv, dV)):
-                unfold(x, out[s])
+                write_chunks(x, out[s])
             if dg is not None:
-                unfold(dg, dG[s])
+                write_chunks(dg, dG[s])
         return *grads, d_state.unflatten(0, (B, H)), None, None, None

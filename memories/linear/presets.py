@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from layerzoo.layer import State
 
-from ..common.matrix import Decay
-from .rule import Linear
+from ..common.matrix import DecayKind
+from .rule import LinearAttention
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-class Retention(Linear, name="retention"):
+class Retention(LinearAttention, name="retention"):
     """RetNet's retention: linear attention with a constant decay per head.
 
     S_t = gamma_h S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   gamma_h = 1 - 2^-(5+h)
@@ -26,14 +26,14 @@ class Retention(Linear, name="retention"):
     shell's `out_norm: rms` and `out_gate: silu`.
     """
 
-    class Config(Linear.Config):
-        decay: Decay = "constant"
+    class Config(LinearAttention.Config):
+        decay: DecayKind = "constant"
 
     source = "Sun et al. 2023, arXiv 2307.08621"
     cases = ({"heads": 2},)
 
 
-class GatedLinear(Linear, name="gated_linear"):
+class GatedLinear(LinearAttention, name="gated_linear"):
     """Linear attention with a decay per head and token, the common core of Mamba-2 and of simple
     gated linear attention.
 
@@ -42,14 +42,14 @@ class GatedLinear(Linear, name="gated_linear"):
     `mamba2` adds what Mamba-2 has besides.
     """
 
-    class Config(Linear.Config):
-        decay: Decay = "scalar"
+    class Config(LinearAttention.Config):
+        decay: DecayKind = "scalar"
 
     source = "Dao and Gu 2024, arXiv 2405.21060"
     cases = ({"heads": 2},)
 
 
-class GLA(Linear, name="gla"):
+class GLA(LinearAttention, name="gla"):
     """Gated linear attention: a decay per key channel and token.
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   g_t = log sigmoid(z_t) / 16
@@ -58,8 +58,8 @@ class GLA(Linear, name="gla"):
     same at exp(A) = 1/16, where it starts. Deviation: A is learned.
     """
 
-    class Config(Linear.Config):
-        decay: Decay = "vector"
+    class Config(LinearAttention.Config):
+        decay: DecayKind = "vector"
         decay_rate: tuple[float, ...] = (1 / 16, 1 / 16)
         decay_step: tuple[float, ...] = (math.log(2), math.log(2))
 
@@ -76,7 +76,7 @@ class Mamba2Write(NamedTuple):
     skip: Float[Tensor, "B T H V"]
 
 
-class Mamba2(Linear, name="mamba2"):
+class Mamba2(LinearAttention, name="mamba2"):
     """Mamba-2's state space layer (SSD), in the names of attention: C is q, B is k, x is v.
 
     S_t = exp(-exp(A) dt_t) S_{t-1} + dt_t k_t^T v_t,   o_t = q_t S_t + skip v_t,
@@ -87,7 +87,7 @@ class Mamba2(Linear, name="mamba2"):
     shares them as the paper does; the convolution is the block's, norm and gate are the shell's.
     """
 
-    class Config(Linear.Config):
+    class Config(LinearAttention.Config):
         decay: Literal["scalar"] = "scalar"
         """The decay has a gate per head and token (scalar), because the size of a write is made of
         the same dt."""

@@ -122,7 +122,7 @@ class LinearWrite(NamedTuple):
     log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H F"] | None
 
 
-class Linear(MatrixMemory, name="linear"):
+class LinearAttention(MatrixMemory, name="linear"):
     """Linear attention, with an optional decay, feature map and normaliser.
 
     S_t = D_t S_{t-1} + phi(k_t)^T v_t,   o_t = phi(q_t) S_t

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from layerzoo.ops import once_differentiable
 
-from ..common.chunks import add_product, product
-from ..common.decays import Pulled, decays_of
+from ..common.chunks import add_batched_matmul, batched_matmul
+from ..common.decays import StateGradients, decays_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -108,7 +108,7 @@ class Systems:
     ) -> None:
         self.k, self.scaled, self.ridge = k, scaled, ridge
         self.decays = decays_of(g, 1, k)
-        added = product(self.decays.fade(scaled).mT, k)
+        added = batched_matmul(self.decays.fade(scaled).mT, k)
         self.states = added.new_empty(len(added) + 1, *state.shape)
         self.states[0] = state
         for n, (more, whole) in enumerate(zip(added, self.decays.whole, strict=True)):
@@ -118,40 +118,42 @@ class Systems:
     def apply(self, p: Float[Tensor, "n R C K"]) -> Tensor:
         """A_i p_i, with the symmetric part of S."""
         rows = p.unsqueeze(2)
-        out = product(self.decays.read(rows)[:, :, 0], self.symmetric)
-        add_product(out, self.decays.scores(rows, self.k)[:, :, 0], self.scaled)
+        out = batched_matmul(self.decays.read(rows)[:, :, 0], self.symmetric)
+        add_batched_matmul(out, self.decays.scores(rows, self.k)[:, :, 0], self.scaled)
         return out.addcmul_(self.ridge, p)
 
     def matrices(self) -> Float[Tensor, "n R C K K"]:
         n, R, C, K = self.k.shape
         pairs = (self.scaled.unsqueeze(-1) * self.k.unsqueeze(-2)).flatten(-2)
-        A = product(self.decays.ratio.expand(n, R, 1, C, C)[:, :, 0], pairs).unflatten(-1, (K, K))
+        A = batched_matmul(self.decays.ratio.expand(n, R, 1, C, C)[:, :, 0], pairs).unflatten(
+            -1, (K, K)
+        )
         since = self.decays.since
         read = self.states[:-1].unsqueeze(2)
         return (
             A + (read if since is None else since.unsqueeze(-1) * read) + self.ridge.diag_embed()
         )
 
-    def pull(self, d_products: Tensor, p: Tensor, d_state: Tensor, exact: bool) -> list[Any]:
+    def backward(self, d_products: Tensor, p: Tensor, d_state: Tensor, exact: bool) -> list[Any]:
         """The gradients of k, scaled, g, ridge and the first state, from those of products A p,
         both `[n, R, products, C, K]`, and of the last state."""
         decays, k, scaled, before = self.decays, self.k, self.scaled, self.states[:-1]
         flat = d_products.flatten(2, 3)
-        d_before = product(decays.read(d_products).flatten(2, 3).mT, p.flatten(2, 3))
+        d_before = batched_matmul(decays.read(d_products).flatten(2, 3).mT, p.flatten(2, 3))
         if not exact:
             d_before, before = symmetric(d_before), self.symmetric
         d_states = torch.empty_like(self.states)
         d_states[-1] = d_state
         for n in reversed(range(len(k))):
             torch.addcmul(d_before[n], d_states[n + 1], decays.whole[n], out=d_states[n])
-        d_rows = decays.read(product(flat, before).view_as(p))
-        d_k = decays.fade(product(scaled, d_states[1:]))
-        d_scaled = decays.fade(product(k, d_states[1:].mT))
+        d_rows = decays.read(batched_matmul(flat, before).view_as(p))
+        d_k = decays.fade(batched_matmul(scaled, d_states[1:]))
+        d_scaled = decays.fade(batched_matmul(k, d_states[1:].mT))
         scores = decays.scores(p, k)
-        add_product(d_scaled, scores.flatten(2, 3).mT, flat)
-        grad = product(flat, scaled.mT).view_as(scores)
-        into = Pulled(d_rows, d_k, self.states[:-1], d_states[1:])
-        dg = decays.pull(grad, scores, p, k, into)
+        add_batched_matmul(d_scaled, scores.flatten(2, 3).mT, flat)
+        grad = batched_matmul(flat, scaled.mT).view_as(scores)
+        into = StateGradients(d_rows, d_k, self.states[:-1], d_states[1:])
+        dg = decays.backward(grad, scores, p, k, into)
         d_ridge = (d_products * p).sum((0, 2, 3)).unsqueeze(1)
         return [d_k, d_scaled, dg, d_ridge, d_states[0]]
 
@@ -187,4 +189,4 @@ class SolveSystems(torch.autograd.Function):
             conjugate_gradient(systems.apply, q, ctx.steps, trace)
             dq, products = conjugate_gradient_back(systems.apply, q, trace, dx)
             d_products, p = torch.stack(products, 2), torch.stack([s.p for s in trace], 2)
-        return dq, *systems.pull(d_products, p, d_state, ctx.steps is None), None
+        return dq, *systems.backward(d_products, p, d_state, ctx.steps is None), None

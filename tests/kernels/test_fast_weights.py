@@ -267,10 +267,10 @@ def test_operators_describe_themselves(device: torch.device) -> None:
 
 def test_tiles_divide_the_hidden_dimension() -> None:
     """A tile divides the hidden dimension."""
-    from layerzoo.kernels.fast_weights.operators import Form, settings
+    from layerzoo.kernels.fast_weights.operators import TileForm, settings
 
     for target in launch.TARGETS.values():
         for C, K, F in ((16, 64, 256), (64, 64, 256), (128, 128, 512), (16, 16, 32)):
-            form = Form(C, C, K, K, F, K, 1, *[True] * 6)
+            form = TileForm(C, C, K, K, F, K, 1, *[True] * 6)
             for dtype in (torch.float32, torch.bfloat16):
                 assert F % settings(form, dtype, target).tile == 0

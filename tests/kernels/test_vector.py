@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo.kernels import launch, vector
-from layerzoo.memories.common.decays import FLOOR, ChannelDecays, Pulled
+from layerzoo.memories.common.decays import FLOOR, ChannelDecays, StateGradients
 from layerzoo.testing.precision import DRAWS, check, errors
 
 from .conftest import GPU, rescaled
@@ -125,8 +125,8 @@ def portable(
     d_rows, d_k = decays.read(d_reads), decays.fade(fold(grads[-2].to(dtype)))
     # A state of one column, of ones: its gradient is that of the whole chunk's decays.
     d_states = grads[-1].transpose(0, 1).flatten(1, 2).to(dtype).unsqueeze(-1)
-    into = Pulled(d_rows, d_k, torch.ones_like(d_states), d_states)
-    d_g = decays.pull(d_scores.tril(), scores, rows, keys, into)
+    into = StateGradients(d_rows, d_k, torch.ones_like(d_states), d_states)
+    d_g = decays.backward(d_scores.tril(), scores, rows, keys, into)
     assert d_g is not None
     if parts == 2:
         into.d_k.add_(into.d_rows[:, :, 1])

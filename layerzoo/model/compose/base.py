@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from layerzoo.layer import Layer, Reach, State, StateBytes, build, check_spec, full_spec
-from layerzoo.spec import Config, SpecError, at
+from layerzoo.spec import Config, SpecError, error_at
 
 
 class ChildrenConfig(Config):
@@ -25,7 +25,7 @@ class ChildrenConfig(Config):
         if self.count not in (None, len(self.children)):
             raise SpecError(f"children: needs {self.count}, got {len(self.children)}")
         for n, child in enumerate(self.children):
-            with at(f"children[{n}]"):
+            with error_at(f"children[{n}]"):
                 check_spec(child)
 
     def to_fields(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Composition(Layer):
         super().__init__(dim, config)
         self.layers = nn.ModuleList()
         for n, child in enumerate(self.child_specs()):
-            with at(f"children[{n}]"):
+            with error_at(f"children[{n}]"):
                 self.layers.append(build(child, dim=dim))
 
     def child_specs(self) -> list[Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerzoo.layer import Layer, State, check_spec
-from layerzoo.spec import SpecError, at, divide
+from layerzoo.spec import SpecError, divide, error_at
 
 from .base import ChildrenConfig, Composition
 
@@ -31,7 +31,7 @@ class Heads(Composition, name="heads"):
         def check(self) -> None:
             ChildrenConfig.check(self)
             for n, child in enumerate(self.children):
-                with at(f"children[{n}]"):
+                with error_at(f"children[{n}]"):
                     cls, config = check_spec(child)
                     if isinstance(child, Layer):
                         raise SpecError("is built; give its spec, for its width follows from H")

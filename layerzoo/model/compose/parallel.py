@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layerzoo.layer import Layer, State, StateBytes
 from layerzoo.memory import Memory, present
 from layerzoo.shell import QKV
-from layerzoo.spec import SpecError, at
+from layerzoo.spec import SpecError, error_at
 
 from .base import ChildrenConfig, Composition
 from .reset import Reset
@@ -115,7 +115,7 @@ class Parallel(Composition, name="parallel"):
         )
         first, *others = self.children_layers()
         for n, child in enumerate(others, 1):
-            with at(f"children[{n}]"):
+            with error_at(f"children[{n}]"):
                 for name in PROJECTIONS[config.share]:
                     share(name, first, child)
                 if config.write == "evicted" and not isinstance(child, Memory):

@@ -10,7 +10,7 @@ from torch import Tensor
 from layerzoo.layer import Layer
 
 from .measure import Call, difference
-from .peers import Arm, Tensors
+from .peers import Contender, Tensors
 
 PIECE = 1024
 """Tokens of a piece of a prefill."""
@@ -26,20 +26,20 @@ MEASURES = {
 """As --measure names them, and as they are printed."""
 
 
-def arm_of(layer: Layer, x: Tensor, mode: str) -> Arm | None:
+def arm_of(layer: Layer, x: Tensor, mode: str) -> Contender | None:
     """Our layer, or its rule alone, on x `[B, T, D]`; None where there is no such rule."""
     if mode == "layers":
 
         def run(tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
             return layer(tensors["x"], state)
 
-        return Arm(run, {"x": x}, tuple(layer.parameters()), step=run, carries=True)
+        return Contender(run, {"x": x}, tuple(layer.parameters()), step=run, carries=True)
     with torch.no_grad():
         inner = layer.inner(x)
-    return inner and Arm(inner.fn, inner.tensors, step=inner.fn, carries=True)
+    return inner and Contender(inner.fn, inner.tensors, step=inner.fn, carries=True)
 
 
-def call_of(arm: Arm, measure: str) -> Call | None:
+def call_of(arm: Contender, measure: str) -> Call | None:
     """A measure of an arm as a call without arguments, or None where the arm cannot do it."""
     if measure in arm.without:
         return None
@@ -93,7 +93,7 @@ def cut(tensors: Tensors, start: int, end: int) -> Tensors:
 
 
 @torch.no_grad()
-def disagreement(ours: Arm, theirs: Arm) -> float:
+def disagreement(ours: Contender, theirs: Contender) -> float:
     """Largest relative difference of the outputs, of all tokens and of one more after them."""
     want, state = ours.run(ours.tensors, None)
     got, other = theirs.run(theirs.tensors, None)

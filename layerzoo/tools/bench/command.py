@@ -14,13 +14,13 @@ import torch
 
 from layerzoo.layer import build, get_layer, list_layers
 from layerzoo.spec import SpecError, required, suggest
-from layerzoo.support.arguments import PICTURES, Parser, check_file, spec_of
+from layerzoo.support.arguments import PICTURES, CommandParser, check_file, spec_of
 from layerzoo.tools.bench import report
 
 from .calls import MEASURES
 from .measure import copy_peak, gemm_peak
 from .peers import choose, peers_of
-from .run import OURS, Row, Settings, bench
+from .run import OURS, BenchSettings, Row, bench
 
 MODES = ("ops", "layers")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -73,7 +73,7 @@ SIZES = {
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
+    parser = CommandParser(
         "layerzoo bench",
         description="Time ops (the rules alone) or whole layers, in pairs with peers. "
         "(`layerzoo bench generate --help`: memory and time of one long generation; "
@@ -95,7 +95,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--lengths",
         metavar="T,..",
         type=lengths,
-        default=Settings.lengths,
+        default=BenchSettings.lengths,
         help="run sequences of T tokens",
     )
     add(
@@ -182,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
     check_file("--plot", options.plot, PICTURES)
     specs = specs_of(options)
     names = [spec["name"] for spec in specs.values()]
-    settings = Settings(
+    settings = BenchSettings(
         mode=options.mode,
         lengths=options.lengths,
         batch=options.batch,
@@ -202,7 +202,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run(specs: dict[str, dict[str, Any]], settings: Settings, options: argparse.Namespace) -> None:
+def run(
+    specs: dict[str, dict[str, Any]], settings: BenchSettings, options: argparse.Namespace
+) -> None:
     peers = {
         peer
         for spec in specs.values()

@@ -20,7 +20,7 @@ import torch
 from layerzoo.layer import build, check_spec, get_layer, list_layers
 from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError, suggest
-from layerzoo.support.arguments import Parser, check_file, spec_of
+from layerzoo.support.arguments import CommandParser, check_file, spec_of
 from layerzoo.support.json_files import write_json
 
 T = 192
@@ -29,7 +29,7 @@ HEAD = ("kernel", "of", "target", "dtype", "D", "registers", "spilled", "shared"
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("layerzoo bench compile", description=__doc__, allow_abbrev=False)
+    parser = CommandParser("layerzoo bench compile", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("names", metavar="NAME", nargs="*", help="compile these layers or specs (default: all)")
     add(

@@ -23,7 +23,7 @@ import yaml
 
 from layerzoo.ops import ImplError
 from layerzoo.spec import SpecError, suggest
-from layerzoo.support.arguments import Parser, make_folder
+from layerzoo.support.arguments import CommandParser, make_folder
 from layerzoo.support.json_files import write_json
 
 from .measure import hardware
@@ -32,7 +32,7 @@ TABLE = Path(__file__).with_name("gpu.yaml")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("layerzoo bench gpu", description=__doc__, allow_abbrev=False)
+    parser = CommandParser("layerzoo bench gpu", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--out",

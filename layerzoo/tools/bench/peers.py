@@ -33,7 +33,7 @@ class Unfit(Exception):
 
 
 @dataclass(frozen=True)
-class Arm:
+class Contender:
     """One implementation, ready to run.
 
     run: of all tokens, from a state or None. tensors: its input, named, `[B, T, ...]`, prepared
@@ -51,7 +51,7 @@ class Arm:
     without: tuple[str, ...] = ()
 
 
-Build = Callable[[Layer, Tensors], Arm]
+Build = Callable[[Layer, Tensors], Contender]
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ def load(module: str, *names: str) -> list[Any]:
 
 
 @peer("chunked", "ops", layers=EVERY, device="cuda")
-def chunked(layer: Any, tensors: Tensors) -> Arm:
+def chunked(layer: Any, tensors: Tensors) -> Contender:
     """Our own portable path, compiled where a layer has something to compile: what kernels must be
     worth."""
     twin = copy.deepcopy(layer)
     twin.impl, twin.compiled = "chunked", True
     inner = twin.inner(next(twin.parameters()).new_zeros(1, 1, twin.dim))
-    return Arm(inner.fn, tensors, step=inner.fn, carries=True)
+    return Contender(inner.fn, tensors, step=inner.fn, carries=True)

@@ -16,7 +16,7 @@ from layerzoo.support import json_files
 from .calls import MEASURES, PIECE, STEPS
 from .measure import WARMUP, Spread, gemm_size, hardware
 from .peers import Peer
-from .run import Row, Settings
+from .run import BenchSettings, Row
 
 HEAD = {
     "layer": "layer",
@@ -96,7 +96,7 @@ def digits(value: float) -> str:
     return f"{value:.{places}f}"
 
 
-def where(settings: Settings) -> str:
+def where(settings: BenchSettings) -> str:
     """Intel(R) .., 2 threads, float32"""
     threads = torch.get_num_threads()
     cpu = settings.device.type == "cpu"
@@ -104,11 +104,11 @@ def where(settings: Settings) -> str:
     return f"{hardware(settings.device)}{count}, {str(settings.dtype).removeprefix('torch.')}"
 
 
-def how(settings: Settings) -> str:
+def how(settings: BenchSettings) -> str:
     return f"impl {settings.impl}{', compiled' * settings.compiled}"
 
 
-def title(settings: Settings, layers: Sequence[str]) -> str:
+def title(settings: BenchSettings, layers: Sequence[str]) -> str:
     """Of the picture."""
     what = layers[0] if len(layers) == 1 else settings.mode
     s = settings
@@ -116,7 +116,7 @@ def title(settings: Settings, layers: Sequence[str]) -> str:
     return f"{what}: {rows}, D {s.dim}, {s.heads} heads, {how(s)}\n{where(s)}"
 
 
-def header(settings: Settings, peaks: Peaks) -> str:
+def header(settings: BenchSettings, peaks: Peaks) -> str:
     """What the numbers are, and of what machine."""
     s, dtype = settings, str(settings.dtype).removeprefix("torch.")
     lengths = " ".join(map(str, s.lengths))
@@ -154,7 +154,7 @@ def versions(peers: Iterable[Peer]) -> dict[str, str]:
 
 
 def write_json(
-    path: Path, rows: Sequence[Row], settings: Settings, peaks: Peaks, **more: Any
+    path: Path, rows: Sequence[Row], settings: BenchSettings, peaks: Peaks, **more: Any
 ) -> None:
     """All numbers, and what they are of; a row's fields are those of `Row`."""
     content = {

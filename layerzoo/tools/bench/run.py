@@ -15,7 +15,7 @@ from layerzoo.spec import SpecError
 
 from .calls import MEASURES, STEPS, arm_of, call_of, cut, disagreement
 from .measure import Spread, alternate, gflops, peak_bytes, ratios, spread, stopwatch
-from .peers import Arm, Peer, Unfit, peers_of
+from .peers import Contender, Peer, Unfit, peers_of
 
 OURS = "layerzoo"
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -23,7 +23,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What all rows of a benchmark share. mode: ops or layers. tokens: of all rows of a batch
     together, in place of `batch`. against: names of peers, None for all that fit and can run."""
 
@@ -44,7 +44,7 @@ class Settings:
     def wants(self, peer: Peer) -> bool:
         return self.against is None or peer.name in self.against
 
-    def at(self, T: int) -> Settings:
+    def at(self, T: int) -> BenchSettings:
         """With the batch of rows of T tokens."""
         return self if self.tokens is None else replace(self, batch=max(1, self.tokens // T))
 
@@ -78,7 +78,7 @@ class Row:
 
 
 def bench(
-    spec: dict[str, Any], label: str, T: int, settings: Settings, skipped: dict[str, None]
+    spec: dict[str, Any], label: str, T: int, settings: BenchSettings, skipped: dict[str, None]
 ) -> list[Row]:
     """All rows of a layer at a length. Peers that cannot run are added to `skipped`, with
     the reason.
@@ -95,11 +95,11 @@ def bench(
     layer = build(spec, dim=settings.dim).to(settings.device, exact)
     layer.impl, layer.compiled = settings.impl, settings.compiled
     x = torch.randn(settings.batch, T, settings.dim, device=settings.device, dtype=exact)
-    ours, theirs = arms_of(layer, x, label, settings, skipped)
+    ours, theirs = contenders_of(layer, x, label, settings, skipped)
     differences = {peer.name: error for peer, (_, error) in theirs.items()}
     if settings.dtype != exact:  # in which they were compared
         layer, x = layer.to(settings.dtype), x.to(settings.dtype)
-        ours, theirs = arms_of(layer, x, label, settings, skipped, compare=False)
+        ours, theirs = contenders_of(layer, x, label, settings, skipped, compare=False)
     ran = implementations(layer, ours)
     arms = {OURS: ours, **{peer.name: arm for peer, (arm, _) in theirs.items()}}
     yardsticks = {peer.name for peer in theirs if not peer.same_as(layer.name)}
@@ -129,7 +129,7 @@ def bench(
     return rows
 
 
-def implementations(layer: Layer, arm: Arm) -> list[str]:
+def implementations(layer: Layer, arm: Contender) -> list[str]:
     """What `auto` chose."""
     ops = layer.ops()
     before = [set(op.used) for op in ops]
@@ -143,19 +143,19 @@ def implementations(layer: Layer, arm: Arm) -> list[str]:
     return ran
 
 
-def arms_of(
+def contenders_of(
     layer: Layer,
     x: Tensor,
     label: str,
-    settings: Settings,
+    settings: BenchSettings,
     skipped: dict[str, None],
     compare: bool = True,
-) -> tuple[Arm, dict[Peer, tuple[Arm, float | None]]]:
+) -> tuple[Contender, dict[Peer, tuple[Contender, float | None]]]:
     """Our arm, and those of the peers that run, with their difference from ours."""
     ours = arm_of(layer, x, settings.mode)
     if ours is None:
         raise SpecError(f"{label}: has no rule to time alone; use `layerzoo bench layers`")
-    theirs: dict[Peer, tuple[Arm, float | None]] = {}
+    theirs: dict[Peer, tuple[Contender, float | None]] = {}
     tolerance = TOLERANCE.get(x.dtype, 1e-3)
     kind = settings.device.type
     for peer in filter(settings.wants, peers_of(settings.mode, layer.name, kind)):
@@ -184,8 +184,8 @@ def arms_of(
 
 
 def peer_arm(
-    peer: Peer, layer: Layer, ours: Arm, settings: Settings
-) -> tuple[Arm, dict[str, str]]:
+    peer: Peer, layer: Layer, ours: Contender, settings: BenchSettings
+) -> tuple[Contender, dict[str, str]]:
     """A peer that has run once, and why it fails in some measures.
 
     Raises:
@@ -218,7 +218,7 @@ def failed(error: Exception) -> str:
 
 
 def measured(
-    arms: dict[str, Arm], measure: str, T: int, settings: Settings
+    arms: dict[str, Contender], measure: str, T: int, settings: BenchSettings
 ) -> dict[str, dict[str, Any]]:
     """The fields of each arm's row; its `times` are empty where it has no such measure."""
     calls = {name: call for name, arm in arms.items() if (call := call_of(arm, measure))}
@@ -239,7 +239,7 @@ def measured(
     return found
 
 
-def flops_of(layer: Layer, settings: Settings, measure: str, T: int) -> float | None:
+def flops_of(layer: Layer, settings: BenchSettings, measure: str, T: int) -> float | None:
     """FLOPs of a call by the rule's definition, whatever the chunk; with the backward three times
     those of the forward. A decoded token's are not told apart from the mean."""
     if measure == "decode":
@@ -249,7 +249,7 @@ def flops_of(layer: Layer, settings: Settings, measure: str, T: int) -> float | 
 
 
 @torch.no_grad()
-def bytes_of(layer: Layer, arm: Arm, measure: str) -> int | None:
+def bytes_of(layer: Layer, arm: Contender, measure: str) -> int | None:
     """Bytes that a call of an op moves at the least, each once: forward, its inputs and output;
     with the backward, the inputs again, the output's gradient and those of the inputs. A decoded
     token: what the state holds, read, and written where it changed (a cache is only read)."""

@@ -24,7 +24,7 @@ from layerzoo.generation.decode import stream
 from layerzoo.layer import Spec
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
-from layerzoo.support.arguments import PICTURES, Parser, check_file, spec_of
+from layerzoo.support.arguments import PICTURES, CommandParser, check_file, spec_of
 from layerzoo.support.json_files import write_json
 
 from .command import positive
@@ -47,7 +47,7 @@ class Point(NamedTuple):
     cpu_ms: float
 
 
-class Arm(NamedTuple):
+class Stream(NamedTuple):
     """What one process runs."""
 
     spec: Spec
@@ -74,7 +74,7 @@ def held(state: Any) -> int:
     return sum(x.nbytes for x in tree_leaves(state) if isinstance(x, Tensor))
 
 
-def measure(arm: Arm) -> list[Point]:
+def measure(arm: Stream) -> list[Point]:
     """Generate, and look every `every` tokens."""
     torch.manual_seed(0)
     torch.set_num_threads(arm.threads)
@@ -83,7 +83,7 @@ def measure(arm: Arm) -> list[Point]:
     return list(points(model, arm))
 
 
-def points(model: LanguageModel, arm: Arm) -> Iterator[Point]:
+def points(model: LanguageModel, arm: Stream) -> Iterator[Point]:
     tokens = stream(model, [0], arm.tokens, temperature=1.0)
     clock, cpu, last = time.perf_counter(), time.process_time(), 0
     for n, _ in enumerate(tokens, 1):
@@ -135,7 +135,7 @@ def positives(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
+    parser = CommandParser(
         "layerzoo bench generate",
         description="Memory and time per token of one long generation, random weights.",
         allow_abbrev=False,
@@ -174,12 +174,12 @@ def main(argv: Sequence[str]) -> int:
     counts = options.tokens * (len(options.specs) if len(options.tokens) == 1 else 1)
     if len(counts) != len(options.specs):
         raise SpecError(f"--tokens: {len(counts)} numbers for {len(options.specs)} arms")
-    arms: dict[str, Arm] = {}
+    arms: dict[str, Stream] = {}
     for text, tokens in zip(options.specs, counts, strict=True):
         spec = spec_of(text)
         name = label_of(spec)
         LanguageModel(vocab_size=1, dim=options.dim, layers=[spec])  # refuse a bad one at once
-        arms[name if name not in arms else text] = Arm(
+        arms[name if name not in arms else text] = Stream(
             spec, options.dim, options.depth, tokens, options.every, options.threads
         )
     what = (

@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.model import ModelConfig
-from layerzoo.spec import SpecError, at, plain
-from layerzoo.support.arguments import PICTURES, Parser, check_file
+from layerzoo.spec import SpecError, error_at, plain
+from layerzoo.support.arguments import PICTURES, CommandParser, check_file
 from layerzoo.support.json_files import write_json
 from layerzoo.tools.describe import report
 
-from .costs import Part, cost, full_attention, layer_parts, on_meta, other_parts, title
+from .costs import PartCost, cost, full_attention, layer_parts, on_meta, other_parts, title
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 LENGTH = 4096
@@ -27,7 +27,7 @@ NETWORK = "model.network"
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The options, and the fields of the network that override the config's."""
-    parser = Parser(
+    parser = CommandParser(
         "layerzoo describe",
         description="A model's parameters, FLOPs and state, beside full attention.",
         epilog="--model.network.FIELD VALUE overrides a field of the config, as in `fit`.",
@@ -101,14 +101,14 @@ def read(config: str | None, fields: dict[str, Any]) -> tuple[ModelConfig, int]:
         raise SpecError(f"{NETWORK}: {str(error).splitlines()[0]}") from None
     if not isinstance(network, dict):
         raise SpecError(f"--config {config}: has no {NETWORK}")
-    with at(NETWORK):
+    with error_at(NETWORK):
         return ModelConfig.from_fields({str(k): v for k, v in network.items()}), length
 
 
 def figures(config: ModelConfig, length: int, dtype: str = "float32") -> dict[str, Any]:
-    """All that the command says, in plain types but for `Part` and `Cost`."""
+    """All that the command says, in plain types but for `PartCost` and `Cost`."""
     size = DTYPES[dtype]
-    with at(NETWORK):
+    with error_at(NETWORK):
         model, full = on_meta(config), on_meta(full_attention(config))
     layers, others = layer_parts(model, length, size), other_parts(model, length, size)
     lengths = sorted({*LENGTHS, length})
@@ -121,7 +121,7 @@ def figures(config: ModelConfig, length: int, dtype: str = "float32") -> dict[st
             for (_, spec), part in zip(config.blocks(), layers, strict=True)
         ],
         "others": others,
-        "total": sum([*layers, *others.values()], Part()),
+        "total": sum([*layers, *others.values()], PartCost()),
         "lengths": [(cost(model, T, size), cost(full, T, size)) for T in lengths],
     }
 

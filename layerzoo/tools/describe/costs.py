@@ -20,7 +20,7 @@ FULL = "softmax"
 """The layer that reads everything there was: what the others are held against."""
 
 
-class Part(NamedTuple):
+class PartCost(NamedTuple):
     """Figures of a part of a model: rule is of layers alone, without their projections."""
 
     parameters: int = 0
@@ -29,11 +29,11 @@ class Part(NamedTuple):
     memory: int = 0
     buffers: int = 0
 
-    def __add__(self, other: Any) -> Part:
-        return Part(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: Any) -> PartCost:
+        return PartCost(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-class Cost(NamedTuple):
+class CostAtLength(NamedTuple):
     """Figures of a model's layers at T tokens. memory, buffers: bytes of the state, convolutions
     among the buffers. mean_rule, mean: FLOPs per token over all T, without and with projections.
     last_rule, last: of token T alone, as in decoding at the end."""
@@ -125,12 +125,12 @@ def conv_bytes(config: ModelConfig, itemsize: int = 4) -> int:
     return itemsize * config.dim * max(0, config.conv - 1)
 
 
-def layer_parts(model: LanguageModel, T: int, itemsize: int = 4) -> list[Part]:
+def layer_parts(model: LanguageModel, T: int, itemsize: int = 4) -> list[PartCost]:
     """Every block's layer, with FLOPs per token as the mean over T. The T tokens pay for the
     persistent ones in front of them."""
     read = T + model.config.persistent
     return [
-        Part(
+        PartCost(
             parameters(block.layer),
             block.layer.flops_per_token(read) * read / T,
             block.layer.rule_flops(read) * read / T,
@@ -140,7 +140,7 @@ def layer_parts(model: LanguageModel, T: int, itemsize: int = 4) -> list[Part]:
     ]
 
 
-def other_parts(model: LanguageModel, T: int, itemsize: int = 4) -> dict[str, Part]:
+def other_parts(model: LanguageModel, T: int, itemsize: int = 4) -> dict[str, PartCost]:
     """What is not a layer. With the layers' parts they sum to the whole model's figures."""
     c, blocks = model.config, list(model.each_block())
     share = (T + c.persistent) / T
@@ -148,19 +148,19 @@ def other_parts(model: LanguageModel, T: int, itemsize: int = 4) -> dict[str, Pa
     conv = sum(parameters(block.conv) for block in blocks)
     mlp = sum(linear_flops(block.mlp) for block in blocks) * share
     found = {
-        "convolutions": Part(conv, buffers=c.depth * conv_bytes(c, itemsize)),
-        "SwiGLUs": Part(sum(parameters(block.mlp) for block in blocks), mlp),
-        "norms": Part(sum(map(parameters, norms))),
-        "persistent tokens": Part(c.persistent * c.dim),
-        "embedding": Part(parameters(model.embedding)),
-        "head, tied" if c.tie else "head": Part(
+        "convolutions": PartCost(conv, buffers=c.depth * conv_bytes(c, itemsize)),
+        "SwiGLUs": PartCost(sum(parameters(block.mlp) for block in blocks), mlp),
+        "norms": PartCost(sum(map(parameters, norms))),
+        "persistent tokens": PartCost(c.persistent * c.dim),
+        "embedding": PartCost(parameters(model.embedding)),
+        "head, tied" if c.tie else "head": PartCost(
             0 if c.tie else parameters(model.out), linear_flops(model.out)
         ),
     }
     return {name: part for name, part in found.items() if any(part)}
 
 
-def cost(model: LanguageModel, T: int, itemsize: int = 4) -> Cost:
+def cost(model: LanguageModel, T: int, itemsize: int = 4) -> CostAtLength:
     """Figures of the model's layers at T."""
     layers = [block.layer for block in model.each_block()]
 
@@ -175,4 +175,4 @@ def cost(model: LanguageModel, T: int, itemsize: int = 4) -> Cost:
         figures.append((now / T, now - total(T - 1, flops)))
     (mean_rule, last_rule), (mean, last) = figures
     conv = len(layers) * conv_bytes(model.config, itemsize)
-    return Cost(T, size.memory, size.buffers + conv, mean_rule, mean, last_rule, last)
+    return CostAtLength(T, size.memory, size.buffers + conv, mean_rule, mean, last_rule, last)

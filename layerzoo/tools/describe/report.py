@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from .costs import Cost, Part
+from .costs import CostAtLength, PartCost
 
 RULES = """\
 FLOPs: matrix products, 2 a multiply-add, forward, per token. mean: over the T tokens of a sequence
@@ -26,7 +26,7 @@ def text(found: dict[str, Any]) -> str:
         blocks = [n for n, _ in run]
         same = f"{blocks[0]}-{blocks[-1]}, each" if len(blocks) > 1 else str(blocks[0])
         rows.append((same, layer, *part_cells(part)))
-    layers = sum((block["figures"] for block in found["blocks"]), Part())
+    layers = sum((block["figures"] for block in found["blocks"]), PartCost())
     sums = {"all layers": layers, **found["others"], "total": found["total"]}
     rows += [("", name, *part_cells(part)) for name, part in sums.items()]
     head = ("T", "state", "full", "ratio", "mean", "full", "ratio", "rules")
@@ -44,12 +44,12 @@ def text(found: dict[str, Any]) -> str:
     )
 
 
-def part_cells(part: Part) -> tuple[str, ...]:
+def part_cells(part: PartCost) -> tuple[str, ...]:
     flops = (si(x) if x else "" for x in (part.flops, part.rule))
     return (f"{part.parameters:,}", *flops, *(binary(x) for x in (part.memory, part.buffers)))
 
 
-def cost_cells(ours: Cost, full: Cost) -> tuple[str, ...]:
+def cost_cells(ours: CostAtLength, full: CostAtLength) -> tuple[str, ...]:
     def ratio(name: str) -> str:
         less = getattr(ours, name)
         return f"{getattr(full, name) / less:.2f}" if less else "-"
@@ -92,7 +92,7 @@ def table(rows: Sequence[Sequence[str]], left: int) -> str:
 
 
 def to_json(found: dict[str, Any]) -> dict[str, Any]:
-    def part(figures: Part) -> dict[str, Any]:
+    def part(figures: PartCost) -> dict[str, Any]:
         return figures._asdict()
 
     blocks = [{**block, "figures": part(block["figures"])} for block in found["blocks"]]

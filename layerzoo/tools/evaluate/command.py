@@ -19,7 +19,7 @@ from layerzoo.hf.convert import load, source_digest
 from layerzoo.hf.modes import MODES, mode, vary
 from layerzoo.metrics.wide import nats, right, wide
 from layerzoo.spec import SpecError
-from layerzoo.support.arguments import Parser, integers, make_folder
+from layerzoo.support.arguments import CommandParser, integers, make_folder
 from layerzoo.support.json_files import write_json
 from layerzoo.tools.bench.command import device, prepared
 from layerzoo.tools.bench.stream import growth, in_a_process, table
@@ -29,7 +29,7 @@ from .page import page
 from .probe import explained
 
 
-class Arm(NamedTuple):
+class Variant(NamedTuple):
     """One of the models that are compared: a folder, in a mode."""
 
     name: str
@@ -45,7 +45,7 @@ def pair(text: str) -> tuple[str, Path]:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("layerzoo evaluate", description=__doc__, allow_abbrev=False)
+    parser = CommandParser("layerzoo evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="evaluate the converted model of this folder")
     add(
@@ -144,11 +144,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def arms_of(options: argparse.Namespace) -> list[Arm]:
+def variants_of(options: argparse.Namespace) -> list[Variant]:
     model = load(options.folder).to(options.device)
     controls = [(name, load(path).to(options.device)) for name, path in options.control]
-    arms = [Arm(name, model, name) for name in MODES]
-    return arms + [Arm(name, control, "memory") for name, control in controls]
+    arms = [Variant(name, model, name) for name in MODES]
+    return arms + [Variant(name, control, "memory") for name, control in controls]
 
 
 def digests(options: argparse.Namespace) -> dict[str, str]:
@@ -159,7 +159,7 @@ def digests(options: argparse.Namespace) -> dict[str, str]:
 
 
 @contextmanager
-def running(arm: Arm, window: int | None) -> Iterator[Any]:
+def running(arm: Variant, window: int | None) -> Iterator[Any]:
     with vary(arm.model, window=window), mode(arm.model, arm.mode):
         yield arm.model
 
@@ -169,7 +169,7 @@ def texts_of(options: argparse.Namespace) -> dict[str, list[Any]]:
     return positions.held_out(options.text, *how)
 
 
-def by_position(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
+def by_position(arms: Sequence[Variant], options: argparse.Namespace) -> dict[str, Any]:
     """Of each text the mean loss of each arm at each position, and its figures by range."""
     texts = texts_of(options)
     window = options.window or arms[0].model.config.window
@@ -215,7 +215,7 @@ def compared(by_arm: dict[str, positions.Losses], window: int, length: int) -> d
     return {"ranges": parts, "by_position": curve}
 
 
-def probe(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, list[float]]:
+def probe(arms: Sequence[Variant], options: argparse.Namespace) -> dict[str, list[float]]:
     """Of each arm with a memory what it explains of what the window misses, block by block."""
     rows = torch.from_numpy(np.concatenate([*map(np.stack, texts_of(options).values())]))[:, :-1]
     window = options.window or arms[0].model.config.window
@@ -234,7 +234,7 @@ def probe(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, list[fl
     return found
 
 
-def retrieval(arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str, Any]]:
+def retrieval(arms: Sequence[Variant], options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each kind, length, depth and arm: loss, accuracy of tokens and of answers."""
     from layerzoo.data.retrieval import grid
 
@@ -295,7 +295,7 @@ def streamed(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [point._asdict() for point in found]
 
 
-def benchmarks(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
+def benchmarks(arms: Sequence[Variant], options: argparse.Namespace) -> dict[str, Any]:
     from .harness import harness
 
     found = {}
@@ -323,7 +323,7 @@ def main(argv: Sequence[str]) -> int:
         if getattr(options, name) and not options.text:
             raise SpecError(f"evaluate: --{name} needs --text, in which {what}")
     make_folder("--out", options.out)
-    arms = arms_of(options)
+    arms = variants_of(options)
     window = options.window or arms[0].model.config.window
     found: dict[str, Any] = {"folder": str(options.folder), "window": window}
     found["digest"] = digests(options)

@@ -12,12 +12,12 @@ from torch import Tensor
 from layerzoo.hf.convert import load
 from layerzoo.hf.model import PIECE
 from layerzoo.hf.modes import mode
-from layerzoo.tools.bench.stream import Arm, Point, held, in_a_process, points, resident
+from layerzoo.tools.bench.stream import Point, Stream, held, in_a_process, points, resident
 
 STEPS = 16
 
 
-class Cost(NamedTuple):
+class MeasuredCost(NamedTuple):
     """At a length: FLOPs of the prefill by count, seconds that it took, bytes of the cache,
     milliseconds of a token after it (median), and how much more memory the process holds than
     before."""
@@ -31,13 +31,13 @@ class Cost(NamedTuple):
     resident_bytes: int
 
 
-def cost(path: str, name: str, length: int, threads: int) -> Cost:
+def cost(path: str, name: str, length: int, threads: int) -> MeasuredCost:
     """Measured in a process of its own, whose memory holds nothing of another's."""
     return in_a_process(measure, path, name, length, threads)
 
 
 @torch.no_grad()
-def measure(path: str, name: str, length: int, threads: int) -> Cost:
+def measure(path: str, name: str, length: int, threads: int) -> MeasuredCost:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = load(path)
@@ -45,7 +45,7 @@ def measure(path: str, name: str, length: int, threads: int) -> Cost:
         return measured(model, name, length)
 
 
-def measured(model: Any, name: str, length: int) -> Cost:
+def measured(model: Any, name: str, length: int) -> MeasuredCost:
     tokens = torch.randint(model.config.vocab_size, (1, length))
     before, clock = resident(), time.perf_counter()
     state: Any = None
@@ -59,7 +59,7 @@ def measured(model: Any, name: str, length: int) -> Cost:
         token = next_of(model.head(h[:, -1:]))
         times.append(1e3 * (time.perf_counter() - clock))
     flops = model.flops_per_token(length) * length
-    return Cost(name, length, flops, seconds, size, median(times), resident() - before)
+    return MeasuredCost(name, length, flops, seconds, size, median(times), resident() - before)
 
 
 def generated(path: str, tokens: int, threads: int) -> list[Point]:
@@ -67,7 +67,7 @@ def generated(path: str, tokens: int, threads: int) -> list[Point]:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     model: Any = load(path)
-    arm = Arm("", 0, 0, tokens, max(1, tokens // 200), threads)
+    arm = Stream("", 0, 0, tokens, max(1, tokens // 200), threads)
     return list(points(model, arm))
 
 
@@ -75,7 +75,7 @@ def next_of(logits: Tensor) -> Tensor:
     return logits[:, -1].argmax(-1, keepdim=True)
 
 
-def table(costs: list[Cost]) -> str:
+def table(costs: list[MeasuredCost]) -> str:
     lines = [
         "| length | model | prefill, GFLOP | prefill, s | cache, MiB | ms a token | memory, MiB |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerzoo.data.tokenizer import extra, reason
 from layerzoo.ops import accumulator_dtype
-from layerzoo.spec import SpecError, at
+from layerzoo.spec import SpecError, error_at
 
 
 def harness(
@@ -24,7 +24,7 @@ def harness(
     Raises:
         SpecError: it is not installed, a task is unknown, or its data cannot be reached.
     """
-    with at("--tasks"):
+    with error_at("--tasks"):
         extra("lm_eval")
     from transformers import AutoTokenizer
 

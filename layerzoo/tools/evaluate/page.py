@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from layerzoo.support.style import COLOURS, tidy
 
-from .costs import Cost
+from .costs import MeasuredCost
 from .costs import table as cost_table
 from .probe import by_depth
 
@@ -34,7 +34,7 @@ def page(found: dict[str, Any], out: Path) -> str:
     if "retrieval" in found:
         parts.append(retrieval_table(found["retrieval"], found["window"]))
     if "costs" in found:
-        parts.append(cost_table([Cost(**row) for row in found["costs"]]))
+        parts.append(cost_table([MeasuredCost(**row) for row in found["costs"]]))
     if "harness" in found:
         parts.append(harness_table(found["harness"]))
     text = "\n\n".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import FastWeights, Linear
+from .. import FastWeights, LinearNetwork
 
 
 class TTTLinear(FastWeights, name="ttt_linear"):
@@ -25,7 +25,7 @@ class TTTLinear(FastWeights, name="ttt_linear"):
     """
 
     class Config(FastWeights.Config):
-        network: Any = Linear(bias=True, layer_norm=True, residual=True)
+        network: Any = LinearNetwork(bias=True, layer_norm=True, residual=True)
         row: bool = True
 
     source = "Sun et al. 2024, arXiv 2407.04620"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo.layer import Layer, State
-from layerzoo.tools.bench.peers import Arm, Tensors, Unfit, load, peer
+from layerzoo.tools.bench.peers import Contender, Tensors, Unfit, load, peer
 
 
 def refuse_sink_logit(layer: Layer) -> None:
@@ -19,7 +19,7 @@ def refuse_sink_logit(layer: Layer) -> None:
 
 @peer("sdpa", "ops", layers=("softmax",))
 @peer("sdpa", "ops", beside=("memory",))
-def sdpa(layer: Layer, tensors: Tensors) -> Arm:
+def sdpa(layer: Layer, tensors: Tensors) -> Contender:
     """Causal F.scaled_dot_product_attention on the same q, k, v; a decode step concatenates."""
     refuse_sink_logit(layer)
 
@@ -37,7 +37,7 @@ def sdpa(layer: Layer, tensors: Tensors) -> Arm:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return o.transpose(1, 2), (k, v)
 
-    return Arm(run, {name: tensors[name] for name in "qkv"}, step=run, carries=True)
+    return Contender(run, {name: tensors[name] for name in "qkv"}, step=run, carries=True)
 
 
 @peer(
@@ -47,7 +47,7 @@ def sdpa(layer: Layer, tensors: Tensors) -> Arm:
     module="local_attention",
     library="local-attention",
 )
-def local_attention(layer: Any, tensors: Tensors) -> Arm:
+def local_attention(layer: Any, tensors: Tensors) -> Contender:
     """LocalAttention without positions of its own. Its exact window is the tokens before the
     current one, so that ours of w is its w - 1; it has no sinks, grouped heads or cache."""
     refuse_sink_logit(layer)
@@ -68,11 +68,11 @@ def local_attention(layer: Any, tensors: Tensors) -> Arm:
         o = attention(*(tensors[name].transpose(1, 2) for name in "qkv"))
         return o.transpose(1, 2), None
 
-    return Arm(run, {name: tensors[name] for name in "qkv"})
+    return Contender(run, {name: tensors[name] for name in "qkv"})
 
 
 @peer("sdpa", "ops", beside=("attention",), device="cuda")
-def sdpa_beside(layer: Layer, tensors: Tensors) -> Arm:
+def sdpa_beside(layer: Layer, tensors: Tensors) -> Contender:
     """The yardstick of the other attention layers on a GPU."""
     if tensors.keys() < {"q", "k", "v"}:
         raise Unfit("it needs q, k and v")
@@ -80,7 +80,7 @@ def sdpa_beside(layer: Layer, tensors: Tensors) -> Arm:
 
 
 @peer("flex_attention", "ops", layers=("sliding",), device="cuda")
-def flex(layer: Any, tensors: Tensors) -> Arm:
+def flex(layer: Any, tensors: Tensors) -> Contender:
     """PyTorch's compiled flex_attention, with the window and the sinks as its mask."""
     refuse_sink_logit(layer)
     flex_attention, create_block_mask = load(
@@ -99,4 +99,4 @@ def flex(layer: Any, tensors: Tensors) -> Arm:
         q, k, v = (tensors[name].transpose(1, 2) for name in "qkv")
         return fast(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2), None
 
-    return Arm(run, {name: tensors[name] for name in "qkv"})
+    return Contender(run, {name: tensors[name] for name in "qkv"})

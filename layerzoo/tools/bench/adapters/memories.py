@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from layerzoo.layer import State
-from layerzoo.tools.bench.peers import Arm, Run, Tensors, Unfit, load, peer
+from layerzoo.tools.bench.peers import Contender, Run, Tensors, Unfit, load, peer
 
 CHUNK = 64
 """Tokens a chunk: the default of all of them but Mamba-2's scan and fla's delta rule."""
@@ -46,7 +46,7 @@ def unscaled(x: Tensors, scale: float) -> Tensors:
 
 
 @peer("transformers", "ops", layers=("gated_delta",), **TRANSFORMERS)
-def qwen3_next(layer: Any, tensors: Tensors) -> Arm:
+def qwen3_next(layer: Any, tensors: Tensors) -> Contender:
     """Qwen3-Next's gated delta rule; a single token goes through its loop over tokens."""
     chunk, loop = load(
         "transformers.models.qwen3_next.modeling_qwen3_next",
@@ -63,11 +63,11 @@ def qwen3_next(layer: Any, tensors: Tensors) -> Arm:
         return run
 
     run = with_state(chunk, chunk_size=CHUNK)
-    return Arm(run, x, step=with_state(loop), carries=True)
+    return Contender(run, x, step=with_state(loop), carries=True)
 
 
 @peer("transformers", "ops", layers=("gated_linear", "mamba2"), **TRANSFORMERS)
-def mamba2_scan(layer: Any, tensors: Tensors) -> Arm:
+def mamba2_scan(layer: Any, tensors: Tensors) -> Contender:
     """Mamba-2's scan, with q as C, k as B and v / dt as x, which it multiplies by dt = log_decay /
     -exp(A). Its chunk is 64, at which it is 2 to 3 times faster on a CPU than at its models' 256.
     """
@@ -95,10 +95,10 @@ def mamba2_scan(layer: Any, tensors: Tensors) -> Arm:
         skip = None if D is None else D[:, None].expand(v.shape[1:])
         return update(state, v, dt, wide, B, C, skip).unsqueeze(1), state
 
-    return Arm(run, x, step=step, carries=True)
+    return Contender(run, x, step=step, carries=True)
 
 
-def fla(layer: Any, x: Tensors, module: str, chunk: str, loop: str) -> Arm:
+def fla(layer: Any, x: Tensors, module: str, chunk: str, loop: str) -> Contender:
     """A chunk form, and a loop for a single token, that continue from a state."""
     x = {"g" if name == "log_decay" else name: t for name, t in x.items()}
 
@@ -109,11 +109,11 @@ def fla(layer: Any, x: Tensors, module: str, chunk: str, loop: str) -> Arm:
         return run
 
     run, step = map(with_state, load(module, chunk, loop))
-    return Arm(run, x, step=step, carries=True)
+    return Contender(run, x, step=step, carries=True)
 
 
 @peer("fla", "ops", layers=("gated_delta",), **FLA)
-def fla_gated_delta(layer: Any, tensors: Tensors) -> Arm:
+def fla_gated_delta(layer: Any, tensors: Tensors) -> Contender:
     return fla(
         layer,
         inputs(layer, tensors, "beta", decay=3),
@@ -124,13 +124,13 @@ def fla_gated_delta(layer: Any, tensors: Tensors) -> Arm:
 
 
 @peer("fla", "ops", layers=("kda",), **FLA)
-def fla_kda(layer: Any, tensors: Tensors) -> Arm:
+def fla_kda(layer: Any, tensors: Tensors) -> Contender:
     x = inputs(layer, tensors, "beta", decay=4, multiple=CHUNK)
     return fla(layer, x, "fla.ops.kda.naive", "naive_chunk_kda", "naive_recurrent_kda")
 
 
 @peer("fla", "ops", layers=("gated_linear", "retention"), **FLA)
-def fla_simple_gla(layer: Any, tensors: Tensors) -> Arm:
+def fla_simple_gla(layer: Any, tensors: Tensors) -> Contender:
     return fla(
         layer,
         inputs(layer, tensors, decay=3),
@@ -141,7 +141,7 @@ def fla_simple_gla(layer: Any, tensors: Tensors) -> Arm:
 
 
 @peer("fla", "ops", layers=("delta",), **FLA)
-def fla_delta(layer: Any, tensors: Tensors) -> Arm:
+def fla_delta(layer: Any, tensors: Tensors) -> Contender:
     """Its chunk form returns a state but takes none; layout `[B, H, T, D]`, chunk 32."""
     chunk, loop = load("fla.ops.delta_rule.naive", "delta_rule_chunkwise", "delta_rule_recurrence")
     x = unscaled(inputs(layer, tensors, "beta", multiple=32), layer.scale)
@@ -154,19 +154,19 @@ def fla_delta(layer: Any, tensors: Tensors) -> Arm:
         o, state = loop(*(t.transpose(1, 2) for t in x.values()), initial_state=state)
         return o.transpose(1, 2), state
 
-    return Arm(run, x, step=step)
+    return Contender(run, x, step=step)
 
 
 @peer("fla", "ops", layers=("linear",), **FLA)
-def fla_linear(layer: Any, tensors: Tensors) -> Arm:
+def fla_linear(layer: Any, tensors: Tensors) -> Contender:
     """Its chunk form has no state."""
     (chunk,) = load("fla.ops.linear_attn.naive", "naive_chunk_linear_attn")
     x = inputs(layer, tensors, multiple=CHUNK)
-    return Arm(lambda x, state: (chunk(**x, scale=layer.scale), None), x)
+    return Contender(lambda x, state: (chunk(**x, scale=layer.scale), None), x)
 
 
 @peer("fla", "ops", layers=("mesa",), **FLA)
-def fla_mesa(layer: Any, tensors: Tensors) -> Arm:
+def fla_mesa(layer: Any, tensors: Tensors) -> Contender:
     """MesaNet with as many steps of its solver, which adds 1e-5 to denominators: it differs from
     ours by 3e-4 for unit q and k, and by more for shorter q."""
     (chunk,) = load("fla.ops.mesa_net.naive", "naive_mesa_net_CG")
@@ -189,11 +189,11 @@ def fla_mesa(layer: Any, tensors: Tensors) -> Arm:
         )
         return o, state
 
-    return Arm(run, x, carries=True)
+    return Contender(run, x, carries=True)
 
 
 @peer("titans", "layers", beside=("memory",), module="titans_pytorch", library="titans-pytorch")
-def titans(layer: Any, tensors: Tensors) -> Arm:
+def titans(layer: Any, tensors: Tensors) -> Contender:
     """NeuralMemory with as many heads, and its default memory: an MLP of two layers a head."""
     (NeuralMemory,) = load("titans_pytorch", "NeuralMemory")
     heads = getattr(layer, "heads", 1)
@@ -205,4 +205,4 @@ def titans(layer: Any, tensors: Tensors) -> Arm:
     def run(tensors: Tensors, state: State) -> tuple[Tensor, State]:
         return memory(tensors["x"], state=state)
 
-    return Arm(run, tensors, tuple(memory.parameters()), step=run, carries=True)
+    return Contender(run, tensors, tuple(memory.parameters()), step=run, carries=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from layerzoo.layer import State
-from layerzoo.tools.bench.peers import Arm, Run, Tensors, Unfit, load, peer
+from layerzoo.tools.bench.peers import Contender, Run, Tensors, Unfit, load, peer
 
 from .memories import inputs
 
@@ -28,7 +28,7 @@ KERNELS: dict[str, Any] = {"module": "fla", "library": "fla-core", "device": "cu
 DIMS = {"none": 0, "constant": 0, "scalar": 3, "vector": 4}
 
 
-def kernels(layer: Any, tensors: Tensors, table: dict[str, Any], *gates: str) -> Arm:
+def kernels(layer: Any, tensors: Tensors, table: dict[str, Any], *gates: str) -> Contender:
     """A chunk kernel, and the fused loop over tokens for a single one."""
     decay = layer.config.decay
     if decay not in table:
@@ -50,7 +50,7 @@ def kernels(layer: Any, tensors: Tensors, table: dict[str, Any], *gates: str) ->
         return run
 
     step = with_state(loop, "gk" if name == "gla" else "g")
-    return Arm(with_state(chunk, "g"), x, step=step, carries=True)
+    return Contender(with_state(chunk, "g"), x, step=step, carries=True)
 
 
 class _WithoutConstant:
@@ -61,12 +61,12 @@ class _WithoutConstant:
 
 
 @peer("fla", "ops", layers=("linear", "gated_linear", "retention", "gla"), **KERNELS)
-def fla_linear_kernels(layer: Any, tensors: Tensors) -> Arm:
+def fla_linear_kernels(layer: Any, tensors: Tensors) -> Contender:
     if getattr(layer.config, "feature_map", "identity") != "identity":
         raise Unfit("it has no feature map")
     return kernels(layer, tensors, LINEAR)
 
 
 @peer("fla", "ops", layers=("delta", "gated_delta", "kda"), **KERNELS)
-def fla_delta_kernels(layer: Any, tensors: Tensors) -> Arm:
+def fla_delta_kernels(layer: Any, tensors: Tensors) -> Contender:
     return kernels(layer, tensors, DELTA, "beta")
