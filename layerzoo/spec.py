@@ -89,7 +89,7 @@ class Config:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = field_types(type(self))
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value, hint = getattr(self, field.name), hints[field.name]
             if isinstance(value, list):  # YAML has no tuples
@@ -140,7 +140,7 @@ class Config:
         """Whether the config has a field of this name, and the value is of its type."""
         if isinstance(value, list):
             value = tuple(value)
-        return name in _hints(cls) and _matches(value, _hints(cls)[name])
+        return name in field_types(cls) and _matches(value, field_types(cls)[name])
 
     @classmethod
     def nearest_first(cls) -> list[dataclasses.Field[Any]]:
@@ -164,7 +164,8 @@ def required(field: dataclasses.Field[Any]) -> bool:
 
 
 @functools.cache
-def _hints(config: type[Config]) -> dict[str, Any]:
+def field_types(config: type[Config]) -> dict[str, Any]:
+    """The types of all fields, by name."""
     return get_type_hints(config)
 
 

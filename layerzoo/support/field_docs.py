@@ -9,9 +9,9 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_origin
 
-from layerzoo.spec import Config, SpecError, plain, required
+from layerzoo.spec import Config, SpecError, field_types, plain, required
 
 
 @functools.cache
@@ -66,13 +66,19 @@ def field_rows(config: type[Config]) -> list[dict[str, Any]]:
     return [
         {
             "name": field.name,
-            "type": field.type if isinstance(field.type, str) else str(field.type),
+            "type": _type_text(config, field.name, str(field.type)),
             "default": None if required(field) else plain(field.default),
             "required": required(field),
             "doc": docs.get(field.name, ""),
         }
         for field in config.nearest_first()
     ]
+
+
+def _type_text(config: type[Config], name: str, written: str) -> str:
+    """The type of a field as it is written, or the values that a name for them stands for."""
+    hint = field_types(config).get(name)
+    return repr(hint).removeprefix("typing.") if get_origin(hint) is Literal else written
 
 
 def field_lines(rows: Iterable[Mapping[str, Any]], width: int = 88) -> list[str]:
