@@ -38,19 +38,31 @@ def differential_attention(
     state: State = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], State]:
-    """o_i = sum_{j <= i} (softmax_j(scale <q1_i, k1_j>) - mix softmax_j(scale <q2_i, k2_j>)) v_j.
+    """The difference of two attention maps reads the values: what both maps have in common goes.
+
+    o_i = sum_{j <= i} (softmax_j(scale <q1_i, k1_j>) - mix softmax_j(scale <q2_i, k2_j>)) v_j
+
+    where
+
+    - q1_i, k1_j `[K]` are a query and a key of the first map, q2_i, k2_j of the second;
+    - v_j `[V]` is the value that both maps read;
+    - mix is the paper's lambda.
 
     Args:
-        q, k: the first half of the heads is q1 and k1, the second q2 and k2.
-        v: head h of both maps reads key and value head h // (H / G).
-        mix: lambda, a number.
-        scale: default K^-1/2.
-        state: cache {k, v, position}, default empty; it grows with T.
+        q: The queries: the first half of the heads is q1, the second q2.
+        k: The keys, likewise.
+        v: The values. Head h of both maps reads key and value head h // (H / G).
+        mix: The weight of the second map, a number.
+        scale: The logits are multiplied by this number; None is K^-1/2.
+        state: The cache {k, v, position}; None is empty. It grows with T.
         impl: auto, recurrent, chunked or triton.
 
+    Returns:
+        The read-outs in q's dtype, and the cache with the new tokens.
+
     Raises:
-        SpecError: arguments of other shapes, or G does not divide H. ImplError: an impl that
-            cannot run here.
+        SpecError: An argument has another shape, or G does not divide H.
+        ImplError: The impl cannot run here.
 
     Source: Ye et al. 2024, arXiv 2410.05258, eq. 1.
     """
@@ -89,8 +101,13 @@ class DifferentialAttention(Attention, name="differential"):
 
     o_i = (1 - lambda_init) norm(sum_{j <= i} (a1_ij - lambda a2_ij) v_j),
     a_ij = softmax_j(<q_i, k_j> / sqrt(K)) of each map,
-    lambda = exp(<l_q1, l_k1>) - exp(<l_q2, l_k2>) + lambda_init, one for the layer;
-    norm is an RMS norm per head
+    lambda = exp(<l_q1, l_k1>) - exp(<l_q2, l_k2>) + lambda_init
+
+    where
+
+    - q_i, k_j `[K]` are the query and key of a head in one map, and v_j `[V]` its value in both;
+    - lambda is one number for the layer, and l_q1, l_k1, l_q2, l_k2 `[K]` are learned;
+    - norm is an RMS norm per head.
 
     Its state is the cache of all keys and values: it grows with T. A head has two queries and two
     keys of key_dim channels; null means dim / (2 heads).

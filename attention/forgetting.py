@@ -45,23 +45,37 @@ def forgetting_attention(
     state: State = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], State]:
-    """o_i = sum_j softmax_j(scale <q_i, k_j> + F_i - F_j) v_j over j <= i, F = cumsum log_forget.
+    """Softmax attention whose logits fall with every forget gate between the key and the query.
+
+    o_i = sum_{j <= i} softmax_j(scale <q_i, k_j> + F_i - F_j) v_j,   F_i = sum_{l <= i} log f_l
+
+    where
+
+    - q_i, k_j `[K]` and v_j `[V]` are a query, a key and a value of one head;
+    - log f_l = log_forget_l is the logarithm of token l's forget gate, for each query head;
+    - j runs over the last `window` tokens, if there is a window.
 
     Args:
-        q, k, v: query head h reads key/value head h // (H / G).
-        log_forget: logarithm of the forget gate of every token and query head, <= 0.
-        window: tokens that a query sees, itself counted; None is all of them.
-        scale: default K^-1/2.
-        state: cache {k, v, log_forget, position}, default empty. It grows with T, or holds the
-            last window - 1 tokens. It keeps the gates, not their sums, which would grow without
+        q: The queries. Query head h reads key and value head h // (H / G).
+        k: The keys.
+        v: The values.
+        log_forget: The logarithm of the forget gate of every token and query head, at most 0.
+        window: A query sees this many tokens, itself included; None is all of them.
+        scale: The products of q and k are multiplied by this number; None is K^-1/2.
+        state: The cache {k, v, log_forget, position}; None is empty. It grows with T, or holds the
+            last window - 1 tokens. It keeps the gates and not their sums, which would grow without
             bound; a call adds up, in float64, those of the tokens that it can see.
         impl: auto, recurrent, chunked or triton.
 
-    Raises:
-        SpecError: window < 1, arguments of other shapes, G does not divide H, or a positive
-            log_forget (see `Signature`). ImplError: an impl that cannot run here.
+    Returns:
+        The read-outs in q's dtype, and the cache after the new tokens.
 
-    The backward pass of `chunked` has none of its own; `recurrent` has.
+    Raises:
+        SpecError: window < 1, an argument has another shape, G does not divide H, or a log_forget
+            is positive.
+        ImplError: The impl cannot run here.
+
+    The backward pass of `chunked` has no derivative of its own; `recurrent` has all.
 
     Source: Lin et al. 2025, arXiv 2503.02130, eq. 6.
     """
@@ -202,12 +216,19 @@ class ForgettingAttention(Attention, name="forgetting"):
     """Forgetting attention (FoX): softmax attention that fades by gates of the data.
 
     o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K) + F_i - F_j) v_j,
-    F_i = sum_{l <= i} log f_l,   f = sigmoid(x w + b) per head
+    F_i = sum_{l <= i} log f_l,   f_l = sigmoid(x_l w + b)
 
-    Its state is the cache of keys, values and gates: it grows with T, or with a window holds the
+    where
+
+    - q_i, k_j `[K]` and v_j `[V]` are the query, key and value of a head;
+    - f_l is token l's forget gate per head, and w and b are learned.
+
+    Its state is the cache of keys, values and gates. It grows with T, or with a window holds the
     last window - 1 tokens. Positions are what the gates make of them, so that `rotary` is null.
-    Deviations from the paper: b starts at a half-life, not at zero; no shift of tokens in k and v,
-    and no output norm (`qk_norm: rms` is the paper's, `out_gate: sigmoid` its Pro block's).
+
+    Deviations from the paper: b starts at a half-life, not at zero. There is no shift of tokens in
+    k and v, and no output norm (`qk_norm: rms` is the paper's, `out_gate: sigmoid` its Pro
+    block's).
     """
 
     class Config(Attention.Config):

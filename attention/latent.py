@@ -39,19 +39,34 @@ def latent_attention(
     state: State = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], State]:
-    """o_i = sum_{j <= i} softmax_j(scale <q_i, (U_k c_j, r_j)>) U_v c_j per head, with the latent
-    c, the rotated position key r that all heads share, and (U_k, U_v) = up.
+    """Attention whose keys and values are made of one cached latent per token.
+
+    o_i = sum_{j <= i} softmax_j(scale <q_i, (U_k c_j, r_j)>) U_v c_j
+
+    where
+
+    - c_j `[R]` is token j's latent, which all heads share;
+    - r_j `[P]` is its rotated position key, which all heads share;
+    - U_k `[K, R]` and U_v `[V, R]` are the head's two parts of `up`;
+    - q_i `[K + P]` is the head's query.
 
     Args:
-        q: K channels that meet the keys of the head, then P that meet the position key.
-        latent, position_key: the two vectors that are cached for a token, shared by all heads.
-        up: for each head K rows that turn a latent into a key, then V that turn it into a value.
-        scale: of the logits; (K + P)^-1/2 by default.
-        state: cache {k, v, position} of position keys and latents, which grows with T.
+        q: The queries: K channels that meet the keys of the head, then P that meet the position
+            key.
+        latent: The latents c, which are cached.
+        position_key: The position keys r, which are cached.
+        up: For each head K rows that turn a latent into a key, then V that turn it into a value.
+        scale: The logits are multiplied by this number; None is (K + P)^-1/2.
+        state: The cache {k, v, position} of position keys and latents; None is empty. It grows
+            with T.
         impl: auto, recurrent, chunked or triton.
 
+    Returns:
+        The read-outs in q's dtype, and the cache with the new tokens.
+
     Raises:
-        SpecError: shapes that do not fit. ImplError: an impl that cannot run here.
+        SpecError: An argument has another shape.
+        ImplError: The impl cannot run here.
 
     Source: DeepSeek-AI 2024, arXiv 2405.04434, sec. 2.1.2 and 2.1.3.
     """
@@ -104,9 +119,16 @@ def _chunked(q, c, r, up, *, scale):
 class LatentAttention(Attention, name="latent"):
     """Multi-head latent attention (DeepSeek-V2): keys and values are made of a small latent.
 
-    c_j = norm(x_j W_c),  r_j = rotary(x_j W_r),  k_j = (U_k c_j, r_j),  v_j = U_v c_j per head,
-    q_i = (a_i, rotary(b_i)),  (a_i, b_i) = norm(x_i W_a) W_b or x_i W_b,
+    c_j = norm(x_j W_c),   r_j = rotary(x_j W_r),   k_j = (U_k c_j, r_j),   v_j = U_v c_j,
+    q_i = (a_i, rotary(b_i)),   (a_i, b_i) = norm(x_i W_a) W_b or x_i W_b,
     o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K + P)) v_j
+
+    where
+
+    - c_j, of kv_rank channels, is the latent, and r_j, of rotary_dim = P channels, the position
+      key;
+    - k_j, v_j, q_i, U_k and U_v are those of a head, and its a_i has K channels;
+    - all W and U are learned, and W_a is there with a q_rank.
 
     The state is the cache of c and r alone: kv_rank + rotary_dim numbers a token, whatever the
     number of heads. A decoded token reads the latents themselves.

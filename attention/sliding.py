@@ -50,22 +50,36 @@ def sliding_attention(
     state: State = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], State]:
-    """o_i = sum_j softmax_j(scale <q_i, k_j>) v_j over j <= i with i - j < window or j < sinks.
+    """Each query reads the values of the last tokens, and of the first ones, which are the sinks.
 
-    With a sink logit the weights are e^(scale <q_i, k_j>) / (e^sink + sum_j e^(scale <q_i, k_j>)).
+    o_i = sum_j p_ij v_j,   p_ij = e^(scale <q_i, k_j>) / sum_l e^(scale <q_i, k_l>)
+
+    and with a sink logit p_ij = e^(scale <q_i, k_j>) / (e^sink + sum_l e^(scale <q_i, k_l>)),
+
+    where
+
+    - j and l run over the tokens up to i with i - j < window or j < sinks;
+    - q_i, k_j `[K]` and v_j `[V]` are a query, a key and a value of one head;
+    - sink is the sink logit of the head.
 
     Args:
-        q, k, v: query head h reads key/value head h // (H / G).
-        window: number of tokens that a query sees, itself included. It may exceed the sequence.
-        sinks: so many of the first tokens are always visible (StreamingLLM).
-        scale: of the logits; K^-1/2 by default.
-        sink_logit: one more logit per query head, which belongs to no token; none by default.
-        state: cache {k, v, position} of the sinks and the last window - 1 tokens; None is empty.
+        q: The queries. Query head h reads key and value head h // (H / G).
+        k: The keys.
+        v: The values.
+        window: A query sees this many tokens, itself included. It may exceed the sequence.
+        sinks: So many of the first tokens are always visible (StreamingLLM).
+        scale: The logits are multiplied by this number; None is K^-1/2.
+        sink_logit: This logit of each query head belongs to no token; None is no such logit.
+        state: The cache {k, v, position} of the sinks and the last window - 1 tokens; None is
+            empty.
         impl: auto, recurrent, chunked or triton. triton takes no sink logit.
 
+    Returns:
+        The read-outs in q's dtype, and the cache after the new tokens.
+
     Raises:
-        SpecError: window < 1, sinks < 0, arguments of other shapes, or G does not divide H.
-        ImplError: the impl cannot run here.
+        SpecError: window < 1, sinks < 0, an argument has another shape, or G does not divide H.
+        ImplError: The impl cannot run here.
 
     Source: Beltagy et al. 2020, arXiv 2004.05150 (window); Xiao et al. 2023, 2309.17453 (sinks);
     OpenAI 2025, 2508.10925, section 2.2 (sink logit).
@@ -232,7 +246,12 @@ def ramp(n: int, top: int) -> int:
 class SlidingAttention(Attention, name="sliding"):
     """Sliding-window softmax attention with sinks.
 
-    o_i = sum_j softmax_j(<q_i, k_j> / sqrt(K)) v_j,   j <= i and (i - j < window or j < sinks)
+    o_i = sum_j softmax_j(<q_i, k_j> / sqrt(K)) v_j
+
+    where
+
+    - j runs over the tokens up to i with i - j < window or j < sinks;
+    - q_i, k_j `[K]` and v_j `[V]` are the query, key and value of a head, after norm and rotation.
 
     The window counts the current token. The state is bounded: it holds the last window - 1 keys
     and values, and the sinks. Unlike StreamingLLM, rotary positions count tokens of the sequence

@@ -36,22 +36,38 @@ def softmax_attention(
     state: State = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], State]:
-    """o_i = sum_{j <= i} softmax_j(scale <q_i, k_j>) v_j, over the cache and the new tokens.
+    """Each query reads the values of all tokens so far, weighted by how well their keys match.
 
-    With a sink logit the weights are e^(scale <q_i, k_j>) / (e^sink + sum_j e^(scale <q_i, k_j>)).
+    o_i = sum_{j <= i} p_ij v_j,   p_ij = e^(scale <q_i, k_j>) / sum_{l <= i} e^(scale <q_i, k_l>)
+
+    and with a sink logit
+
+    p_ij = e^(scale <q_i, k_j>) / (e^sink + sum_{l <= i} e^(scale <q_i, k_l>)),
+
+    where
+
+    - q_i, k_j `[K]` and v_j `[V]` are a query, a key and a value of one head;
+    - j and l run over the cached tokens and the new ones;
+    - sink is the sink logit of the head.
 
     Args:
-        q, k, v: query head h reads key/value head h // (H / G).
-        scale: default K^-1/2.
-        sink_logit: of each query head; default none, which is -inf.
-        state: cache {k, v, position}, default empty; it grows with T.
+        q: The queries. Query head h reads key and value head h // (H / G).
+        k: The keys.
+        v: The values.
+        scale: The logits are multiplied by this number; None is K^-1/2.
+        sink_logit: This logit of each query head belongs to no token. None is no such logit, which
+            is the same as -inf.
+        state: The cache {k, v, position}; None is empty. It grows with T.
         impl: auto, recurrent, chunked or triton.
 
-    Raises:
-        SpecError: arguments of other shapes, or G does not divide H. ImplError: an impl that
-            cannot run here.
+    Returns:
+        The read-outs in q's dtype, and the cache with the new tokens.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query 2305.13245; sink logit
+    Raises:
+        SpecError: An argument has another shape, or G does not divide H.
+        ImplError: The impl cannot run here.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped queries, 2305.13245; sink logit,
     OpenAI 2025, arXiv 2508.10925, section 2.2.
     """
     if not is_compiling():
@@ -88,6 +104,11 @@ class SoftmaxAttention(Attention, name="softmax"):
     """Causal softmax attention with grouped-query heads and rotary positions.
 
     o_i = sum_{j <= i} softmax_j(<q_i, k_j> / sqrt(K)) v_j
+
+    where
+
+    - q_i, k_j `[K]` and v_j `[V]` are the query, key and value of a head, after norm and rotation;
+    - the softmax runs over the tokens j <= i.
 
     Its state is the cache of all keys and values: it grows with T and forgets nothing.
     """

@@ -61,23 +61,29 @@ class FastWeights(Memory, name="fast_weights"):
     """A network M_W trained on the pairs (k, v) while the sequence is read; o_t = M_(W_t)(q_t).
 
     update: token   S_j = momentum_j S_(j-1) - lr_j g_j,   U_j = (1 - decay_j) U_(j-1) + S_j,
-                    W_j = A_j W_0 + row_j U_j,   A_j = product of 1 - decay over the mini-batch
+                    W_j = A_j W_0 + row_j U_j
     update: chunk   at the end of the mini-batch S = mean(momentum) S - sum_j lr_j g_j,
                     W = A W_0 + direction(S); its tokens read W_0
 
-    g_j: gradient of the objective of M(k_j) against v_j at W_0, the weights from the start of j's
-    mini-batch. The layer learns the initial weights and the gates by backpropagation through all
-    of this (second order, exact). `ttt_linear`, `ttt_mlp`, `titans`, `lact`, `allmem`, `yaad`,
-    `moneta` and `memora` are points in this space.
+    lr_t = lr sigmoid(x_t w + b) / (s sqrt(C)),   momentum_t, decay_t = sigmoid(x_t w + b)
 
-    lr_t = lr sigmoid(x_t w + b) / (s sqrt(C)), where s is the squared length of a matrix's inputs:
-    1 for a key with qk_norm l2, otherwise K, and I / 2 for I hidden units. If all matrices share a
-    rate, the largest s counts. sqrt(C) stands between two cases: the C gradients of a mini-batch
-    add up to C of them where tokens agree, and to 1 where tokens are orthogonal. With `row`, which
-    is a mean already, it is left out. momentum_t and decay_t are sigmoid(x_t w + b), each with
-    weights of its own. Matrices start normal with variance 1 / s, the last one with a quarter of
-    it times init_scale^2; biases start at 0. q and k enter the network alike, so no qk_norm scales
-    q here.
+    where
+
+    - W_0 are the weights from the start of j's mini-batch of C tokens;
+    - g_j is the gradient of the objective of M(k_j) against v_j at W_0;
+    - A is the product of 1 - decay over the mini-batch so far;
+    - s is the squared length of a matrix's inputs: 1 for a key with qk_norm l2, otherwise K, and I
+      / 2 for I hidden units. If all matrices share a rate, the largest s counts;
+    - w and b are learned, for each gate and head.
+
+    The layer learns the initial weights and the gates by backpropagation through all of this
+    (second order, exact). `ttt_linear`, `ttt_mlp`, `titans`, `lact`, `allmem`, `yaad`, `moneta`
+    and `memora` are points in this space.
+
+    sqrt(C) stands between two cases: the C gradients of a mini-batch add up to C of them where
+    tokens agree, and to 1 where tokens are orthogonal. With `row`, which is a mean already, it is
+    left out. Matrices start normal with variance 1 / s, the last one with a quarter of it times
+    init_scale^2; biases start at 0. q and k enter the network alike, so no qk_norm scales q here.
     """
 
     class Config(Memory.Config, Rule):

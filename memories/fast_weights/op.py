@@ -48,50 +48,63 @@ def fast_weights(
     compiled: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], WeightsState]:
-    """A network M_W trained on the pairs (k, v) while they are read: o_t = M_(W_t)(q_t).
+    """A network M_W is trained on the pairs (k, v) while they are read: o_t = M_(W_t)(q_t).
 
-    With g_j the gradient of the objective of M(k_j) against v_j at the weights W_0 from the start
-    of j's mini-batch (S, the momentum, goes on; U = 0 and A = 1 at its start), `update: token` is
+    With `update: token`, for the tokens j = 1, 2, .. of a mini-batch,
 
         S_j = momentum_j S_(j-1) - lr_j g_j
         U_j = (1 - decay_j) U_(j-1) + S_j,   A_j = (1 - decay_j) A_(j-1)
         W_j = A_j W_0 + row_j U_j,           o_j = M_(W_j)(q_j)
 
-    and `update: chunk`, where a token reads W_0,
+    and with `update: chunk`, where every token reads W_0,
 
-        U_j = U_(j-1) - lr_j g_j;   at the end of the mini-batch
-        S = mean(momentum) S + U,   W = A W_0 + direction(S),   direction of the optimiser.
+        U_j = U_(j-1) - lr_j g_j,   A_j = (1 - decay_j) A_(j-1)
 
-    The last W of a mini-batch is the next one's W_0. A map phi of `spec.forgetting` acts there:
-    with place `end` the next W_0 is phi(W); with `start` tokens read W_0, but gradients are taken
-    at phi(W_0), and A multiplies phi(W_0); with `view` both use phi(W_0), and A multiplies W_0.
+    and when the mini-batch is full S = mean(momentum) S + U,   W = A W_0 + direction(S),
+
+    where
+
+    - W_0 are the weights from before the mini-batch, whose last W is the next one's W_0;
+    - g_j is the gradient of the objective of M(k_j) against v_j at W_0;
+    - S is the momentum, which goes on from mini-batch to mini-batch;
+    - U is what the mini-batch has added so far, and A what is left of W_0: 0 and 1 at its start;
+    - direction is the optimiser's.
+
+    A map phi of `spec.forgetting` acts between mini-batches. With place `end` the next W_0 is
+    phi(W). With `start` tokens read W_0, but gradients are taken at phi(W_0), and A multiplies
+    phi(W_0). With `view` both use phi(W_0), and A multiplies W_0.
 
     Args:
-        weights: initial weights of every matrix, `[H, I, O]` or `[B, H, I, O]`, as
+        q: The queries.
+        k: The keys.
+        v: The values.
+        weights: The initial weights of every matrix, `[H, I, O]` or `[B, H, I, O]`, as
             `spec.network.shapes(K, V)`; with biases I + 1 rows, the last of which is the bias.
-        spec: the rule (named as the axes in a config are).
-        lr: finished rates, `[B, T, H]`, or `[B, T, H, M]` with one for each of M matrices.
-        momentum, decay: in [0, 1]; given if and only if the rule has them.
+        spec: The rule, whose axes are named as in a config.
+        lr: The finished rates, `[B, T, H]`, or `[B, T, H, M]` with one for each of M matrices.
+        momentum: In [0, 1]; given if and only if the rule has it.
+        decay: In [0, 1]; given if and only if the rule has it.
         row: `[mini_batch]`, a factor of the token's place in its mini-batch (TTT), with `token`.
-        layer_norm: weight and bias, if and only if the network has a LayerNorm.
-        state: of an earlier call, else its start from `weights`. It is enough to go on at any
-            token. (`weights` still give `norm` its target.)
+        layer_norm: Weight and bias; given if and only if the network has a LayerNorm.
+        state: The state of an earlier call; None starts from `weights`. It is enough to go on at
+            any token. (`weights` still give `norm` its target.)
         impl: auto, recurrent, chunked or triton.
-        checkpoint: keep less for the backward pass and compute it again.
-        compiled: compile the work of a mini-batch, once for a rule and shapes (half a minute); a
-            mini-batch that a call holds a part of, as in decoding, is not compiled.
-        watch: called at the end of every mini-batch, see diagnostics.py.
+        checkpoint: If true, less is kept for the backward pass, and computed again.
+        compiled: If true, the work of a mini-batch is compiled, once for a rule and shapes (half a
+            minute). A mini-batch that a call holds a part of, as in decoding, is not compiled.
+        watch: It is called at the end of every mini-batch, see diagnostics.py.
 
     Returns:
-        o in q's dtype, and the state: float32 (float64 for float64 input), see state.py.
+        The read-outs in q's dtype, and the state in float32 (float64 for float64 input), see
+            state.py.
 
     Raises:
-        SpecError: gates or weights that do not fit the rule.
-        ImplError: an impl that cannot run, or a compiler that is missing.
+        SpecError: Gates or weights do not fit the rule.
+        ImplError: The impl cannot run here, or a compiler is missing.
 
     Sources: TTT, Sun et al. 2024, arXiv 2407.04620, and Titans, Behrouz et al. 2025, 2501.00663
-    (token); LaCT, Zhang et al. 2025, 2505.23884, and AllMem, 2602.13680 (chunk); Miras,
-    2504.13173 (huber, lp, lq, kl).
+    (token); LaCT, Zhang et al. 2025, 2505.23884, and AllMem, 2602.13680 (chunk); Miras, 2504.13173
+    (huber, lp, lq, kl).
     """
     if not is_compiling():
         SIGNATURE.check(locals())

@@ -22,7 +22,12 @@ class Retention(LinearAttention, name="retention"):
 
     S_t = gamma_h S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   gamma_h = 1 - 2^-(5+h)
 
-    Deviations: no rotary positions of q and k; the paper's group norm and swish gate are the
+    where
+
+    - S_t `[K, V]` is the state of head h;
+    - q_t, k_t `[K]` and v_t `[V]` are projections of x_t.
+
+    Deviations: q and k have no rotary positions; the paper's group norm and swish gate are the
     shell's `out_norm: rms` and `out_gate: silu`.
     """
 
@@ -39,6 +44,12 @@ class GatedLinear(LinearAttention, name="gated_linear"):
 
     S_t = exp(g_t) S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   g_t = -exp(A) softplus(x_t w + b)
 
+    where
+
+    - S_t `[K, V]` is the state of a head;
+    - g_t is the logarithm of the decay, and A, w and b are learned;
+    - q_t, k_t `[K]` and v_t `[V]` are projections of x_t.
+
     `mamba2` adds what Mamba-2 has besides.
     """
 
@@ -54,8 +65,14 @@ class GLA(LinearAttention, name="gla"):
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   g_t = log sigmoid(z_t) / 16
 
-    with z_t a projection of x_t of rank 16. It is computed as -exp(A) softplus(-z_t), which is the
-    same at exp(A) = 1/16, where it starts. Deviation: A is learned.
+    where
+
+    - S_t `[K, V]` is the state of a head;
+    - g_t `[K]` is the logarithm of the decay, and z_t a projection of x_t of rank 16;
+    - q_t, k_t `[K]` and v_t `[V]` are projections of x_t.
+
+    g_t is computed as -exp(A) softplus(-z_t), which is the same at exp(A) = 1/16, where it starts.
+    Deviation: A is learned.
     """
 
     class Config(LinearAttention.Config):
@@ -82,9 +99,16 @@ class Mamba2(LinearAttention, name="mamba2"):
     S_t = exp(-exp(A) dt_t) S_{t-1} + dt_t k_t^T v_t,   o_t = q_t S_t + skip v_t,
     dt_t = softplus(x_t w + b)
 
+    where
+
+    - S_t `[K, V]` is the state of a head;
+    - dt_t is the step of a token, per head: it sets the decay and the size of the write;
+    - A, w, b and skip (the paper's D) are learned, per head;
+    - q_t, k_t `[K]` and v_t `[V]` are projections of x_t.
+
     At the start exp(A) is uniform in [1, 16], softplus(b) log-uniform in [0.001, 0.1], and `skip`
-    (the paper's D, one per head) is 1. Deviations: q and k per head, unless key_heads is 1, which
-    shares them as the paper does; the convolution is the block's, norm and gate are the shell's.
+    is 1. Deviations: q and k are per head, unless key_heads is 1, which shares them as the paper
+    does. The convolution is the block's, norm and gate are the shell's.
     """
 
     class Config(LinearAttention.Config):

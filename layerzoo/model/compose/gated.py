@@ -13,11 +13,16 @@ from .base import ChildrenConfig, Composition
 
 
 class Gated(Composition, name="gated"):
-    """Two children a and b side by side, mixed per token and channel by g = x W + c.
+    """Two children a and b side by side, mixed per token and channel by a gate.
 
-    sigmoid: y = s(g) a(x) + (1 - s(g)) b(x);   tanh: y = a(x) + tanh(g) b(x)
+    sigmoid: y = s(g) a(x) + (1 - s(g)) b(x);   tanh: y = a(x) + tanh(g) b(x);   g = x W + c
 
-    With sigmoid the start is half of each (c = 0, W as torch's Linear); with tanh W = 0 and c = 0,
+    where
+
+    - a and b are the children, and s is the sigmoid;
+    - W `[D, D]` and c `[D]` are learned.
+
+    With sigmoid the start is half of each (c = 0, W as torch's Linear). With tanh W = 0 and c = 0,
     so that the layer starts as exactly a.
 
     Titans calls the first form, of a window and a memory, memory as a gate (MAG); it normalises

@@ -16,15 +16,20 @@ WIDTHS = ("key_dim", "value_dim")
 
 
 class Heads(Composition, name="heads"):
-    """Some heads attend, others remember: H heads in all, each dim / H wide, of H_n child n's.
+    """Some heads attend, others remember: H heads in all, each dim / H wide.
 
-    y = [o_1, .., o_N] W = sum of the o_n W_n,   o_n: the heads of child n, W_n its rows of W
+    y = [o_1, .., o_N] W = sum_n o_n W_n
+
+    where
+
+    - o_n are the heads of child n, H_n of the H heads;
+    - W is one output projection, and W_n are the rows of it that o_n meets.
 
     So one output projection shared by all heads is the sum of the children's own, which is how it
-    is computed. Deviations from Hymba: no scale per child beside the weights of W_n, and only
-    memories normalise their heads before it (`out_norm`).
+    is computed. Deviations from Hymba: there is no scale per child beside the weights of W_n, and
+    only memories normalise their heads before it (`out_norm`).
 
-    children: specs of layers with heads; their `heads` add up to H. Their widths follow.
+    The children are specs of layers with heads; their `heads` add up to H. Their widths follow.
     """
 
     class Config(ChildrenConfig):

@@ -24,18 +24,25 @@ PROJECTIONS = {"none": "", "qkv": ("q", "k", "v"), "qkvo": ("q", "k", "v", "out"
 class Parallel(Composition, name="parallel"):
     """Children side by side, each but the first times a learned scale per channel.
 
-    y = child_0(x) + sum_{n >= 1} scale_n * child_n(x),   scale_n: [D]
+    y = child_0(x) + sum_{n >= 1} scale_n * child_n(x)
+
+    where
+
+    - child_0 is the first child, usually a window, and child_n a memory beside it;
+    - scale_n `[D]` is learned and starts at scale_init.
 
     With `scale_init: 0` the layer starts as exactly its first child, which is how a memory is
     grafted onto a pretrained window (AllMem). A memory's own `out_norm` and `out_gate` normalise
     and gate its heads, also in front of a shared output projection (LaCT, 2505.23884).
 
-    write: evicted   A memory takes a token when it leaves the window of the first child, not at
-    once, so that each token is in one of the two (Fang et al. 2025, arXiv 2510.07318): at token i
-    the memory has read tokens up to i - window. Sinks never leave. What waits is in the state.
+    With `write: evicted` a memory takes a token when it leaves the window of the first child, and
+    not at once, so that each token is in one of the two (Fang et al. 2025, arXiv 2510.07318): at
+    token i the memory has read tokens up to i - window. Sinks never leave. What waits is in the
+    state.
 
-    The attribute `off` of the layer names children to leave out, as a control at test time; the
-    attribute `drop` is the config's until it is set.
+    Attributes:
+        off: These children are left out, as a control at test time.
+        drop: The config's drop, until it is set.
     """
 
     class Config(ChildrenConfig):

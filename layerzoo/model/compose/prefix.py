@@ -54,15 +54,20 @@ def _chunked(q, k, v, memory_k, memory_v, first_k, first_v, *, scale):
 class Prefix(Composition, name="prefix"):
     """Segments of tokens x_1 .. x_S, each behind learned tokens and what a memory M knows of it.
 
-    r_i = M(q(x_i)), M as the last segment left it
-    y_i = softmax attention of x_i over [p_1 .. p_P, r_1 .. r_i, x_1 .. x_i]
-    M is written y_1, y_2, ..;   output y_i * sigmoid(M_i(y_i)), M_i with y_1 .. y_i
+    r_i = M(q(x_i)), with M as the last segment left it,
+    y_i = softmax attention of x_i over [p_1 .. p_P, r_1 .. r_i, x_1 .. x_i],
+    output_i = y_i * sigmoid(M_i(y_i)), with M_i after it has been written y_1 .. y_i
 
-    Rotary positions are those in the segment, i for x_i and r_i; the p have none, and are keys and
-    values themselves, as they are learned. A retrieved r_j is visible to x_i only from i = j on:
-    seen from the start, as the paper draws it, it would tell of tokens that have not come. The
-    paper leaves open how y and the last read meet; sigmoid keeps y's scale. The state: M of the
-    last segment and M now, and keys and values of the segment's tokens so far.
+    where
+
+    - x_i is the i-th of the S tokens of a segment, and M the memory, which is the child;
+    - p_1 .. p_P are learned keys and values, without positions;
+    - r_i is what was retrieved for x_i.
+
+    Rotary positions are those in the segment, i for x_i and r_i. A retrieved r_j is visible to x_i
+    only from i = j on: seen from the start, as the paper draws it, it would tell of tokens that
+    have not come. The paper leaves open how y and the last read meet; sigmoid keeps y's scale. The
+    state holds M of the last segment, M now, and keys and values of the segment's tokens so far.
     """
 
     class Config(ChildrenConfig):

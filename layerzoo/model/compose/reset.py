@@ -21,8 +21,9 @@ class Reset(Composition, name="reset"):
     A memory that is trained and tested so can adapt to its segment, but remembers nothing of
     earlier segments. What a hybrid still achieves with it is not due to long memory.
 
-    The attribute `every` of the layer may be set after training (see
-    `layerzoo.callbacks.Controls`).
+    Attributes:
+        every: The config's every, until it is set, which it may be after training (see
+            `layerzoo.callbacks.Controls`).
     """
 
     class Config(ChildrenConfig):

@@ -12,8 +12,13 @@ from .base import ChildrenConfig, Composition
 class Sequential(Composition, name="sequential"):
     """Children one after another.
 
-    y = child_n(.. child_1(x));   residual: z_1 = x, z_(n+1) = z_n + child_n(z_n),
-                                  y = sum of the child_n(z_n), as the block adds x itself
+    y = child_n(.. child_1(x)), or with `residual` z_1 = x, z_(n+1) = z_n + child_n(z_n),
+    y = sum_n child_n(z_n)
+
+    where
+
+    - child_1, child_2, .. are the children in their order;
+    - z_n is what child n reads; the block adds x itself to y.
 
     Titans calls a memory in front of a window memory as a layer (MAL).
     """

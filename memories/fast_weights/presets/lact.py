@@ -11,19 +11,24 @@ from ..forgetting import Norm
 class LaCT(FastWeights, name="lact"):
     """LaCT: a gated network, written once a large mini-batch, whose norm is restored after it.
 
-    M(x) = (silu(x W0) * (x W2)) W1, hidden width 2 K, on L = -<M(k), v>, one write a chunk.
+    S = mean(momentum) S - sum_j lr_j g_j,   W = norm(W + S),   o_t = M_W(q_t) before the write,
+    M(x) = (silu(x W0) * (x W2)) W1
 
-    S = mean(momentum) S - sum_j lr_j g_j,   W = norm(W + S),   o_t = M_W(q_t) before the write
+    where
 
-    norm: every output's weights return to the norm that they had at the start, |W| + 1e-5 in the
-    divisor. A rate for every matrix. `optimiser: {name: muon, momentum: true}` is the paper's
-    variant with Newton-Schulz on the step; `place: view` its prenorm variant, which keeps a
-    master copy.
+    - W = (W0, W1, W2) are the weights of a head, with a hidden width of 2 K;
+    - g_j is the gradient of L = -<M(k_j), v_j> at the W from before the chunk;
+    - norm returns every output's weights to the norm that they had at the start, with |W| + 1e-5
+      in the divisor;
+    - lr_j, one for every matrix, and momentum_j are gates of x_j.
+
+    `optimiser: {name: muon, momentum: true}` is the paper's variant with Newton-Schulz on the
+    step. `place: view` is its prenorm variant, which keeps a master copy.
 
     The authors' code reads the last chunk without writing it and starts to decode from the initial
     weights; here a chunk is written when it is full, and decoding goes on. Its chunks have 2048
-    tokens and more; the default of 512 here fills at shorter training lengths. Deviations: one
-    shell for all memories.
+    tokens and more; the default of 512 here fills at shorter training lengths. Deviation: the
+    layer has the shell that all memories share.
     """
 
     class Config(FastWeights.Config):

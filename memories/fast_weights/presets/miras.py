@@ -12,14 +12,18 @@ class Yaad(FastWeights, name="yaad"):
     """Yaad: an MLP with the Huber loss as objective, so that an outlier writes no more than a
     bounded step.
 
-    M(x) = x + LN(gelu(x W1) W2) on the Huber loss of M(k) - v, so that an outlier moves the
-    weights no further than its sign.
+    W_t = (1 - decay_t) W_(t-1) - lr_t g_t,   o_t = M_(W_t)(q_t),   M(x) = x + LN(gelu(x W1) W2)
 
-    W_t = (1 - decay_t) W_(t-1) - lr_t g_t,   o_t = M_(W_t)(q_t)
+    where
 
-    g_t: gradient at the weights from the start of t's mini-batch. The paper makes delta an
-    input-dependent gate and names its objective by cases of |e|_2 <= delta; here delta is a
-    constant, applied per channel. Deviations: one shell for all memories.
+    - W = (W1, W2) are the weights of a head, and LN's are learned outside;
+    - g_t is the gradient of the Huber loss of M(k_t) - v_t, at the weights from the start of t's
+      mini-batch;
+    - lr_t and decay_t are gates of x_t.
+
+    The paper makes delta an input-dependent gate and names its objective by cases of |e|_2 <=
+    delta; here delta is a constant, applied per channel. Deviation: the layer has the shell that
+    all memories share.
     """
 
     class Config(FastWeights.Config):
@@ -34,14 +38,19 @@ class Yaad(FastWeights, name="yaad"):
 class Moneta(FastWeights, name="moneta"):
     """Moneta: an MLP with an l_p objective, whose weights an l_q norm bounds.
 
-    M(x) = x + LN(gelu(x W1) W2) on L = sum |M(k) - v|^p, p = 3.
+    A <- (product of 1 - decay_t) A - sum_t lr_t g_t,   W = A / max(|A|_q, 1)^(q - 2),
+    M(x) = x + LN(gelu(x W1) W2)
 
-    A <- (product of 1 - decay_t) A - sum_t lr_t g_t,   W = A / max(|A|_q, 1)^(q - 2),   q = 4
+    where
 
-    once a mini-batch; its tokens read the W from before, at which g_t is taken. In the paper A
-    advances at every token; a read of its own write would need W of every token, which is not
-    linear in A, so we write by the chunk. The bound of 1 is ours (`lq`). Deviations: one shell for
-    all memories.
+    - W = (W1, W2) are the weights of a head, A is their master copy, and q = 4;
+    - g_t is the gradient of sum |M(k_t) - v_t|^p, p = 3, at the W from before the mini-batch;
+    - lr_t and decay_t are gates of x_t, and LN's weights are learned outside.
+
+    A is written once a mini-batch, and its tokens read the W from before. In the paper A advances
+    at every token. A read of its own write would need W of every token, which is not linear in A,
+    so we write by the chunk. The bound of 1 is ours (`lq`). Deviation: the layer has the shell
+    that all memories share.
     """
 
     class Config(FastWeights.Config):
@@ -59,14 +68,19 @@ class Moneta(FastWeights, name="moneta"):
 class Memora(FastWeights, name="memora"):
     """Memora: an MLP whose weights are distributions, held near the old ones by a KL divergence.
 
-    M(x) = x + LN(gelu(x W1) W2) on L = |M(k) - v|^2 / 2, with a KL divergence to the old
-    weights as the price of a write:
+    A <- (product of 1 - decay_t) A - sum_t lr_t g_t,   W = softmax(A),
+    M(x) = x + LN(gelu(x W1) W2)
 
-    A <- (product of 1 - decay_t) A - sum_t lr_t g_t,   W = softmax(A) over the inputs of an output
+    where
 
-    A = log W up to a constant. Once a mini-batch; its tokens read the W from before, at which g_t
-    is taken (as in `moneta`). The paper leaves open over which entries a distribution runs.
-    Deviations: one shell for all memories.
+    - W = (W1, W2) are the weights of a head: the softmax runs over the inputs of each output;
+    - A is their master copy, log W up to a constant;
+    - g_t is the gradient of |M(k_t) - v_t|^2 / 2 at the W from before the mini-batch;
+    - lr_t and decay_t are gates of x_t, and LN's weights are learned outside.
+
+    A is written once a mini-batch, and its tokens read the W from before (as in `moneta`). The KL
+    divergence to the old weights is the price of a write. The paper leaves open over which entries
+    a distribution runs. Deviation: the layer has the shell that all memories share.
     """
 
     class Config(FastWeights.Config):

@@ -13,17 +13,23 @@ from ..layer import silence
 class Titans(FastWeights, name="titans"):
     """Titans' neural memory: an MLP trained with momentum, whose weights decay.
 
-    M(x) = gelu(x W1) W2, hidden width 4 K, on L = |M(k) - v|^2 / 2.
+    S_t = momentum_t S_(t-1) - lr_t g_t,   W_t = (1 - decay_t) W_(t-1) + S_t,   o_t = M_(W_t)(q_t),
+    M(x) = gelu(x W1) W2
 
-    S_t = momentum_t S_(t-1) - lr_t g_t,   W_t = (1 - decay_t) W_(t-1) + S_t,   o_t = M_(W_t)(q_t)
+    where
 
-    In the paper's letters momentum is eta (past surprise), lr theta, decay alpha. g_t is the
-    gradient at the weights from the start of t's mini-batch; S and W advance at every token.
+    - W = (W1, W2) are the weights of a head, with a hidden width of 4 K;
+    - g_t is the gradient of |M(k_t) - v_t|^2 / 2 at the weights from the start of t's mini-batch;
+    - momentum_t (the paper's eta, past surprise), lr_t (theta) and decay_t (alpha) are gates of
+      x_t.
 
-    Ambiguous in the paper: the depth (its ablation: two layers or more), whether gates are per
-    channel (per head here), initial weights (learned here). L has no 1/2 there, so that our rates
-    are twice its own. The gradient is taken before the decay: a depth of 1 is gated delta only up
-    to rescaled rates and values. Deviations: one shell for all memories.
+    S and W advance at every token.
+
+    The paper leaves open the depth (its ablation takes two layers or more), whether gates are per
+    channel (here they are per head), and the initial weights (learned here). Its objective has no
+    1/2, so that our rates are twice its own. The gradient is taken before the decay: a depth of 1
+    is gated delta only up to rescaled rates and values. Deviation: the layer has the shell that
+    all memories share.
     """
 
     class Config(FastWeights.Config):

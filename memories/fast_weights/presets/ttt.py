@@ -10,18 +10,23 @@ from .. import MLP, FastWeights, LinearNetwork
 class TTTLinear(FastWeights, name="ttt_linear"):
     """TTT-Linear: a linear map with LayerNorm, trained on its reconstruction error.
 
-    M(x) = x + LN(x W + b), one gradient step a token on L = |M(k) - v|^2 / 2.
+    W_i = W_0 - row_i sum_(j <= i) lr_j g_j,   o_i = M_(W_i)(q_i),
+    row_i = max(0, 1 / i + learned),   M(x) = x + LN(x W + b)
 
-    W_i = W_0 - row_i sum_(j <= i) lr_j g_j,  o_i = M_(W_i)(q_i),  row_i = max(0, 1 / i + learned)
+    where
 
-    i, j: places in a mini-batch of 16; g_j: gradient at W_0, the weights from its start. L is the
-    paper's |LN(k W + b) - (v - k)|^2 / 2, and o its q + LN(q W + b). LN has a weight and a bias
-    per head, learned outside.
+    - i and j are places in a mini-batch of 16 tokens, and W_0 are the weights from its start;
+    - g_j is the gradient of L = |M(k_j) - v_j|^2 / 2 at W_0;
+    - lr_j is a gate of x_j;
+    - LN has a weight and a bias per head, which are learned outside.
 
-    As the authors' code, not the paper's text: the factor row, by which a mini-batch's step is a
-    mean. Its rate is base / K sigmoid(x w); ours is the same for qk_norm rms or none, and for unit
-    keys base sigmoid(x w). Deviations: one shell for all memories (no rotary embedding of q and k,
-    no convolution of their own); W starts with the scale of a linear layer, not at 0.02.
+    L is the paper's |LN(k W + b) - (v - k)|^2 / 2, and o its q + LN(q W + b).
+
+    The factor row, by which a mini-batch's step is a mean, is in the authors' code and not in the
+    paper's text. Their rate is base / K sigmoid(x w); ours is the same for qk_norm rms or none,
+    and for unit keys base sigmoid(x w). Deviations: the layer has the shell that all memories
+    share (no rotary embedding of q and k, no convolution of its own), and W starts with the scale
+    of a linear layer, not at 0.02.
     """
 
     class Config(FastWeights.Config):
@@ -35,9 +40,13 @@ class TTTLinear(FastWeights, name="ttt_linear"):
 class TTTMLP(FastWeights, name="ttt_mlp"):
     """TTT-MLP: TTT-Linear with an MLP of two layers inside.
 
-    M(x) = x + LN(gelu(x W1 + b1) W2 + b2), hidden width 4 K, GELU by tanh; all as `ttt_linear`.
+    W_i = W_0 - row_i sum_(j <= i) lr_j g_j,   o_i = M_(W_i)(q_i),
+    row_i = max(0, 1 / i + learned),   M(x) = x + LN(gelu(x W1 + b1) W2 + b2)
 
-    W_i = W_0 - row_i sum_(j <= i) lr_j g_j,  o_i = M_(W_i)(q_i),  row_i = max(0, 1 / i + learned)
+    where
+
+    - the hidden width is 4 K, and GELU is taken by its approximation with tanh;
+    - i, j, W_0, g_j, lr_j and LN are those of `ttt_linear`.
 
     The authors' base rate is a tenth of TTT-Linear's; here rates are relative to the width of the
     hidden layer, and the same. Deviations: as `ttt_linear`.
