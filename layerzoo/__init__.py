@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from layerzoo.layer import Layer, build, get_layer, list_layers
+from layerzoo.layer import Layer
+from layerzoo.registry import build, get_layer, list_layers
 from layerzoo.spec import SpecError
 
 if TYPE_CHECKING:

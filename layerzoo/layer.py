@@ -1,12 +1,9 @@
-"""Layer, the registry that its class statement fills, discovery, and build()."""
+"""Layer, and the registry that its class statement fills."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
-from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +13,7 @@ from torch.compiler import is_compiling
 from layerzoo.checked import Match
 from layerzoo.forms import Form, form_of, tensor
 from layerzoo.ops import IMPLS, Op
-from layerzoo.spec import Config, Spec, SpecError, error_at, suggest
+from layerzoo.spec import Config, SpecError, suggest
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,11 +21,7 @@ if TYPE_CHECKING:
 State = Any
 """A pytree (tensors in dicts, tuples and lists), batch first but for a 0-d position."""
 
-_REGISTRY: dict[str, type[Layer]] = {}
-_discovered = False
-
-DISCOVER = ("layerzoo.model.compose", "layerzoo.memories", "layerzoo.attention")
-ENTRY_POINTS = "layerzoo.layers"
+REGISTERED: dict[str, type[Layer]] = {}
 
 
 class StateBytes(NamedTuple):
@@ -114,13 +107,13 @@ class Layer(nn.Module):
             raise TypeError(f"layer '{name}' ({cls.__qualname__}) has no nested Config class")
         if not cls.cases or not cls.source:
             raise TypeError(f"layer '{name}' ({cls.__qualname__}) must declare cases and source")
-        if name in _REGISTRY:
-            other = _REGISTRY[name]
+        if name in REGISTERED:
+            other = REGISTERED[name]
             raise TypeError(
                 f"layer '{name}' is already registered by {other.__module__}.{other.__qualname__}"
             )
         cls.name = name
-        _REGISTRY[name] = cls
+        REGISTERED[name] = cls
 
     def __init__(self, dim: int, config: Config) -> None:
         super().__init__()
@@ -227,93 +220,3 @@ def check_state(owner: nn.Module, found: Match, state: State, start: Callable[[]
     with torch.no_grad():
         vars(owner)["_state_form"] = form = form_of(start())
     found.fit(form, state, "state")
-
-
-def discover() -> None:
-    """Import every module that may hold a layer: of this package, and of the entry points."""
-    global _discovered
-    if _discovered:
-        return
-    for package in DISCOVER:
-        module = importlib.import_module(package)
-        for info in pkgutil.walk_packages(module.__path__, package + "."):
-            importlib.import_module(info.name)
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            point.load()
-        except (ImportError, AttributeError, TypeError) as error:
-            owner = point.dist.name if point.dist else "an installed package"
-            raise SpecError(
-                f"entry point '{point.name} = {point.value}' of {owner} does not load: {error}; "
-                f"mend or uninstall it"
-            ) from error
-    _discovered = True  # only now: a failed discovery must fail again, not list half a zoo
-
-
-def list_layers(kind: str | None = None) -> list[str]:
-    """The registered names, sorted; `kind` is memory, attention or composition."""
-    discover()
-    return sorted(name for name, cls in _REGISTRY.items() if kind in (None, cls.kind))
-
-
-def get_layer(name: str) -> type[Layer]:
-    """The class registered as `name`.
-
-    Raises:
-        SpecError: no such layer.
-    """
-    discover()
-    if not isinstance(name, str) or name not in _REGISTRY:
-        raise SpecError(f"unknown layer '{name}'; {suggest(name, _REGISTRY)}")
-    return _REGISTRY[name]
-
-
-def check_spec(spec: Spec | Layer, **fields: Any) -> tuple[type[Layer], Config]:
-    """The class and config that a spec names, checked without building anything (or its dim)."""
-    if isinstance(spec, Layer):
-        return type(spec), spec.config
-    if not isinstance(spec, (str, Mapping)):
-        raise SpecError(f"a layer spec is a name or a mapping, got {spec!r}")
-    merged = {"name": spec, **fields} if isinstance(spec, str) else {**spec, **fields}
-    if "name" not in merged:
-        raise SpecError(f"a layer spec needs a name, got {merged!r}")
-    merged.pop("dim", None)
-    cls = get_layer(merged.pop("name"))
-    with error_at(cls.name):
-        return cls, cls.Config.from_fields(merged)
-
-
-def full_spec(spec: Spec | Layer) -> dict[str, Any]:
-    """The spec with all fields of its config, and those of its children, in plain types: the same
-    layer whatever becomes of a default."""
-    cls, config = check_spec(spec)
-    return {"name": cls.name, **config.to_fields()}
-
-
-def build(spec: Spec | Layer, *, dim: int | None = None, **fields: Any) -> Layer:
-    """Build a layer from its registered name or spec: ``build("linear", dim=256, heads=4)``,
-    ``build({"name": "linear", "heads": 4}, dim=256)``. A layer that is already built is returned.
-
-    Args:
-        spec: name, or mapping of name and config fields (keywords win over the mapping's).
-        dim: the model width D; a mapping may hold it too.
-        fields: config fields of the layer.
-
-    Raises:
-        SpecError: unknown name or field, wrong type or value, or a dim that does not fit.
-    """
-    if isinstance(spec, Layer):
-        if dim not in (None, spec.dim) or fields:
-            raise SpecError(f"{spec.name}: already built with dim={spec.dim}; it takes no fields")
-        return spec
-    if isinstance(spec, Mapping) and "dim" in spec:
-        spec = dict(spec)
-        inner = spec.pop("dim")
-        if dim not in (None, inner):
-            raise SpecError(f"dim: {inner} in the spec contradicts {dim}")
-        dim = inner
-    cls, config = check_spec(spec, **fields)
-    with error_at(cls.name):
-        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-            raise SpecError(f"dim: expected a positive int, got {dim!r}")
-        return cls(dim, config)

@@ -49,10 +49,10 @@ def _seed() -> None:
 def registry() -> Iterator[dict[str, type[layer.Layer]]]:
     """The registry, put back as it was after the test."""
     list_layers()  # discover first, else the snapshot would drop real layers
-    before = dict(layer._REGISTRY)
-    yield layer._REGISTRY
-    layer._REGISTRY.clear()
-    layer._REGISTRY.update(before)
+    before = dict(layer.REGISTERED)
+    yield layer.REGISTERED
+    layer.REGISTERED.clear()
+    layer.REGISTERED.update(before)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from layerzoo.attention.latent import latent_attention
 from layerzoo.attention.sink_logit import with_sink
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
-from layerzoo.layer import build
+from layerzoo.registry import build
 from layerzoo.spec import SpecError
 
 IMPLS = ("recurrent", "chunked")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from layerzoo.attention.forgetting import rule as forgetting
+from layerzoo.attention.sliding import rule as sliding
 from layerzoo.memories.delta import rule as delta
 from layerzoo.memories.fast_weights import Rule, fast_weights
 from layerzoo.memories.fast_weights.chunk_form import chunk_form
@@ -121,3 +123,28 @@ def test_fast_weights(options: dict[str, Any]) -> None:
         got = [torch.zeros(()) if x is None else x for x in got]
         want = want or got
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("window, sinks", [(5, 0), (1, 0), (8, 3), (64, 2)])
+def test_sliding_attention(window: int, sinks: int) -> None:
+    q, k, v = randn(B, T, 4, K), randn(B, T, 2, K), randn(B, T, 2, V)
+    options = {"window": window, "sinks": sinks}
+    same(sliding.sliding_attention, sliding.chunk_form, (q, k, v), options)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+def test_forgetting_attention(window: int | None) -> None:
+    q, k, v = randn(B, T, 4, K), randn(B, T, 2, K), randn(B, T, 2, V)
+    log_forget = (-torch.rand(B, T, 4, dtype=torch.float64)).requires_grad_()
+    given = (q, k, v, log_forget)
+    same(forgetting.forgetting_attention, forgetting.chunk_form, given, {"window": window})
+
+
+def same(fn: Any, chunk_form: Any, given: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    """Outputs and gradients of attention in both implementations."""
+    outputs = [chunk_form(*given, **options, size=size) for size in (1, 16, T)]
+    outputs += [fn(*given, **options, impl=impl)[0] for impl in ("recurrent", "chunked")]
+    weight = torch.randn_like(outputs[0])
+    found = [[o, *torch.autograd.grad((o * weight).sum(), given)] for o in outputs]
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], rtol=1e-9, atol=1e-9)

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.layer import Layer, build, get_layer, list_layers
+from layerzoo.layer import Layer
 from layerzoo.memories.fast_weights import FastWeights
 from layerzoo.memories.fast_weights.options import Option
+from layerzoo.registry import build, get_layer, list_layers
 from layerzoo.spec import Config, SpecError
 
 from .covering import Row, covering

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from layerzoo.layer import get_layer
+from layerzoo.registry import get_layer
 from layerzoo.testing import Check, layer_checks
 from layerzoo.testing.arithmetic_laws import wrong
 from layerzoo.testing.cases import LayerCase

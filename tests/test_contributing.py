@@ -51,7 +51,7 @@ def installed(
     (info / "entry_points.txt").write_text(entries)
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
-    monkeypatch.setattr(layer, "_discovered", False)
+    monkeypatch.setattr("layerzoo.registry._discovered", False)
     monkeypatch.chdir(tmp_path)
     yield
     for name in modules:

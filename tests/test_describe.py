@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layerzoo import SpecError, build, list_layers
 from layerzoo.cli import main
-from layerzoo.layer import StateBytes, get_layer
+from layerzoo.layer import StateBytes
 from layerzoo.model import LanguageModel, ModelConfig
+from layerzoo.registry import get_layer
 from layerzoo.tools.describe.command import figures, read
 from layerzoo.tools.describe.costs import (
     PartCost,

@@ -19,7 +19,7 @@ from layerzoo.ablations.running import folder as folders
 from layerzoo.cli import TRACEBACK, main
 from layerzoo.support import foreign
 from layerzoo.support.arguments import check_file
-from layerzoo.train.checkpoints import find_checkpoint
+from layerzoo.train.find_checkpoint import find_checkpoint
 
 from .here import quick
 
@@ -245,7 +245,7 @@ def test_conversion_and_evaluation_see_their_folder_first(
         capsys, "convert", "--source", ".", "--out", "/proc/x"
     )
     Path("config.json").write_text("{}")
-    monkeypatch.setattr("layerzoo.tools.evaluate.command.arms_of", fail)
+    monkeypatch.setattr("layerzoo.tools.evaluate.command.variants_of", fail)
     evaluate = ("evaluate", ".", "--text", "stdlib", "--out", "/proc/x")
     assert "--out /proc/x: cannot be written" in fails(capsys, *evaluate)
 

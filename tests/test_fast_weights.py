@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.layer import build
 from layerzoo.memories.fast_weights import Rule, engine, fast_weights
 from layerzoo.memories.fast_weights import rule as engine_rule
 from layerzoo.memories.fast_weights.activations import GELU, GELU_TANH, SILU
 from layerzoo.memories.fast_weights.objectives import Objective
 from layerzoo.memories.fast_weights.primitives import AddGradients, Dual, products
+from layerzoo.registry import build
 from layerzoo.spec import SpecError
 
 ALL: Any = {"bias": True, "residual": True, "layer_norm": True}

@@ -18,12 +18,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves
 
 from layerzoo.data import MQAR
-from layerzoo.layer import build, get_layer, list_layers
 from layerzoo.memories.fast_weights import FastWeights
 from layerzoo.memories.fast_weights.compiled import compiled_piece
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.nn import UnitLength
 from layerzoo.ops import ImplError
+from layerzoo.registry import build, get_layer, list_layers
 from layerzoo.train.callbacks import Diagnostics
 from layerzoo.train.lit import LitModel
 

@@ -113,5 +113,16 @@ def test_the_arrows_have_no_circle() -> None:
 
 def test_the_root_holds_what_a_layer_needs() -> None:
     found = {path.stem for path in (ROOT / "layerzoo").glob("*.py")}
-    layer = {"layer", "memory", "shell", "rotary", "attend", "nn", "ops", "checked", "forms"}
+    layer = {
+        "layer",
+        "registry",
+        "memory",
+        "shell",
+        "rotary",
+        "attend",
+        "nn",
+        "ops",
+        "checked",
+        "forms",
+    }
     assert found == layer | {"spec"} | PUBLIC | ENTRY

@@ -16,8 +16,8 @@ from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.cli import COMMANDS, TRAIN, main
 from layerzoo.data import MQAR, Needle, Task, list_tasks
 from layerzoo.hf.distil import Distil
-from layerzoo.layer import get_layer, list_layers
 from layerzoo.model import ModelConfig
+from layerzoo.registry import get_layer, list_layers
 from layerzoo.spec import Config
 from layerzoo.support import internals
 from layerzoo.support.arguments import CommandParser

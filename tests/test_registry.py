@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from layerzoo import Layer, SpecError, build, get_layer, layer, list_layers
+from layerzoo import Layer, SpecError, build, get_layer, list_layers
 from layerzoo.spec import Config
 
 
@@ -270,7 +270,7 @@ def undiscovered(
 ) -> Iterator[Path]:
     """A folder of installed packages, before any layer was looked for."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(layer, "_discovered", False)
+    monkeypatch.setattr("layerzoo.registry._discovered", False)
     yield tmp_path
     sys.modules.pop("zoo_plugin", None)
 

@@ -30,15 +30,9 @@ from layerzoo.data import MQAR
 from layerzoo.model import ModelConfig
 from layerzoo.support.yaml_files import config_path
 from layerzoo.train.callbacks import Summary
-from layerzoo.train.checkpoints import (
-    AtomicIO,
-    Checkpoints,
-    Resume,
-    first_step,
-    log_missing,
-    newest_checkpoint,
-)
+from layerzoo.train.checkpoints import AtomicIO, Checkpoints, Resume, log_missing
 from layerzoo.train.command import TrainCLI, quiet
+from layerzoo.train.find_checkpoint import first_step, newest_checkpoint
 from layerzoo.train.held_out import HeldOutFigures
 from layerzoo.train.lit import LitModel
 

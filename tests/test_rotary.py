@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerzoo.layer import build
+from layerzoo.registry import build
 from layerzoo.rotary import SCALINGS, rotary
 from layerzoo.spec import SpecError
 

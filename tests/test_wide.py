@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layerzoo import build, list_layers
 from layerzoo.data import MQAR, Task
 from layerzoo.hf import convert
-from layerzoo.layer import get_layer
 from layerzoo.metrics import (
     Accuracy,
     AccuracyBy,
@@ -35,6 +34,7 @@ from layerzoo.metrics import (
     TokenLoss,
 )
 from layerzoo.model import ModelConfig
+from layerzoo.registry import get_layer
 from layerzoo.train.command import quiet
 from layerzoo.train.lit import LitModel
 

@@ -7,8 +7,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_type_hints
 
-from layerzoo.layer import get_layer
 from layerzoo.model import ModelConfig
+from layerzoo.registry import get_layer
 
 from .configs import Tree
 

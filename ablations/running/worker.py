@@ -31,8 +31,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from layerzoo.spec import Diverged
 from layerzoo.support import internals
 from layerzoo.train.callbacks import record
-from layerzoo.train.checkpoints import Checkpoints, first_step, log_missing, newest_checkpoint
+from layerzoo.train.checkpoints import Checkpoints, log_missing
 from layerzoo.train.command import TrainCLI
+from layerzoo.train.find_checkpoint import first_step, newest_checkpoint
 from layerzoo.train.finite import refuse_held_out
 from layerzoo.train.resumed import check_cell
 

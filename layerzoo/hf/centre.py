@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerzoo.memory import Memory
-from layerzoo.model.compose.parallel import spread
+from layerzoo.model.compose.sharing import spread
 from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError
 

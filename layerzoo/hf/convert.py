@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from layerzoo.data.tokenizer import reason
-from layerzoo.layer import full_spec, get_layer
 from layerzoo.memory import Memory
+from layerzoo.registry import full_spec, get_layer
 from layerzoo.spec import SpecError, error_at
 from layerzoo.train.identity import digest_files
 

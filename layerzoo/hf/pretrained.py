@@ -16,7 +16,7 @@ from layerzoo.shell import QKV
 from layerzoo.spec import Config
 from layerzoo.support import internals
 
-sliding: Any = importlib.import_module("layerzoo.attention.sliding")
+sliding: Any = importlib.import_module("layerzoo.attention.sliding.rule")
 
 
 class Angles:

@@ -1,5 +1,6 @@
 """The language model: layers tiled over depth, the compositions of layers, and their states."""
 
-from layerzoo.model.language_model import LanguageModel, ModelConfig
+from layerzoo.model.config import ModelConfig
+from layerzoo.model.language_model import LanguageModel
 
 __all__ = ["LanguageModel", "ModelConfig"]

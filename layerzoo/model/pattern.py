@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerzoo.layer import Layer, check_spec, full_spec
+from layerzoo.layer import Layer
+from layerzoo.registry import check_spec, full_spec
 from layerzoo.spec import SpecError, error_at, plain, suggest
 
 Placed = tuple[str, Any]

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from layerzoo.layer import check_spec
+from layerzoo.registry import check_spec
 from layerzoo.spec import SpecError, suggest
 from layerzoo.support import internals
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerzoo.layer import Layer, Reduction, build, get_layer
+from layerzoo.layer import Layer, Reduction
+from layerzoo.registry import build, get_layer
 from layerzoo.testing.cases import (
     DIM,
     LONG,

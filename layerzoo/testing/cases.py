@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerzoo.layer import Layer, build, get_layer
+from layerzoo.layer import Layer
 from layerzoo.ops import ImplError
+from layerzoo.registry import build, get_layer
 
 DIM = 24
 SHORT, LONG = 20, 70

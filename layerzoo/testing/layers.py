@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerzoo.layer import list_layers
+from layerzoo.registry import list_layers
 from layerzoo.testing import arithmetic_laws, sequence_laws
 from layerzoo.testing.cases import cases
 from layerzoo.testing.check import Check, checks

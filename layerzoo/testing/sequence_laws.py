@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from layerzoo.layer import get_layer
 from layerzoo.memory import Memory, map_write
+from layerzoo.registry import get_layer
 from layerzoo.testing.cases import (
     EXACT,
     LONG,

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from layerzoo.layer import list_layers
+from layerzoo.registry import list_layers
 from layerzoo.spec import SpecError, suggest
 from layerzoo.support.arguments import CommandParser
 from layerzoo.testing.check import Broken, Check

@@ -18,7 +18,7 @@ from layerzoo.generation.states import check_state, load_state, save_state
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError, error_at
 from layerzoo.support.arguments import CommandParser, check_file
-from layerzoo.train.checkpoints import find_checkpoint
+from layerzoo.train.find_checkpoint import find_checkpoint
 from layerzoo.train.lit import load_model
 
 BYTES = 256

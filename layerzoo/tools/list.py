@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layerzoo.layer import Layer, build, get_layer, list_layers
+from layerzoo.layer import Layer
+from layerzoo.registry import build, get_layer, list_layers
 from layerzoo.spec import SpecError, required, suggest
 from layerzoo.support.arguments import CommandParser, check_file
 from layerzoo.support.field_docs import field_lines, field_rows

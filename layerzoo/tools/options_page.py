@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from layerzoo.layer import get_layer, list_layers
+from layerzoo.registry import get_layer, list_layers
 from layerzoo.spec import Config
 from layerzoo.support.field_docs import field_rows
 

@@ -29,7 +29,8 @@ from layerzoo.support import foreign, internals
 from layerzoo.support.arguments import make_folder
 from layerzoo.support.yaml_files import config_path, read_yaml
 from layerzoo.train.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
-from layerzoo.train.checkpoints import AtomicIO, Resume, find_checkpoint
+from layerzoo.train.checkpoints import AtomicIO, Resume
+from layerzoo.train.find_checkpoint import find_checkpoint
 from layerzoo.train.finite import Finite
 from layerzoo.train.held_out import HeldOutFigures
 from layerzoo.train.identity import TRAINED_ON, TrainedOn

@@ -146,7 +146,7 @@ def initial_weights(path: str | Path, network: ModelConfig) -> dict[str, Tensor]
     Raises:
         SpecError: there is none, it is damaged, or of a network with another config.
     """
-    from layerzoo.train.checkpoints import find_checkpoint  # which imports this file
+    from layerzoo.train.find_checkpoint import find_checkpoint
 
     path = find_checkpoint(path)
     config, weights = read_weights(path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from layerzoo.layer import get_layer
 from layerzoo.model import ModelConfig
+from layerzoo.registry import get_layer
 
 
 def of_today(network: Mapping[str, Any]) -> dict[str, Any]:

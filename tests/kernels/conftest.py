@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from layerzoo.kernels import launch
 from layerzoo.memories.common.chunks import unit_lower_inverse
-from layerzoo.memories.delta import rule as delta
+from layerzoo.memories.delta import chunked as delta
 from layerzoo.ops import Op
 from layerzoo.testing.precision import DRAWS, check, errors, ratios
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerzoo.attention import sliding
+from layerzoo.attention.sliding import rule as sliding
 from layerzoo.memories.delta import rule as delta
 from layerzoo.memories.fast_weights import Rule
 from layerzoo.memories.fast_weights import op as fast_weights

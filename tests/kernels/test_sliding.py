@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerzoo.attention.sliding import OP, cached_sinks, sliding_attention
+from layerzoo.attention.sliding.rule import OP, cached_sinks, sliding_attention
 from layerzoo.kernels import launch, sliding
 from layerzoo.ops import ImplError
 

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from layerzoo.layer import Layer, Reach, State, StateBytes, build, check_spec, full_spec
+from layerzoo.layer import Layer, Reach, State, StateBytes
+from layerzoo.registry import build, check_spec, full_spec
 from layerzoo.spec import Config, SpecError, error_at
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerzoo.layer import Layer, State, check_spec
+from layerzoo.layer import Layer, State
+from layerzoo.registry import check_spec
 from layerzoo.spec import SpecError, divide, error_at
 
 from .base import ChildrenConfig, Composition

@@ -7,13 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layerzoo.layer import Layer, State, StateBytes
+from layerzoo.layer import State, StateBytes
 from layerzoo.memory import Memory, present
-from layerzoo.shell import QKV
+from layerzoo.model.compose.sharing import share, spread
 from layerzoo.spec import SpecError, error_at
 
 from .base import ChildrenConfig, Composition
-from .reset import Reset
 
 Writes = dict[str, Tensor]
 """What waits in the state, by the names of a memory's write."""
@@ -243,63 +242,6 @@ class Parallel(Composition, name="parallel"):
                 f"tokens, so the memory beside it stays empty; set a shorter window"
             ]
         return first.cautions(T) + [line for m in memories for line in m.cautions(written)]
-
-
-class Grouped(nn.Module):
-    """A projection to fewer heads `[B, T, G K]`, each repeated for the heads that read it."""
-
-    def __init__(self, theirs: nn.Linear, heads: int, repeats: int) -> None:
-        super().__init__()
-        self.theirs, self.heads, self.repeats = theirs, heads, repeats
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.spread(self.theirs(x))
-
-    def spread(self, projected: Tensor) -> Tensor:
-        heads = projected.unflatten(-1, (self.heads, -1))
-        return heads.repeat_interleave(self.repeats, -2).flatten(-2)
-
-
-def share(name: str, first: Layer, child: Layer) -> None:
-    """Make a projection of the child the first child's; it is registered there alone. Keys and
-    values of grouped heads are repeated for each head that reads them.
-
-    Raises:
-        SpecError: they are not of the same shape, or one has none.
-    """
-    child = sharer(child)
-    theirs, own = getattr(first, name, None), getattr(child, name, None)
-    if not isinstance(theirs, nn.Linear) or not isinstance(own, nn.Linear):
-        raise SpecError(f"share: {(child if theirs else first).name} has no projection '{name}'")
-    target: Any = theirs
-    groups, heads = getattr(first, "kv_heads", 0), getattr(first, "heads", 0)
-    repeats = heads // groups if groups else 1
-    if name in ("k", "v") and own.out_features == repeats * theirs.out_features and repeats > 1:
-        target = Grouped(theirs, groups, repeats)
-    elif own.weight.shape != theirs.weight.shape:
-        raise SpecError(
-            f"share: its projection '{name}' has shape {tuple(own.weight.shape)}, and "
-            f"{first.name}'s {tuple(theirs.weight.shape)}; make heads x width the same"
-        )
-    delattr(child, name)
-    child.__dict__[name] = target
-
-
-def sharer(child: Layer) -> Layer:
-    """The layer that has the projections: a `reset` passes them on to its child."""
-    while isinstance(child, Reset):
-        (child,) = child.children_layers()
-    return child
-
-
-def spread(qkv: QKV, child: Layer) -> QKV:
-    """The first child's projections, as a child of more heads reads them."""
-    own: Any = sharer(child)
-    q, k, v = qkv
-    k, v = (
-        part.spread(t) if isinstance(part, Grouped) else t for part, t in ((own.k, k), (own.v, v))
-    )
-    return q, k, v
 
 
 def join(past: Tensor, new: Tensor) -> Tensor:

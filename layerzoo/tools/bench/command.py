@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from layerzoo.layer import build, get_layer, list_layers
+from layerzoo.registry import build, get_layer, list_layers
 from layerzoo.spec import SpecError, required, suggest
 from layerzoo.support.arguments import PICTURES, CommandParser, check_file, spec_of
 from layerzoo.tools.bench import report

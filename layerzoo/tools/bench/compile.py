@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from layerzoo.layer import build, check_spec, get_layer, list_layers
 from layerzoo.ops import ImplError
+from layerzoo.registry import build, check_spec, get_layer, list_layers
 from layerzoo.spec import SpecError, suggest
 from layerzoo.support.arguments import CommandParser, check_file, spec_of
 from layerzoo.support.json_files import write_json

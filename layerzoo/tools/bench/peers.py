@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from layerzoo.layer import Layer, State, get_layer
+from layerzoo.layer import Layer, State
+from layerzoo.registry import get_layer
 from layerzoo.spec import SpecError, suggest
 
 Tensors = dict[str, Tensor]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from layerzoo.layer import Layer, build
+from layerzoo.layer import Layer
 from layerzoo.ops import ImplError
+from layerzoo.registry import build
 from layerzoo.spec import SpecError
 
 from .calls import MEASURES, STEPS, arm_of, call_of, cut, disagreement

@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from layerzoo.generation.decode import stream
-from layerzoo.layer import Spec
 from layerzoo.model import LanguageModel
-from layerzoo.spec import SpecError
+from layerzoo.spec import Spec, SpecError
 from layerzoo.support.arguments import PICTURES, CommandParser, check_file, spec_of
 from layerzoo.support.json_files import write_json
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from layerzoo.layer import Layer, StateBytes, check_spec, get_layer
+from layerzoo.layer import Layer, StateBytes
 from layerzoo.model.compose import Composition
-from layerzoo.model.language_model import LanguageModel, ModelConfig, linear_flops
+from layerzoo.model.config import ModelConfig
+from layerzoo.model.language_model import LanguageModel, linear_flops
+from layerzoo.registry import check_spec, get_layer
 
 FULL = "softmax"
 """The layer that reads everything there was: what the others are held against."""

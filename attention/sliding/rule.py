@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn import functional as F
 
 from layerzoo.attend import (
     CACHE,
     append,
-    attend_causal,
     attend_one,
-    dot_product_attention,
     empty_cache,
 )
 from layerzoo.checked import Signature
 from layerzoo.layer import Reach, Reduction, State, StateBytes
-from layerzoo.ops import Op, transforming
+from layerzoo.ops import Op
 from layerzoo.spec import SpecError
 
-from .common import Attention
-from .sink_logit import attend_causal_with_sink, remove_sink, sink_parameter, with_sink
+from ..common import Attention
+from ..sink_logit import remove_sink, sink_parameter
+from . import chunked
+from .chunked import Pair
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 OP = Op("sliding_attention", kernel="sliding")
-Pair = tuple[Tensor, Tensor]
-BLOCK = 128
-"""Queries of a block. More would compute more masked logits, fewer would copy more keys."""
 
 
 SIGNATURE = Signature(CACHE)
@@ -146,95 +142,26 @@ def _recurrent(q, k, v, *, window, sinks, start, scale, sink_logit=None):
     return torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-@OP.register("chunked", upcast=False, transformable=True)
-def _chunked(q, k, v, *, window, sinks, start, scale, sink_logit=None):
-    """Queries before the sinks have left the window see all tokens, so that is plain causal
-    attention. The other queries go in equal blocks, and the rest in a shorter block. A sink logit
-    becomes one more sink in front of all tokens."""
-    T, reach, wide = q.shape[1], window - 1, v.shape[3]
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    whole = attend_causal
-    if sink_logit is not None:
-        q, k, v, scale = with_sink(q, k, v, sink_logit, scale)
-        whole, sinks, start = attend_causal_with_sink, sinks + 1, start + 1
-    head = min(T, max(0, reach + sinks - start))
-    outputs = []
-    if head or T == 0:
-        end = k.shape[1] - (T - head)
-        outputs.append(whole(q[:, :head], k[:, :end], v[:, :end], scale))
-    size = max(16, min(window, BLOCK))
-    left = (T - head) % size
-    for first, last in ((head, T - left), (T - left, T)):
-        if first < last:
-            end = k.shape[1] - (T - last)
-            keys = slice(end - (last - first) - reach, end)
-            always, recent = ((t[:, :sinks] for t in (k, v)), (t[:, keys] for t in (k, v)))
-            ks, vs = zip(always, recent, strict=True)
-            outputs.append(band(q[:, first:last], ks, vs, min(size, last - first), scale))
-    o = torch.cat(outputs, 1) if outputs[1:] else outputs[0]
-    return o if sink_logit is None else o[..., :wide]
+def chunk_form(q, k, v, *, window, sinks=0, scale=None, size=16):
+    """`sliding_attention` of a whole sequence, `size` queries at a time, in plain terms.
 
-
-def band(q: Tensor, k: Pair, v: Pair, size: int, scale: float) -> Tensor:
-    """Attention of each query to the sinks and to the window that ends with it, in blocks.
-
-    The N blocks are folded into the batch, because all have the same mask. Their keys overlap.
-    They are a view if there are no sinks and one sequence in the batch, otherwise a copy.
-
-    Args:
-        q: `[B, N size, H, K]`.
-        k, v: pairs of the sinks and of the N size + window - 1 recent tokens.
-        size: queries of a block.
+    o_i = sum_j softmax_j(scale <q_i, k_j>) v_j over the tokens j that query i sees: one mask says
+    which.
     """
-    sinks, reach = k[0].shape[1], k[1].shape[1] - q.shape[1]
-    blocks = q.shape[1] // size
-    step = size if blocks > 1 else size + reach
-    keys, values = (overlapping(t[1], step, size + reach) for t in (k, v))
-    if sinks:
-        keys, values = (
-            torch.cat((t[0].transpose(1, 2)[:, None].expand(-1, blocks, -1, -1, -1), f), 3)
-            for t, f in ((k, keys), (v, values))
-        )
-    mask = None
-    if size > 1:
-        mask = torch.ones(size, size + reach, dtype=torch.bool, device=q.device)
-        mask = F.pad(mask.tril(reach).triu(), (sinks, 0), value=True)
-    o = dot_product_attention(
-        q.unflatten(1, (blocks, size)).transpose(2, 3).flatten(0, 1),
-        keys.flatten(0, 1),
-        values.flatten(0, 1),
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=q.shape[2] != k[1].shape[2],
-    )
-    return o.unflatten(0, (-1, blocks)).transpose(2, 3).flatten(1, 2)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    tokens = torch.arange(q.shape[1])
+    outputs = []
+    for start in range(0, len(tokens), size):
+        i, j = tokens[start : start + size, None], tokens[: start + size]
+        seen = (j <= i) & ((i - j < window) | (j < sinks))
+        logits = scale * torch.einsum("bihk,bjhk->bhij", q[:, i[:, 0]], k[:, j])
+        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("bhij,bjhv->bihv", weights, v[:, j]))
+    return torch.cat(outputs, dim=1)
 
 
-def overlapping(t: Tensor, step: int, width: int) -> Tensor:
-    """`[B, n, H, K]` -> `[B, N, H, width, K]`, where block b begins at token b * step."""
-    if not transforming():
-        return Overlapping.apply(t, step, width)
-    first = torch.arange(0, t.shape[1] - width + 1, step, device=t.device)
-    return t[:, first[:, None] + torch.arange(width, device=t.device)].transpose(2, 3)
-
-
-class Overlapping(torch.autograd.Function):
-    """A view whose backward pass adds up whole blocks, where `unfold` adds up single tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        t, ctx.step, width = args
-        ctx.tokens = t.shape[1]
-        return t.unfold(1, width, ctx.step).permute(0, 1, 2, 4, 3)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        pieces = grad_outputs[0].transpose(2, 3).split(ctx.step, 2)
-        B, N, _, H, K = pieces[0].shape
-        total = pieces[0].new_zeros(B, N + len(pieces) - 1, ctx.step, H, K)
-        for n, piece in enumerate(pieces):
-            total[:, n : n + N, : piece.shape[2]] += piece
-        return total.flatten(1, 2)[:, : ctx.tokens], None, None
+OP.register("chunked", upcast=False, transformable=True)(chunked.run)
 
 
 def ramp(n: int, top: int) -> int:
