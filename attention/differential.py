@@ -55,7 +55,7 @@ def differential_attention(
         mix: The weight of the second map, a number.
         scale: The logits are multiplied by this number; None is K^-1/2.
         state: The cache {k, v, position}; None is empty. It grows with T.
-        impl: auto, recurrent, chunked or triton.
+        impl: Run this implementation: auto, recurrent, chunked or triton.
 
     Returns:
         The read-outs in q's dtype, and the cache with the new tokens.

@@ -59,7 +59,7 @@ def latent_attention(
         scale: The logits are multiplied by this number; None is (K + P)^-1/2.
         state: The cache {k, v, position} of position keys and latents; None is empty. It grows
             with T.
-        impl: auto, recurrent, chunked or triton.
+        impl: Run this implementation: auto, recurrent, chunked or triton.
 
     Returns:
         The read-outs in q's dtype, and the cache with the new tokens.

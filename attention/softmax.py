@@ -58,7 +58,7 @@ def softmax_attention(
         sink_logit: This logit of each query head belongs to no token. None is no such logit, which
             is the same as -inf.
         state: The cache {k, v, position}; None is empty. It grows with T.
-        impl: auto, recurrent, chunked or triton.
+        impl: Run this implementation: auto, recurrent, chunked or triton.
 
     Returns:
         The read-outs in q's dtype, and the cache with the new tokens.

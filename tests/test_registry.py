@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -300,3 +302,26 @@ def test_a_broken_entry_point_says_whose_it_is(undiscovered: Path, target: str) 
         message = str(error.value)
         assert message.startswith(f"entry point 'plugged = {target}' of zoo-plugin does not")
         assert message.endswith("mend or uninstall it") and "\n" not in message
+
+
+@pytest.mark.parametrize("name", [*list_layers("memory"), *list_layers("attention")])
+def test_a_layer_says_its_formula_and_every_symbol(name: str) -> None:
+    """A sentence, a formula, and below *where* an entry for each symbol."""
+    cls = get_layer(name)
+    op = next((fn for fn in vars(sys.modules[cls.__module__]).values() if is_op(fn)), None)
+    for thing in filter(None, (cls, op)):
+        text = inspect.getdoc(thing) or ""
+        first, formula, _ = re.split(r"\n\n", text)[:3]
+        assert first.endswith("."), thing
+        assert re.search(r"=|<-|update:", formula), thing
+        assert re.search(r"\n\nwhere\n\n- ", text), f"{thing}: no symbols below 'where'"
+    for parameter in inspect.signature(op).parameters if op else ():
+        assert re.search(rf"^    {parameter}: \S", inspect.getdoc(op) or "", re.MULTILINE), (
+            f"{op}: {parameter} is not explained on a line of its own"
+        )
+
+
+def is_op(thing: Any) -> bool:
+    """Whether it is a public op, which takes an impl by keyword."""
+    found = inspect.signature(thing).parameters.get("impl") if inspect.isfunction(thing) else None
+    return found is not None and found.kind is found.KEYWORD_ONLY

@@ -63,7 +63,7 @@ def forgetting_attention(
         state: The cache {k, v, log_forget, position}; None is empty. It grows with T, or holds the
             last window - 1 tokens. It keeps the gates and not their sums, which would grow without
             bound; a call adds up, in float64, those of the tokens that it can see.
-        impl: auto, recurrent, chunked or triton.
+        impl: Run this implementation: auto, recurrent, chunked or triton.
 
     Returns:
         The read-outs in q's dtype, and the cache after the new tokens.

@@ -61,7 +61,7 @@ def delta_rule(
             channel.
         scale: What is read is multiplied by this number.
         state: The state before the first token; None is zero.
-        impl: auto, recurrent, chunked or triton.
+        impl: Run this implementation: auto, recurrent, chunked or triton.
 
     Returns:
         The read-outs in q's dtype, and the state after the last token in float32 (float64 for

@@ -88,7 +88,7 @@ def fast_weights(
         layer_norm: Weight and bias; given if and only if the network has a LayerNorm.
         state: The state of an earlier call; None starts from `weights`. It is enough to go on at
             any token. (`weights` still give `norm` its target.)
-        impl: auto, recurrent, chunked or triton.
+        impl: Run this implementation: auto, recurrent, chunked or triton.
         checkpoint: If true, less is kept for the backward pass, and computed again.
         compiled: If true, the work of a mini-batch is compiled, once for a rule and shapes (half a
             minute). A mini-batch that a call holds a part of, as in decoding, is not compiled.

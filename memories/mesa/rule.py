@@ -63,7 +63,7 @@ def mesa(
             to rounding error is left alone. None is the exact solve, which costs K^3 a token. The
             gradient is that of the steps, or of the exact solve.
         state: (A_0, R_0); None is zero. Conjugate gradient takes the symmetric part of A_0.
-        impl: auto, recurrent or chunked.
+        impl: Run this implementation: auto, recurrent or chunked.
 
     Returns:
         The read-outs in q's dtype, and (A_T, R_T) in float32 (float64 for float64 input).

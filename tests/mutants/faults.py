@@ -50,7 +50,7 @@ FAULTS = [
     ),
     Fault(
         "op",
-        "memories/linear/rule.py",
+        "memories/linear/chunked.py",
         "state = state * per_token(log_decay, k)[:, 0].exp().unsqueeze(-1)",
         "state = state * per_token(log_decay, k)[:, 0].unsqueeze(-1)",
         laws("gla or retention"),
@@ -64,14 +64,14 @@ FAULTS = [
     ),
     Fault(
         "op",
-        "memories/delta/rule.py",
-        "db = torch.linalg.vecdot(x, e - product(scores[:, :, 1], u)).unsqueeze(-1)",
+        "memories/delta/chunked.py",
+        "db = torch.linalg.vecdot(x, e - batched_matmul(scores[:, :, 1], u)).unsqueeze(-1)",
         "db = torch.linalg.vecdot(x, e).unsqueeze(-1)",
         laws("delta and implementations"),
     ),
     Fault(
         "op",
-        "memories/delta/rule.py",
+        "memories/delta/chunked.py",
         "state = torch.baddbmm(state * whole, fade, u[n], out=states[n + 1])",
         "state = torch.baddbmm(state, fade, u[n], out=states[n + 1])",
         laws("gated_delta or kda"),
@@ -114,8 +114,8 @@ FAULTS = [
     Fault(
         "op",
         "memories/fast_weights/recurrent.py",
-        "keep = 1.0 if decay is None else 1 - at(decay, t)",
-        "keep = 1.0 if decay is None else 1 - at(decay, t) ** 2",
+        "keep = 1.0 if decay is None else 1 - token(decay, t)",
+        "keep = 1.0 if decay is None else 1 - token(decay, t) ** 2",
         (*FAST, *laws("titans")),
     ),
     Fault(
@@ -155,14 +155,14 @@ FAULTS = [
     ),
     Fault(
         "op",
-        "attention/sliding/rule.py",
+        "attention/sliding/chunked.py",
         "keys = slice(end - (last - first) - reach, end)",
         "keys = slice(end - (last - first) - reach + 1, end)",
         laws("sliding"),
     ),
     Fault(
         "op",
-        "attention/forgetting/rule.py",
+        "attention/forgetting/chunked.py",
         "ds.addcmul_(weights, ds.sum(-1, keepdim=True), value=-1)",
         "ds.addcmul_(weights, ds.mean(-1, keepdim=True), value=-1)",
         laws("forgetting and implementations"),
@@ -192,8 +192,8 @@ FAULTS = [
     Fault(
         "layer",
         "layerzoo/memory.py",
-        'return o, {"rule": rule, "position": state["position"] + write["k"].shape[1]}',
-        'return o, {"rule": rule, "position": state["position"] + q.shape[1]}',
+        'return o, {"rule": inner, "position": state["position"] + write.k.shape[1]}',
+        'return o, {"rule": inner, "position": state["position"] + q.shape[1]}',
         laws("alignment"),
     ),
     Fault(
@@ -219,7 +219,7 @@ FAULTS = [
     ),
     Fault(
         "layer",
-        "memories/common/matrix.py",
+        "layerzoo/nn.py",
         "self.bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus^-1",
         "self.bias = nn.Parameter(steps.log())",
         ("tests/test_shell.py", "tests/test_closed_form_layers.py", "tests/test_closed_forms.py"),
@@ -227,8 +227,8 @@ FAULTS = [
     Fault(
         "layer",
         "memories/delta/rule.py",
-        '{"beta": self.config.beta_max * self.beta(x).sigmoid(), **super().gates(x)}',
-        '{"beta": self.beta(x).sigmoid(), **super().gates(x)}',
+        "beta = self.config.beta_max * self.beta(x).sigmoid()",
+        "beta = self.beta(x).sigmoid()",
         ("tests/test_closed_form_layers.py", "tests/test_closed_form_rules.py", *laws("delta")),
     ),
     Fault(
