@@ -68,7 +68,8 @@ def sliding_attention(
         sink_logit: This logit of each query head belongs to no token; None is no such logit.
         state: The cache {k, v, position} of the sinks and the last window - 1 tokens; None is
             empty.
-        impl: Run this implementation: auto, recurrent, chunked or triton. triton takes no sink logit.
+        impl: Run this implementation: auto, recurrent, chunked or triton, which takes no sink
+            logit.
 
     Returns:
         The read-outs in q's dtype, and the cache after the new tokens.
