@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from layerzoo.forms import Form, Many, open_sums, read
+from layerzoo.forms import Form, Many, open_sums, read_annotation
 from layerzoo.ops import transforming
 from layerzoo.spec import SpecError
 
@@ -57,7 +57,8 @@ class Signature:
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         """Decorator: take the forms of a function's annotations."""
         self.name = getattr(fn, "__name__", "")
-        forms = {name: read(text) for name, text in fn.__annotations__.items() if name != "return"}
+        texts = {name: text for name, text in fn.__annotations__.items() if name != "return"}
+        forms = {name: read_annotation(text) for name, text in texts.items()}
         self.plan = [(name, *form) for name, form in forms.items() if form[0] is not None]
         # A sum of two letters comes last: the others say what one of them is.
         self.plan.sort(key=lambda entry: open_sums(entry[1]))

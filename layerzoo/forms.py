@@ -31,7 +31,7 @@ class Many(NamedTuple):
     each: Any
 
 
-def read(annotation: str) -> tuple[Any, bool]:
+def read_annotation(annotation: str) -> tuple[Any, bool]:
     """The form that an annotation states, or None, and whether the argument may be None."""
     nodes, parts = [ast.parse(annotation, mode="eval").body], []
     while nodes:
@@ -57,7 +57,7 @@ def _read_part(node: ast.Subscript) -> Any:
         return tensor(parts[1].value, integer=kind == "Int")
     if kind != "tuple":
         return None
-    forms = [read(ast.unparse(part))[0] for part in parts]
+    forms = [read_annotation(ast.unparse(part))[0] for part in parts]
     return Many(forms[0]) if ast.unparse(parts[-1]) == "..." else tuple(forms)
 
 

@@ -15,7 +15,7 @@ from layerzoo.tools.bench import gpu
 from layerzoo.tools.bench.calls import arm_of, call_of
 from layerzoo.tools.bench.command import arguments, specs_of
 from layerzoo.tools.bench.measure import Spread
-from layerzoo.tools.bench.peers import choose, peers_of
+from layerzoo.tools.bench.peers import choose_peers, peers_of
 from layerzoo.tools.bench.report import Peaks
 from layerzoo.tools.bench.run import BenchSettings, Row, bytes_of
 
@@ -40,7 +40,7 @@ def test_peers_are_told_apart_by_device() -> None:
     (naive,) = (p for p in peers_of("ops", "kda", "cpu") if p.name == "fla")
     assert naive.device == "cpu"
     with pytest.raises(SpecError, match="--against flex_attention: runs on cuda alone; see --dev"):
-        choose("flex_attention", "ops", ["sliding"], "cpu")
+        choose_peers("flex_attention", "ops", ["sliding"], "cpu")
 
 
 def test_our_portable_path_as_a_peer() -> None:

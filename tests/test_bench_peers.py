@@ -17,7 +17,7 @@ from layerzoo.cli import main
 from layerzoo.memories.linear.rule import LinearWrite
 from layerzoo.tools.bench import calls, measure
 from layerzoo.tools.bench.calls import arm_of, call_of, cut, disagreement
-from layerzoo.tools.bench.peers import PEERS, Contender, Peer, Unfit, choose, peer, peers_of
+from layerzoo.tools.bench.peers import PEERS, Contender, Peer, Unfit, choose_peers, peer, peers_of
 
 TINY = ("--dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "8,16")
 
@@ -67,16 +67,16 @@ def test_the_same_function_goes_before_a_yardstick_of_the_same_name(peers: list[
 def test_which_peers_run(peers: list[Peer]) -> None:
     peer("mine", "ops", layers=("linear",))(copy_of_ours)
     peer("absent", "ops", layers=("linear",), module="no_such", library="no-such")(copy_of_ours)
-    assert choose(None, "ops", ["linear"]) is None
-    assert choose("none", "ops", ["linear"]) == ()
-    assert choose("mine, mine", "ops", ["linear", "softmax"]) == ("mine", "mine")
+    assert choose_peers(None, "ops", ["linear"]) is None
+    assert choose_peers("none", "ops", ["linear"]) == ()
+    assert choose_peers("mine, mine", "ops", ["linear", "softmax"]) == ("mine", "mine")
     for against, mode, message in (
         ("mime", "ops", "--against mime: unknown peer; did you mean 'mine'?"),
         ("mine", "layers", "--against mine: fits none of layers: linear; it is for ops: linear"),
         ("mine,absent", "ops", "--against absent: no-such is not installed; pip install 'lay"),
     ):
         with pytest.raises(SpecError, match=f"^{message.replace('?', '.')}"):
-            choose(against, mode, ["linear"])
+            choose_peers(against, mode, ["linear"])
 
 
 def test_a_peer_runs_beside_ours(peers: list[Peer], capsys: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from layerzoo.cli import main
 from layerzoo.layer import StateBytes
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.registry import get_layer
-from layerzoo.tools.describe.command import figures, read
+from layerzoo.tools.describe.command import figures, read_network
 from layerzoo.tools.describe.costs import (
     PartCost,
     attending,
@@ -60,7 +60,10 @@ def test_parts_sum_to_the_model(fields: dict[str, Any]) -> None:
     assert found[1:3] == model.state_bytes(T)
     read = T + config.persistent
     layers = [block.layer for block in model.each_block()]
-    want = [sum(x.rule_flops(read) for x in layers), sum(x.flops_per_token(read) for x in layers)]
+    want = [
+        sum(x.rule_flops(read_network) for x in layers),
+        sum(x.flops_per_token(read_network) for x in layers),
+    ]
     assert [found.mean_rule, found.mean] == pytest.approx([w * read / T for w in want])
     assert sum(part.rule for part in layer_parts(meta, T)) == pytest.approx(found.mean_rule)
 
@@ -157,7 +160,7 @@ def test_the_flops_of_a_window_are_the_sum_over_its_tokens(window: int, sinks: i
 
 def test_the_claim_of_allmem() -> None:
     """128k tokens, window 8k, Qwen3-1.7B: the paper says about 1/9 of full attention's FLOPs."""
-    config, length = read("allmem-qwen3-1.7b", {})
+    config, length = read_network("allmem-qwen3-1.7b", {})
     assert length == 4096, "a config without data"
     found = figures(config, 131072, "bfloat16")
     (ours, full), *_ = [pair for pair in found["lengths"] if pair[0].T == 131072]
@@ -225,9 +228,13 @@ def test_a_network_alone_or_over_a_config(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "this model: depth 1, dim 8, vocabulary 7" in out and "At T = 300:" in out
     assert "in bfloat16" in out
-    config, length = read("mqar", {"model.network.layers": ["softmax"], "model.network.dim": 32})
+    config, length = read_network(
+        "mqar", {"model.network.layers": ["softmax"], "model.network.dim": 32}
+    )
     assert (config.dim, config.layers, config.vocab_size, length) == (32, ("softmax",), 64, 64)
-    assert read("mqar", {"model.network.layers": {"a": "softmax"}, "model.network.pattern": "a"})
+    assert read_network(
+        "mqar", {"model.network.layers": {"a": "softmax"}, "model.network.pattern": "a"}
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from layerzoo import SpecError
-from layerzoo.generation.decode import generate, read, stream
+from layerzoo.generation.decode import generate, read_tokens, stream
 from layerzoo.generation.sampling import Sampling
 from layerzoo.generation.states import load_state, save_state, select_rows
 from layerzoo.model import LanguageModel
@@ -168,12 +168,12 @@ def test_rows_end_with_a_stop_token(layer: Any) -> None:
 @pytest.mark.parametrize("piece", [1, 3, 19])
 def test_a_prompt_read_in_pieces(layer: Any, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = model(layer), torch.randint(VOCAB, (2, 20))
-    whole, state = lists(generate(net, x, 5)), read(net, x)
+    whole, state = lists(generate(net, x, 5)), read_tokens(net, x)
     lengths, hidden = [], net.hidden
     monkeypatch.setattr(net, "hidden", lambda t, s: (lengths.append(t.shape[1]), hidden(t, s))[1])
     assert lists(generate(net, x, 5, piece=piece)) == whole
     assert max(lengths) == piece and sum(lengths) == 19 + 5
-    pieces = tree_leaves(read(net, x, piece=piece))
+    pieces = tree_leaves(read_tokens(net, x, piece=piece))
     for got, want in zip(pieces, tree_leaves(state), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
@@ -243,7 +243,7 @@ def test_a_state_rolled_back_or_restored_goes_on_as_it_did(
 def test_a_continued_state_is_the_whole(layer: Any) -> None:
     net = model(layer)
     (whole,) = lists(generate(net, [[1, 2, 3, 4, 5]], 12))
-    prefix = read(net, torch.tensor([[1, 2]]))
+    prefix = read_tokens(net, torch.tensor([[1, 2]]))
     assert lists(generate(net, [[3, 4, 5]], 12, state=prefix)) == [whole[2:]]
     s = stream(net, [1, 2, 3, 4, 5], 7)
     assert [*range(1, 6), *s, *stream(net, [s.unread], 5, state=s.state)] == whole
@@ -252,7 +252,7 @@ def test_a_continued_state_is_the_whole(layer: Any) -> None:
 def test_prompts_continue_one_state_or_a_row_each() -> None:
     net = model()
     prefixes = torch.tensor([[1, 2], [3, 4], [5, 6]])
-    rows, prompts = read(net, prefixes), [[7], [8, 9], [7]]
+    rows, prompts = read_tokens(net, prefixes), [[7], [8, 9], [7]]
     for n, row in enumerate(lists(generate(net, prompts, 6, state=rows))):
         (alone,) = lists(generate(net, [prefixes[n].tolist() + prompts[n]], 6))
         assert row == alone[2:]
@@ -293,7 +293,7 @@ def test_any_tree_of_tensors_is_saved(tmp_path: Path) -> None:
     ],
 )
 def test_a_state_of_another_model(layers: list[Any], message: str, tmp_path: Path) -> None:
-    save_state(tmp_path / "state", read(model(), torch.tensor([[1, 2, 3]])))
+    save_state(tmp_path / "state", read_tokens(model(), torch.tensor([[1, 2, 3]])))
     other = model(*layers, depth=max(2, len(layers)))
     with pytest.raises(SpecError) as error:
         load_state(tmp_path / "state", other)

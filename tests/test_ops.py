@@ -18,7 +18,7 @@ from layerzoo.memories.common.matrix import MatrixMemory
 from layerzoo.memories.delta import delta_rule
 from layerzoo.memories.linear import linear_attention
 from layerzoo.ops import ImplError, Op
-from layerzoo.testing.precision import DRAWS, check, errors
+from layerzoo.testing.precision import DRAWS, check_precision, errors
 
 T, H, K, V = 40, 2, 4, 5
 IMPLS = ("recurrent", "chunked")
@@ -223,7 +223,7 @@ def test_float32_survives_a_reset_amid_mild_decays(rule: str, shape: tuple[int, 
         single = {name: x.float() for name, x in scaled.items()}
         for impl, found in (("recurrent", reference), ("chunked", made)):
             found.append(errors({"o": call(rule, impl, single, g.float())[0]}, {"o": o}))
-    check(made, reference)
+    check_precision(made, reference)
 
 
 @IMPL

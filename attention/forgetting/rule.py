@@ -19,7 +19,7 @@ from layerzoo.shell import QKV
 from layerzoo.spec import SpecError
 
 from ..common import Attention
-from ..sliding.rule import check_window, covering, ramp
+from ..sliding.rule import check_window, sum_of_seen, window_cautions
 from . import chunked
 
 if TYPE_CHECKING:
@@ -225,11 +225,11 @@ class ForgettingAttention(Attention, name="forgetting"):
 
     def rule_flops(self, T: int) -> float:
         window = self.config.window
-        return self.pair_flops() * ramp(T, T if window is None else window) / max(1, T)
+        return self.pair_flops() * sum_of_seen(T, T if window is None else window) / max(1, T)
 
     def reach(self) -> Reach | None:
         return None if self.config.window is None else Reach(self.config.window - 1)
 
     def cautions(self, T: int) -> list[str]:
         window = self.config.window
-        return [] if window is None else covering(self.name, window, 0, T)
+        return [] if window is None else window_cautions(self.name, window, 0, T)

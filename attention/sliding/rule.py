@@ -114,7 +114,7 @@ def check_window(window: int, sinks: int = 0) -> None:
         raise SpecError(f"sinks: must not be negative, got {sinks}")
 
 
-def covering(name: str, window: int, sinks: int, T: int) -> list[str]:
+def window_cautions(name: str, window: int, sinks: int, T: int) -> list[str]:
     """A caution if the window hides nothing in sequences of T tokens."""
     if window + sinks < T:
         return []
@@ -165,7 +165,7 @@ def chunk_form(q, k, v, *, window, sinks=0, scale=None, size=16):
 OP.register("chunked", upcast=False, transformable=True)(chunked.run)
 
 
-def ramp(n: int, top: int) -> int:
+def sum_of_seen(n: int, top: int) -> int:
     """The sum of min(j, top) over j = 1..n."""
     rising = max(0, min(n, top))
     return rising * (rising + 1) // 2 + max(0, n - top) * top
@@ -231,11 +231,12 @@ class SlidingAttention(Attention, name="sliding"):
 
     def rule_flops(self, T: int) -> float:
         c = self.config
-        seen = ramp(T, c.window) + ramp(T - c.window, c.sinks)  # the window, and sinks behind it
+        # The window, and the sinks behind it.
+        seen = sum_of_seen(T, c.window) + sum_of_seen(T - c.window, c.sinks)
         return self.pair_flops() * seen / max(1, T)
 
     def reach(self) -> Reach:
         return Reach(self.config.window - 1, self.config.sinks)
 
     def cautions(self, T: int) -> list[str]:
-        return covering(self.name, self.config.window, self.config.sinks, T)
+        return window_cautions(self.name, self.config.window, self.config.sinks, T)

@@ -29,7 +29,7 @@ def tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
-def present(like: Tensor, *found: Any) -> tuple[Tensor, ...]:
+def filled(like: Tensor, *found: Any) -> tuple[Tensor, ...]:
     """Operators return tensors: none is one without elements."""
     return tuple(like.new_empty(0) if x is None else x for x in found)
 
@@ -60,7 +60,7 @@ def chunk(*args: Any) -> Any:
     pending = [None if x is None else y for x, y in ((U[0], new_U[0]), (U[1], new_U[1]))]
     gates = [None if x is None else y for x, y in ((A, new_A), (m, new_m))]
     kept = (*M, *K) if keep else (None,) * 4
-    return present(lr, o, *new, *pending, *new_S, *gates, *kept)
+    return filled(lr, o, *new, *pending, *new_S, *gates, *kept)
 
 
 @chunk.register_fake
@@ -70,7 +70,7 @@ def _(*args: Any) -> Any:
     like = (None if x is None else torch.empty_like(x) for x in state)
     wide = (state[n] if keep else None for n in (0, 1, 4, 5))
     kept = (None if x is None else x.new_empty(count, *x.shape) for x in wide)
-    return present(lr, v.new_empty(v.shape), *like, *kept)
+    return filled(lr, v.new_empty(v.shape), *like, *kept)
 
 
 @torch.library.custom_op(
@@ -101,14 +101,14 @@ def chunk_backward_op(*args: Any) -> Any:
            for x, y in zip(U, d_U, strict=True)]  # fmt: skip
     d_A = torch.zeros_like(A) if A is not None and d_A is None else d_A
     d_m = torch.zeros_like(m) if m is not None and d_m is None else d_m
-    return present(lr, *tokens, *d_W, *d_U, *d_S, d_A, d_m, *d_n)
+    return filled(lr, *tokens, *d_W, *d_U, *d_S, d_A, d_m, *d_n)
 
 
 @chunk_backward_op.register_fake
 def _(*args: Any) -> Any:
     given = args[9:25]
     found = (None if x is None else x.new_empty(x.shape) for x in given)
-    return present(given[3], *found)
+    return filled(given[3], *found)
 
 
 def setup(ctx: Any, inputs: Any, output: Any) -> None:

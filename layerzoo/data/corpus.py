@@ -25,7 +25,7 @@ STDLIB = "stdlib"
 """The entry of `files` that stands for the standard library's source."""
 
 
-class Source(Config):
+class TextSource(Config):
     """Where text comes from, and as what tokens it is read."""
 
     files: Sequence[str] | None = None

@@ -12,7 +12,7 @@ from layerzoo.spec import required
 from layerzoo.support.field_docs import field_lines, field_rows
 
 
-def describe(cls: type[Task]) -> dict[str, Any]:
+def describe_task(cls: type[Task]) -> dict[str, Any]:
     """A task at its defaults; None where it has none."""
     task = None if any(map(required, cls.Config.fields())) else cls()
     return {
@@ -26,9 +26,9 @@ def describe(cls: type[Task]) -> dict[str, Any]:
     }
 
 
-def describe_fully(cls: type[Task]) -> dict[str, Any]:
-    """`describe`, the docstring, and the fields with types, defaults and docstrings."""
-    return {**describe(cls), "doc": inspect.getdoc(cls), "fields": field_rows(cls.Config)}
+def describe_task_fully(cls: type[Task]) -> dict[str, Any]:
+    """`describe_task`, the docstring, and the fields with types, defaults and docstrings."""
+    return {**describe_task(cls), "doc": inspect.getdoc(cls), "fields": field_rows(cls.Config)}
 
 
 def _source(cls: type[Task]) -> str | None:
@@ -43,7 +43,7 @@ def _annotations(task: Task) -> list[str]:
 
 def table() -> list[tuple[str, ...]]:
     """The tasks, a row each, after a row of heads."""
-    rows = [describe(cls) for cls in list_tasks()]
+    rows = [describe_task(cls) for cls in list_tasks()]
     return [
         ("name", "vocabulary", "T", "chance", "annotations", "arXiv"),
         *(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from layerzoo.data.corpus import Documents, Source
+from layerzoo.data.corpus import Documents, TextSource
 from layerzoo.data.random import below, bits
 from layerzoo.data.task import IGNORE, SPLITS, Task
 from layerzoo.data.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class Text(Task):
             needs is missing, or a split is shorter than a sample.
     """
 
-    class Config(Task.Config, Source):
+    class Config(Task.Config, TextSource):
         length: int = 256
         """A sample has T tokens."""
         documents: bool = False
@@ -59,7 +59,7 @@ class Text(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.source = Source(**{f.name: getattr(config, f.name) for f in Source.fields()})
+        self.source = TextSource(**{f.name: getattr(config, f.name) for f in TextSource.fields()})
         with error_at(f"data: {type(self).__name__}: tokenizer"):
             name = config.tokenizer
             self.tokenizer = None if name is None else Tokenizer(name)

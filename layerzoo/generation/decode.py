@@ -26,7 +26,7 @@ PIECE = 1024
 
 
 @torch.no_grad()
-def read(
+def read_tokens(
     model: LanguageModel, tokens: Int[Tensor, "B T"], state: State = None, piece: int = PIECE
 ) -> State:
     """The state after the tokens, which are read `piece` at a time. So a long prompt takes no more
@@ -56,7 +56,7 @@ class Batch:
     ) -> None:
         self.model, self.how = model, how
         self.generators = [np.random.default_rng(seed) for seed in seeds]
-        self.state = read(model, tokens[:, :-1], state, piece)
+        self.state = read_tokens(model, tokens[:, :-1], state, piece)
         self.unread = tokens[:, -1:]
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ def stream(
         index: place of the prompt among those of `generate`, for the same sample.
     """
     how = Sampling(temperature, top_k, top_p)
-    check(model, max_new_tokens, stop, seed)
+    check_prompts(model, max_new_tokens, stop, seed)
     tokens = torch.tensor([ids_of(model, prompt, 0)], device=model.embedding.weight.device)
     state = start(model, state, 1)
     return Stream(Batch(model, tokens, how, [(seed, index)], state, piece), max_new_tokens, stop)
@@ -168,7 +168,7 @@ def generate(
             state that is not this model's.
     """
     how = Sampling(temperature, top_k, top_p)
-    check(model, max_new_tokens, stop, seed)
+    check_prompts(model, max_new_tokens, stop, seed)
     rows = [ids_of(model, prompt, n) for n, prompt in enumerate(prompts)]
     state = start(model, state, len(rows))
     device = model.embedding.weight.device
@@ -194,7 +194,7 @@ def generate(
     return [torch.tensor(row, device=device) for row in rows]
 
 
-def check(
+def check_prompts(
     model: LanguageModel, max_new_tokens: int | None, stop: Collection[int], seed: int
 ) -> None:
     """Refuse options that are out of range."""

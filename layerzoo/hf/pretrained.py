@@ -140,7 +140,7 @@ class Pretrained(Layer):
 
     def rule_flops(self, T: int) -> float:
         window = T if self.window is None else self.window
-        seen = sliding.ramp(T, window) + sliding.ramp(T - window, self.sinks)
+        seen = sliding.sum_of_seen(T, window) + sliding.sum_of_seen(T - window, self.sinks)
         return self.heads * 4 * self.head_dim * seen / max(1, T)
 
     def reach(self) -> Reach | None:

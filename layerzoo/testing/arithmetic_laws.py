@@ -26,7 +26,7 @@ from layerzoo.testing.cases import (
     tokens,
 )
 from layerzoo.testing.check import Broken, Law, laws, named, require, require_close
-from layerzoo.testing.precision import DRAWS, Error, check, errors
+from layerzoo.testing.precision import DRAWS, Error, check_precision, errors
 
 LAWS: list[Law] = []
 law = laws(LAWS)
@@ -224,6 +224,6 @@ def precision(case: LayerCase) -> None:
             [wrong(run, kind, draw) for draw in draws] for run in (case, specification)
         )
         try:
-            check(made, reference)
+            check_precision(made, reference)
         except Broken as error:
             raise Broken(f"{kind}: {error}") from None

@@ -75,7 +75,7 @@ def pooled(draws: Sequence[Mapping[str, Error]]) -> dict[str, float]:
     return found
 
 
-def check(
+def check_precision(
     made: Sequence[Mapping[str, Error]],
     reference: Sequence[Mapping[str, Error]],
     terms: int = 1,

@@ -23,7 +23,7 @@ WRITTEN = (
 )
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe_layer(name: str) -> dict[str, Any]:
     """What `layerzoo list` says of a layer."""
     cls = get_layer(name)
     fields = cls.Config.fields()
@@ -59,18 +59,18 @@ def markdown() -> str:
         lines += [f"| layer | what it is | state at dim {DIM}, T {LENGTH} | source |"]
         lines += ["| --- | --- | ---: | --- |"]
         for name in list_layers(kind):
-            row = describe(name)
+            row = describe_layer(name)
             source, said = (row[key].replace("|", "\\|") for key in ("source", "summary"))
             lines.append(f"| `{name}` | {said} | {_size(row['state_bytes'])} | {source} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def describe_fully(cls: type[Layer]) -> dict[str, Any]:
-    """`describe`, the docstring with the equation, and the fields with types, defaults and
+def describe_layer_fully(cls: type[Layer]) -> dict[str, Any]:
+    """`describe_layer`, the docstring with the equation, and the fields with types, defaults and
     docstrings."""
     return {
-        **describe(cls.name),
+        **describe_layer(cls.name),
         "impls": [impl for impl in ("recurrent", "chunked", "triton") if impl in _impls(cls)],
         "doc": inspect.getdoc(cls),
         "fields": field_rows(cls.Config),
@@ -107,10 +107,10 @@ def main(argv: Sequence[str]) -> int:
     if options.tasks or (options.name and options.name not in list_layers()):
         return _list_tasks(options.name, options.json)
     if options.name:
-        info = describe_fully(get_layer(options.name))
+        info = describe_layer_fully(get_layer(options.name))
         print(dumps(info) if options.json else _page(info))
         return 0
-    rows = [describe(name) for name in list_layers()]
+    rows = [describe_layer(name) for name in list_layers()]
     if options.json:
         print(dumps(rows))
         return 0
@@ -134,8 +134,8 @@ def _list_tasks(name: str | None, as_json: bool) -> int:
         hint = suggest(name, [*list_layers(), *tasks])
         raise SpecError(f"unknown layer or task '{name}'; {hint}")
     if as_json:
-        found = [listing.describe(cls) for cls in tasks.values()]
-        print(dumps(found if name is None else listing.describe_fully(tasks[name])))
+        found = [listing.describe_task(cls) for cls in tasks.values()]
+        print(dumps(found if name is None else listing.describe_task_fully(tasks[name])))
     elif name is None:
         _print(listing.table())
     else:

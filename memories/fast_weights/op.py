@@ -109,7 +109,7 @@ def fast_weights(
     if not is_compiling():
         SIGNATURE.check(locals())
     B = len(k)
-    check(spec, k, v, weights, lr, momentum, decay, row, layer_norm)
+    check_arguments(spec, k, v, weights, lr, momentum, decay, row, layer_norm)
     if not is_compiling() and state is not None:
         H, K, V = *k.shape[2:], v.shape[3]
         Match("fast_weights", B=B).fit(state_form(spec, H, K, V), state, "state")
@@ -188,7 +188,7 @@ def per_row(weights: tuple[Tensor, ...], layer_norm: Any, B: int) -> tuple[Any, 
     return initial, layer_norm and tuple(x.unsqueeze(1).repeat(B, 1, 1) for x in layer_norm)
 
 
-def check(
+def check_arguments(
     rule: Rule,
     k: Tensor,
     v: Tensor,

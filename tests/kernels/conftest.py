@@ -18,7 +18,7 @@ from layerzoo.kernels import launch
 from layerzoo.memories.common.chunks import unit_lower_inverse
 from layerzoo.memories.delta import chunked as delta
 from layerzoo.ops import Op
-from layerzoo.testing.precision import DRAWS, check, errors, ratios
+from layerzoo.testing.precision import DRAWS, check_precision, errors, ratios
 
 from . import bfloat16, interpreter
 
@@ -108,7 +108,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
         spans[:] = [(x.data_ptr(), end) for x, end in zip(tensors, ends, strict=True)]
         return found
 
-    def check(pointers: Any, mask: Any) -> None:
+    def check_precision(pointers: Any, mask: Any) -> None:
         at = pointers.data[mask.data.astype(bool)]
         if at.size:
             size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -117,7 +117,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def checked(access: Any, mask: int) -> Any:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check(args[0], args[mask])
+            check_precision(args[0], args[mask])
             return access(self, *args, **kwargs)
 
         return run
@@ -188,8 +188,8 @@ class Judgement:
     def ratios(self, made: dict[str, Tensor]) -> dict[str, float]:
         return ratios([errors(made, self.want)], self.reference, self.terms)
 
-    def check(self, made: dict[str, Tensor]) -> None:
-        check([errors(made, self.want)], self.reference, self.terms)
+    def check_precision(self, made: dict[str, Tensor]) -> None:
+        check_precision([errors(made, self.want)], self.reference, self.terms)
 
     def _lowered(self, given: Tensors) -> dict[str, Tensor]:
         if self.dtype == torch.float32:

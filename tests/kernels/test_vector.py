@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from layerzoo.kernels import launch, vector
 from layerzoo.memories.common.decays import FLOOR, ChannelDecays, StateGradients
-from layerzoo.testing.precision import DRAWS, check, errors
+from layerzoo.testing.precision import DRAWS, check_precision, errors
 
 from .conftest import GPU, rescaled
 
@@ -155,7 +155,7 @@ def test_vector_follows_the_formulas(case: Case, dtype: torch.dtype, device: tor
         reference.append(errors(dict(zip(names, found + grads, strict=True)), named))
         if not draw:
             made = errors(dict(zip(names, kernels(q, k, g, case, d), strict=True)), named)
-    check([made], reference, torch.finfo(dtype).eps / 2)
+    check_precision([made], reference, torch.finfo(dtype).eps / 2)
 
 
 def kernels(q: Tensor, k: Tensor, g: Tensor, case: Case, d: list[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from layerzoo.tools.bench import report
 
 from .calls import MEASURES
 from .measure import copy_peak, gemm_peak
-from .peers import choose, peers_of
+from .peers import choose_peers, peers_of
 from .run import OURS, BenchSettings, Row, bench
 
 MODES = ("ops", "layers")
@@ -195,14 +195,14 @@ def main(argv: Sequence[str]) -> int:
         compiled=options.compiled,
         repeats=options.repeats,
         measures=options.measure,
-        against=choose(options.against, options.mode, names, options.device.type),
+        against=choose_peers(options.against, options.mode, names, options.device.type),
     )
     with prepared(options.threads):
-        run(specs, settings, options)
+        run_benchmarks(specs, settings, options)
     return 0
 
 
-def run(
+def run_benchmarks(
     specs: dict[str, dict[str, Any]], settings: BenchSettings, options: argparse.Namespace
 ) -> None:
     peers = {

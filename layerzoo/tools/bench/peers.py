@@ -118,7 +118,7 @@ def peers_of(mode: str, layer: str, device: str = "cpu") -> list[Peer]:
     return list(found.values())
 
 
-def choose(
+def choose_peers(
     against: str | None, mode: str, layers: Iterable[str], device: str = "cpu"
 ) -> tuple[str, ...] | None:
     """The names that --against gives, checked; None is all that fit and are installed.

@@ -86,7 +86,7 @@ def parse(place: str, text: str) -> Any:
         raise SpecError(f"{place}: is not YAML: {' '.join(str(error).split())}") from None
 
 
-def read(config: str | None, fields: dict[str, Any]) -> tuple[ModelConfig, int]:
+def read_network(config: str | None, fields: dict[str, Any]) -> tuple[ModelConfig, int]:
     """The model's config, and the length of the config's data."""
     from layerzoo.support.yaml_files import config_path, read_yaml
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
     options, fields = arguments(argv)
     check_file("--json", options.json)
     check_file("--plot", options.plot, PICTURES)
-    config, length = read(options.config, fields)
+    config, length = read_network(options.config, fields)
     found = figures(config, options.length or length, options.dtype)
     name = options.config or "this model"
     print(f"{name}: depth {config.depth}, dim {config.dim}, vocabulary {config.vocab_size:,}\n")

@@ -35,7 +35,7 @@ def explained(model: Any, rows: Tensor) -> list[float]:
                 y, _ = first(h)
             past = slice(first.window, None)
             missed = (y - first(h)[0])[:, past]
-            found.append(share(unscaled(mixer, h)[:, past], missed))
+            found.append(variance_share(unscaled(mixer, h)[:, past], missed))
         else:
             y, _ = mixer(h)
         x = x + y
@@ -54,7 +54,7 @@ def unscaled(mixer: Parallel, h: Tensor) -> Tensor:
         mixer.scales.copy_(before)
 
 
-def share(m: Tensor, missed: Tensor) -> float:
+def variance_share(m: Tensor, missed: Tensor) -> float:
     """R^2 `explained` of m and missed, `[B, T, D]`."""
     even, odd = slice(0, None, 2), slice(1, None, 2)
     m, missed = (wide(x, x.device) for x in (m, missed))
