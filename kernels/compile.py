@@ -117,6 +117,8 @@ def nvidia(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         command = [str(tool), "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.findall(rf"{name}:(\d+)", said)[-1]) for name in ("REG", "STACK"))
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (
+        int(re.findall(rf"{name}:(\d+)", listing)[-1]) for name in ("REG", "STACK")
+    )
     return registers, stack

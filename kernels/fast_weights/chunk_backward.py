@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..launch import empty
 from . import muon
-from .chunk_parts import Chunked, Pair, Part, Rules, each, fold, gates, plan, unfold
-from .epilogues import outer, pull_error, pull_errors, pull_gated
+from .chunk_parts import Chunked, Pair, Part, Rules, each, from_rows, gates, plan, to_rows
+from .epilogues import backward_error, backward_errors, backward_gated, outer
 from .weights import programs
 
 
@@ -51,7 +51,9 @@ def backward(
     if parts[-1].full:  # no mini-batch is pending: its master is the last one's result
         mapped = call.maps(last) and rules.place == "end"
         g_M = [
-            s.pull_map(g_W[i], None, None, None, None, kept[i][last], d_n[i], mapped, True, True)
+            s.backward_map(
+                g_W[i], None, None, None, None, kept[i][last], d_n[i], mapped, True, True
+            )
             for i, s in enumerate(call.sets)
         ]
     d_A0 = d_m0 = None
@@ -76,7 +78,7 @@ def backward(
             d_m = None if d_m is None else d_m / C
         else:
             d_A, d_m = (None if x is None else x.unsqueeze(0).clone() for x in (g_A, g_m))
-        d_A0, d_m0 = pull_gates(d_A, d_m, retention, part, A, to)
+        d_A0, d_m0 = backward_gates(d_A, d_m, retention, part, A, to)
         step.finish(to)
     return (
         to.q, to.k, to.v, to.lr, to.momentum, to.retention, g_M, d_U if start else [None, None],
@@ -84,22 +86,22 @@ def backward(
     )  # fmt: skip
 
 
-def pull_gates(d_A: Any, d_m: Any, retention: Any, part: Part, A: Any, to: Gradients) -> Any:
+def backward_gates(d_A: Any, d_m: Any, retention: Any, part: Part, A: Any, to: Gradients) -> Any:
     """From the gradients of `gates`, `[g, N]`: those of the state's A and m, if this is the part
     that they enter."""
     d_A0 = None
     if d_A is not None:
-        x = fold(retention, part)
+        x = to_rows(retention, part)
         one = torch.ones_like(x[..., :1])
         before = torch.cat((one, x[..., :-1].cumprod(-1)), -1)
         after = torch.cat((one, x[..., 1:].flip(-1).cumprod(-1)), -1).flip(-1)
         d_A0 = d_A[0] * x[0].prod(-1)
         if part.slot == 0 and A is not None:
             d_A[0] *= A
-        unfold(before * after * d_A.unsqueeze(-1), part, to.retention)
+        from_rows(before * after * d_A.unsqueeze(-1), part, to.retention)
     if d_m is not None:
         g, N = d_m.shape
-        unfold(d_m.unsqueeze(-1).expand(g, N, part.n), part, to.momentum)
+        from_rows(d_m.unsqueeze(-1).expand(g, N, part.n), part, to.momentum)
     return d_A0, None if d_m is None else d_m[0]
 
 
@@ -115,7 +117,7 @@ class Step:
         self.M = [x[pick] for x in kept]
         self.S = [None if x is None else x[pick] for x in kept_S]
         self.following = kept_S
-        self.q, *found = (fold(x, part) for x in (q, *tokens))
+        self.q, *found = (to_rows(x, part) for x in (q, *tokens))
         self.k, self.v, self.lr = found
         self.G, self.R = call.buffers(kept, q, part.g)
         self.c = self.cast()
@@ -164,9 +166,9 @@ class Step:
         for i, s in enumerate(self.call.sets):
             D, M, S, c = g_M[i], self.M[i][j], each(self.S[i], j), self.c[i][j]
             if eps:
-                D = muon.pull_direction(D, self.next_S(i, j), 2 - i, eps)
+                D = muon.backward_direction(D, self.next_S(i, j), 2 - i, eps)
             given: Any = (g_M[i], D, g_S[i], M, c, S, A, mean, self.dU[i][j], wide, *sums, first)
-            d_U[i], d_S[i] = s.pull_step(*given)
+            d_U[i], d_S[i] = s.backward_step(*given)
             first += programs(M)
         return d_U, d_S
 
@@ -174,11 +176,11 @@ class Step:
         """Of all chunks at once: d_R, and the gradient of q."""
         part, residual = self.part, self.call.rules.residual
         R: Any = [x.flatten(0, 1) for x in self.R]
-        q, g = (x.flatten(0, 1) for x in (self.q, fold(g_o, part)))
-        h, d_z = pull_gated(torch.bmm(q, R[0]), torch.bmm(g, R[1].mT))
+        q, g = (x.flatten(0, 1) for x in (self.q, to_rows(g_o, part)))
+        h, d_z = backward_gated(torch.bmm(q, R[0]), torch.bmm(g, R[1].mT))
         self.d_R = [x.unflatten(0, (part.g, -1)) for x in (outer(q, d_z), outer(h, g))]
         d_q = torch.baddbmm(g, d_z, R[0].mT) if residual else torch.bmm(d_z, R[0].mT)
-        unfold(d_q, part, to.q)
+        from_rows(d_q, part, to.q)
 
     def tokens(self, j: int, D: Pair, factor: Any, d_n: Pair) -> Pair:
         """Piece j, from dU: fills its d_z, d_e and d_lr; the gradient of its master."""
@@ -186,19 +188,19 @@ class Step:
         k, z, h, d, lr = self.k[j], self.z[j], self.h[j], self.d[j], self.lr[j]
         a, d_h = torch.bmm(k, U02), torch.bmm(self.el[j], U1.mT)
         d_z, d_e, d_lr = self.d_z[j], self.d_e[j], self.d_lr[j]
-        d_d = pull_errors(z, d, a, lr, d_lr, None if rules.l2 else d_h, d_z)
+        d_d = backward_errors(z, d, a, lr, d_lr, None if rules.l2 else d_h, d_z)
         assert d_d is not None
-        pull_error(torch.bmm(h, U1), torch.bmm(d_d, G1), self.e[j], lr, d_e, d_lr)
+        backward_error(torch.bmm(h, U1), torch.bmm(d_d, G1), self.e[j], lr, d_e, d_lr)
         more = None
         if rules.l2:
-            pull_errors(z, d, a, lr, None, d_h.baddbmm_(d_e, G1.mT), d_z)
+            backward_errors(z, d, a, lr, None, d_h.baddbmm_(d_e, G1.mT), d_z)
             more = outer(h, d_e)
         tokens = (outer(k, d_z), outer(d_d, self.e[j]))
         slot, place = self.part.slot + j, rules.place
         base = place != "view" if self.part.full else place == "end"
         flags: Any = (self.call.maps(slot), base, place != "start")
         return [
-            s.pull_map(D[i], factor, tokens[i], more if i else None, self.d_R[i][j],
+            s.backward_map(D[i], factor, tokens[i], more if i else None, self.d_R[i][j],
                        self.M[i][j], d_n[i], *flags)
             for i, s in enumerate(self.call.sets)
         ]  # fmt: skip
@@ -210,7 +212,7 @@ class Step:
         d_k = torch.bmm(E, U02.mT).baddbmm_(d_z, G02.mT)
         if rules.l2 and rules.residual:
             d_k += self.d_e.flatten(0, 1)
-        unfold(d_k, part, to.k)
-        unfold(self.d_e.neg(), part, to.v)
+        from_rows(d_k, part, to.k)
+        from_rows(self.d_e.neg(), part, to.v)
         d_lr = self.d_lr if self.lr.shape[-1] == 3 else self.d_lr.sum(-1, keepdim=True)
-        unfold(d_lr, part, to.lr)
+        from_rows(d_lr, part, to.lr)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..launch import empty
-from .chunk_parts import Chunked, Pair, Rules, each, fold, gates, plan, slots, unfold
+from .chunk_parts import Chunked, Pair, Rules, each, from_rows, gates, plan, slots, to_rows
 from .epilogues import outer
 
 
@@ -34,7 +34,7 @@ def forward(
     step: Pair = [None, None]
     slot, full, A_end, m_end = 0, False, None, None
     for part in plan(T, start, C, len(W[0]) * W[1].shape[1]):
-        kf, vf, lf = fold(k, part), fold(v, part), fold(lr, part)
+        kf, vf, lf = to_rows(k, part), to_rows(v, part), to_rows(lr, part)
         A_end, m_end, mean = gates(momentum, retention, part, [A, m], C)
         G, R = call.buffers(W, q, part.g + part.full)
         c = call.cast(part.slot, each(kept, place(part.slot)), each(G, 0), each(R, 0))
@@ -53,7 +53,7 @@ def forward(
             )  # fmt: skip
             slot += 1
         rows = [x[: part.g].flatten(0, 1) for x in R]
-        unfold(call.read(fold(q, part).flatten(0, 1), rows), part, o)
+        from_rows(call.read(to_rows(q, part).flatten(0, 1), rows), part, o)
     new = [x[place(slot)].clone() for x in kept]
     if rules.place == "end" and call.maps(slot):
         new = [x * s.unsqueeze(-2) for x, s in zip(new, c, strict=True)]

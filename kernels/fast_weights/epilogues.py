@@ -48,7 +48,7 @@ def gated_kernel(z, h, R, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["R"])
-def pull_gated_kernel(z, dh, h, dz, R, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr):
+def backward_gated_kernel(z, dh, h, dz, R, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr):
     """h = s(g) u again, and dz = [dh u s' | dh s]."""
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     f = tl.program_id(1) * BF + tl.arange(0, BF)[None, :]
@@ -105,7 +105,7 @@ def errors_kernel(
 
 
 @triton.jit(do_not_specialize=["R"])
-def pull_errors_kernel(
+def backward_errors_kernel(
     z, d, a, dh, lr, dd, dlr, dz, R, F: tl.constexpr, M: tl.constexpr, BR: tl.constexpr,
     BF: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +150,7 @@ def pull_errors_kernel(
 
 
 @triton.jit(do_not_specialize=["R"])
-def pull_error_kernel(
+def backward_error_kernel(
     del_, back, e, lr, de, dlr, R, V: tl.constexpr, M: tl.constexpr, BR: tl.constexpr,
     BF: tl.constexpr,
 ):  # fmt: skip
@@ -186,10 +186,10 @@ def gated(z: Tensor) -> Tensor:
     return h
 
 
-def pull_gated(z: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+def backward_gated(z: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     """h and dz."""
     F, h, dz = dh.shape[-1], empty(dh.shape, like=dh), empty(z.shape, like=z)
-    over_tiles(pull_gated_kernel, h[..., 0].numel(), F, z, dh, h, dz, F=F)
+    over_tiles(backward_gated_kernel, h[..., 0].numel(), F, z, dh, h, dz, F=F)
     return h, dz
 
 
@@ -209,20 +209,22 @@ def errors(z: Tensor, d: Tensor, lr: Tensor) -> Tensor:
     return e
 
 
-def pull_errors(
+def backward_errors(
     z: Tensor, d: Tensor, a: Tensor, lr: Tensor, dlr: Any, dh: Any, dz: Any
 ) -> Tensor | None:
     """dd, if dlr `[.., 3]` is there to be written to; fills dz, if dh is given."""
     dd = None if dlr is None else empty(d.shape, like=d)
     given, F = (z, d, a, dh, lr, dd, dlr, None if dh is None else dz), d.shape[-1]
-    over_rows(pull_errors_kernel, d[..., 0].numel(), F, *given, F=F, M=lr.shape[-1])
+    over_rows(backward_errors_kernel, d[..., 0].numel(), F, *given, F=F, M=lr.shape[-1])
     return dd
 
 
-def pull_error(del_: Tensor, back: Tensor, e: Tensor, lr: Tensor, de: Tensor, dlr: Tensor) -> None:
+def backward_error(
+    del_: Tensor, back: Tensor, e: Tensor, lr: Tensor, de: Tensor, dlr: Tensor
+) -> None:
     """Fills de and a column of dlr."""
     V, given = e.shape[-1], (del_, back, e, lr, de, dlr)
-    over_rows(pull_error_kernel, e[..., 0].numel(), V, *given, V=V, M=lr.shape[-1])
+    over_rows(backward_error_kernel, e[..., 0].numel(), V, *given, V=V, M=lr.shape[-1])
 
 
 def outer(x: Tensor, y: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mlp_backward import rate_pull
-from .parts import error, error_pull, masked, masked_t, norm_pull, normal
+from .mlp_backward import rate_backward
+from .parts import error, error_backward, masked, masked_t, norm_backward, normal
 
 
 @triton.jit(do_not_specialize=["T", "first", "NB", "n"])
@@ -74,7 +74,7 @@ def linear_backward(
             tl.store(d_gamma + r * V + ov, old + tl.sum(dfo * xo, 0))
             old = tl.load(d_beta + r * V + ov)
             tl.store(d_beta + r * V + ov, old + tl.sum(dfo, 0))
-            dfo = norm_pull(dfo * g[None, :], xo, ro, true, VT)
+            dfo = norm_backward(dfo * g[None, :], xo, ro, true, VT)
         else:
             g, b = None, None
         tl.store(o_turn + pc, dfo.to(DT))
@@ -124,7 +124,7 @@ def linear_backward(
         a = tl.dot(qq, tl.trans(kk), input_precision=IP)
         if BIAS:
             a += 1
-        d_row, d_rate = rate_pull(p * a, here, row, rate, d_here, oc, C, False)
+        d_row, d_rate = rate_backward(p * a, here, row, rate, d_here, oc, C, False)
         tl.store(to, d_row)
         p = (masked(p, here, row, oc, C) * rate[None, :]).to(DT)
         dq = tl.dot(p, kk, dq, input_precision=IP)
@@ -173,7 +173,7 @@ def linear_backward(
         if NORM:
             g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
         kf = tl.load(k + bk + pk, mask=inside[:, None], other=0.0).to(tl.float32)
-        d_f, d_y, d_g, d_b = error_pull(d_e, f, kf, vv, g, b, true, VT, NORM, RESIDUAL, L2)
+        d_f, d_y, d_g, d_b = error_backward(d_e, f, kf, vv, g, b, true, VT, NORM, RESIDUAL, L2)
         if NORM:
             old = tl.load(d_gamma + r * V + ov)
             tl.store(d_gamma + r * V + ov, old + d_g)

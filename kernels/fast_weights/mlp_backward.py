@@ -27,11 +27,20 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .parts import act_curve, act_slope, error, error_pull, masked, masked_t, norm_pull, normal
+from .parts import (
+    act_curve,
+    act_slope,
+    error,
+    error_backward,
+    masked,
+    masked_t,
+    norm_backward,
+    normal,
+)
 
 
 @triton.jit
-def rate_pull(dL, lam, row, rate, d_lam, oc, C: tl.constexpr, ADD: tl.constexpr):
+def rate_backward(dL, lam, row, rate, d_lam, oc, C: tl.constexpr, ADD: tl.constexpr):
     """Of L[i, j] = row_i Lam_ij rate_j: the gradients of row and rate, and of Lam to memory."""
     p = oc[:, None] * C + oc[None, :]
     x = dL * rate[None, :]
@@ -47,7 +56,7 @@ def rate_pull(dL, lam, row, rate, d_lam, oc, C: tl.constexpr, ADD: tl.constexpr)
 
 
 @triton.jit
-def pull_end(
+def backward_end(
     at, left, x, new, w, s, u, d_w, d_s, d_u, lam, A_end, s_end, u_end, theta, cs, cu,
     n_A, n_s, n_u, n_t, FULL: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
 ) -> Any:  # fmt: skip
@@ -146,7 +155,7 @@ def mlp_backward(
             tl.store(d_gamma + r * V + ov, old + tl.sum(dfo * xo, 0))
             old = tl.load(d_beta + r * V + ov)
             tl.store(d_beta + r * V + ov, old + tl.sum(dfo, 0))
-            dfo = norm_pull(dfo * g[None, :], xo, ro, true, VT)
+            dfo = norm_backward(dfo * g[None, :], xo, ro, true, VT)
         else:
             g, b = None, None
         tl.store(o_turn + pc, dfo.to(DT))
@@ -200,7 +209,7 @@ def mlp_backward(
         g1 = -tl.dot(dfc, tl.load(e_turn + pct), input_precision=IP)
         if BIAS:
             a1 += 1
-        d_row, d_rate1 = rate_pull(g1 * a1, here, row, rate1, d_here, oc, C, False)
+        d_row, d_rate1 = rate_backward(g1 * a1, here, row, rate1, d_here, oc, C, False)
         tl.store(turn_a + pa, (masked(g1, here, row, oc, C) * rate1[None, :]).to(DT))
         g1t = -tl.dot(e1c, tl.load(o_turn + pct), input_precision=IP)
         tl.store(turn_a + each + pa, masked_t(g1t, here, row, oc, C).to(DT))
@@ -303,7 +312,7 @@ def mlp_backward(
         a0 = tl.dot(qq, tl.trans(kk), input_precision=IP)
         if BIAS:
             a0 += 1
-        more, d_rate0 = rate_pull(g0 * a0, here, row, rate0, d_here, oc, C, True)
+        more, d_rate0 = rate_backward(g0 * a0, here, row, rate0, d_here, oc, C, True)
         tl.store(to, d_row + more)
         g0 = masked(g0, here, row, oc, C)
         dq = tl.dot(g0.to(DT), (kk * rate0[:, None]).to(DT), dq, input_precision=IP)
@@ -390,7 +399,7 @@ def mlp_backward(
         if NORM:
             g, b = tl.load(gamma + r * V + ov), tl.load(beta + r * V + ov)
         kf = tl.load(k + bk + pk, mask=inside[:, None], other=0.0).to(tl.float32)
-        d_f, d_y, d_g, d_b = error_pull(d_e1, f, kf, vv, g, b, true, VT, NORM, RESIDUAL, L2)
+        d_f, d_y, d_g, d_b = error_backward(d_e1, f, kf, vv, g, b, true, VT, NORM, RESIDUAL, L2)
         if NORM:
             old = tl.load(d_gamma + r * V + ov)
             tl.store(d_gamma + r * V + ov, old + d_g)
@@ -426,14 +435,14 @@ def mlp_backward(
             dz, y, dh = tl.load(all_z + ph), tl.load(all_y + ph), tl.load(all_dh + ph)
             new0 = tl.dot(qt, dz if lam is None else (dz * cA[:, None]).to(DT), input_precision=IP)
             new0 = tl.dot(kt, dkc, new0, input_precision=IP)
-            n_A, n_s, n_u, n_t = pull_end(
+            n_A, n_s, n_u, n_t = backward_end(
                 p0, qt, dz, new0, w_in, s_in, u, d_w, d_s, d_u, lam, A_end, s_end, u_end, theta,
                 cs, cu, n_A, n_s, n_u, n_t, FULL, DT, IP,
             )  # fmt: skip
             new1 = tl.dot(dft, y if lam is None else (y * cA[:, None]).to(DT), input_precision=IP)
             new1 = tl.dot(et, dh, new1, input_precision=IP)
             new1 = tl.dot(ft, xx.to(DT), new1, input_precision=IP)
-            n_A, n_s, n_u, n_t = pull_end(
+            n_A, n_s, n_u, n_t = backward_end(
                 p1, dft, y, new1, w_in, s_in, u, d_w, d_s, d_u, lam, A_end, s_end, u_end, theta,
                 cs, cu, n_A, n_s, n_u, n_t, FULL, DT, IP,
             )  # fmt: skip

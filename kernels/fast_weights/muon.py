@@ -47,7 +47,7 @@ def direction(S: Tensor, count: int, eps: float) -> Tensor:
     return whole(steps(X)[-1], S, count)
 
 
-def pull_direction(g: Tensor, S: Tensor, count: int, eps: float) -> Tensor:
+def backward_direction(g: Tensor, S: Tensor, count: int, eps: float) -> Tensor:
     """The gradient of S, from the one of its direction."""
     Z, g = matrices(S, count), matrices(g, count)
     r = Z.norm(dim=(-2, -1), keepdim=True)

@@ -72,7 +72,7 @@ def normal(f, true, VT: tl.constexpr):
 
 
 @triton.jit
-def norm_pull(g, x, r, true, VT: tl.constexpr):
+def norm_backward(g, x, r, true, VT: tl.constexpr):
     """The gradient of f, of g at the normal x = normal(f)."""
     mean = (tl.sum(g, 1) / VT)[:, None]
     slope = (tl.sum(g * x, 1) / VT)[:, None]
@@ -103,7 +103,7 @@ def error(
             e += x * gamma[None, :] + beta[None, :]
             if RESIDUAL:
                 e += k
-        return norm_pull(e * gamma[None, :], x, r, true, VT)
+        return norm_backward(e * gamma[None, :], x, r, true, VT)
     else:
         e = -v
         if L2:
@@ -114,7 +114,7 @@ def error(
 
 
 @triton.jit
-def error_pull(
+def error_backward(
     d,
     f,
     k,
@@ -139,8 +139,8 @@ def error_pull(
             if RESIDUAL:
                 e += k
         g = e * gamma[None, :]
-        E = norm_pull(g, x, r, true, VT)
-        d_g = norm_pull(d, x, r, true, VT)
+        E = norm_backward(g, x, r, true, VT)
+        d_g = norm_backward(d, x, r, true, VT)
         d_e = d_g * gamma[None, :]
         gx = (tl.sum(g * x, 1) / VT)[:, None]
         dx = (tl.sum(d * x, 1) / VT)[:, None]
@@ -149,7 +149,7 @@ def error_pull(
         if L2:
             d_x += d_e * gamma[None, :]
             d_gamma += tl.sum(d_e * x, 0)
-        d_f = norm_pull(d_x, x, r, true, VT) - r * x * (tl.sum(d * E, 1) / VT)[:, None]
+        d_f = norm_backward(d_x, x, r, true, VT) - r * x * (tl.sum(d * E, 1) / VT)[:, None]
         return d_f, d_e, d_gamma, tl.sum(d_e, 0)
     else:
         zero = tl.sum(d, 0) * 0

@@ -81,7 +81,7 @@ def advance_kernel(
 
 
 @triton.jit
-def pull_step_kernel(
+def backward_step_kernel(
     D, step, dS, M, c, S, A, mean, dU, wide, dS0, dA, dmean,
     IN: tl.constexpr, OUT: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
     BASE: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
@@ -125,7 +125,7 @@ def pull_step_kernel(
 
 
 @triton.jit
-def pull_map_kernel(
+def backward_map_kernel(
     D, A, tokens, more, reads, M, n, out, dn, eps,
     IN: tl.constexpr, OUT: tl.constexpr, BASE: tl.constexpr, READ: tl.constexpr,
     BI: tl.constexpr, BO: tl.constexpr,
@@ -219,7 +219,7 @@ class Set(NamedTuple):
         launch(advance_kernel, size, *given, IN=IN, OUT=OUT, BASE=base, **use._asdict())
         return c2
 
-    def pull_step(
+    def backward_step(
         self, D: Tensor, step: Tensor, dS: Any, M: Tensor, c: Any, S: Any, A: Any, mean: Any,
         dU: Tensor, wide: bool, dA: Any, dmean: Any, first: int,
     ) -> Any:  # fmt: skip
@@ -232,10 +232,10 @@ class Set(NamedTuple):
         given = (D, step, dS, M, c, S, A, mean, dU, full, dS0, dA, dmean)
         columns = next((x.shape[-1] for x in (dA, dmean) if x is not None), 1)
         constants = {"IN": IN, "OUT": OUT, "BLOCKS": columns, "FIRST": first, "BASE": base}
-        launch(pull_step_kernel, size, *given, **constants, **use._asdict())
+        launch(backward_step_kernel, size, *given, **constants, **use._asdict())
         return full, dS0
 
-    def pull_map(
+    def backward_map(
         self, D: Tensor, A: Any, tokens: Any, more: Any, reads: Any, M: Tensor, dn: Any,
         mapped: bool, base: bool, read: bool,
     ) -> Tensor:  # fmt: skip
@@ -245,5 +245,5 @@ class Set(NamedTuple):
         n, dn = (self.n, dn) if mapped else (None, None)
         given = (D, A, tokens, more, reads, M, n, out, dn, self.eps)
         constants = {"IN": IN, "OUT": OUT, "BASE": base, "READ": read}
-        launch(pull_map_kernel, size, *given, **constants, **use._asdict())
+        launch(backward_map_kernel, size, *given, **constants, **use._asdict())
         return out

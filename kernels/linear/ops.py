@@ -62,10 +62,10 @@ def split(
 
 def run_scan(
     x: Tensor, y: Tensor, z: Tensor, g: Gate, states: Tensor, tokens: int, scale: float,
-    last: Tensor | None = None, pull: tuple[Tensor, Tensor, Tensor] | None = None, *,
+    last: Tensor | None = None, kept: tuple[Tensor, Tensor, Tensor] | None = None, *,
     reverse: bool = False, transposed: bool = False,
 ) -> Tensor:  # fmt: skip
-    """o of `scan.scan`, in segments of `tokens`; states: before those. pull: (W, kept, dG)."""
+    """o of `scan.scan`, in segments of `tokens`; states: before those. kept: (W, kept, dG)."""
     B, T, H, R = x.shape
     C = z.shape[3]
     tile = chosen(x, R, C)
@@ -74,7 +74,7 @@ def run_scan(
     o = launch.empty((B, T, H, C), like=x)
     launch.launch(
         scan.scan, (B * H * C // tile["BC"], N), x, y, z, o, g, states, last,
-        *(pull or (None, None, None)), *strides(g), scale, T, M, states.shape[2], H, R=R, C=C,
+        *(kept or (None, None, None)), *strides(g), scale, T, M, states.shape[2], H, R=R, C=C,
         REVERSE=reverse, TRANSPOSED=transposed, PRECISION=launch.precision(x.dtype), **tile,
     )  # fmt: skip
     return o
@@ -229,14 +229,14 @@ def keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def pull(ctx: Any, do: Tensor, d_last: Tensor) -> Any:
+def run_backward(ctx: Any, do: Tensor, d_last: Tensor) -> Any:
     q, k, v, g, state = ctx.saved_tensors
     with_g = ctx.needs_input_grad[3]
     *grads, dg, d_state = backward(q, k, v, g, state, ctx.scale, do, d_last, with_g)
     return *grads, dg if with_g else None, d_state, None
 
 
-forward.register_autograd(pull, setup_context=keep)
+forward.register_autograd(run_backward, setup_context=keep)
 
 
 @torch.library.custom_op("layerzoo::linear_attention_step", mutates_args=())

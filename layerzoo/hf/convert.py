@@ -170,11 +170,11 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LayerzooForCausa
     if kind != LayerzooConfig.model_type:
         raise SpecError(f"{path}: a '{kind}' model; `layerzoo convert --source {path}` first")
     try:
-        model, said = LayerzooForCausalLM.from_pretrained(
+        model, loading = LayerzooForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise SpecError(f"{path}: {reason(error)}") from None
-    if lost := sorted({*said["missing_keys"], *said["unexpected_keys"]}):
+    if lost := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
         raise SpecError(f"{path}: its weights are not of its config: {lost[0]}")
     return model.eval()

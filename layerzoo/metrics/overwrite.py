@@ -31,9 +31,9 @@ class ErrorKinds(WideMetric):
         self, logits: Tensor, labels: Tensor, *, old: Tensor, bound: Tensor, **annotations: Any
     ) -> None:
         wrong, answer = ~right(logits, labels), logits.argmax(-1)[:, None]
-        said = ~logits.isnan().any(1, keepdim=True)
-        stale = (said & (old == answer)).any(1)
-        other = (said & (bound == answer)).any(1) & ~stale
+        answered = ~logits.isnan().any(1, keepdim=True)
+        stale = (answered & (old == answer)).any(1)
+        other = (answered & (bound == answer)).any(1) & ~stale
         kinds = [wrong & stale, wrong & other, wrong & ~stale & ~other, (old >= 0).any(1)]
         self.counts += torch.stack([kind.sum() for kind in kinds])
 

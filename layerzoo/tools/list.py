@@ -60,8 +60,8 @@ def markdown() -> str:
         lines += ["| --- | --- | ---: | --- |"]
         for name in list_layers(kind):
             row = describe_layer(name)
-            source, said = (row[key].replace("|", "\\|") for key in ("source", "summary"))
-            lines.append(f"| `{name}` | {said} | {_size(row['state_bytes'])} | {source} |")
+            source, summary = (row[key].replace("|", "\\|") for key in ("source", "summary"))
+            lines.append(f"| `{name}` | {summary} | {_size(row['state_bytes'])} | {source} |")
         lines.append("")
     return "\n".join(lines)
 

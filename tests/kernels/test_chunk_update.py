@@ -296,3 +296,10 @@ def test_a_second_derivative_raises(device: Any) -> None:
     (g,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(g.sum(), q)
+
+
+def test_the_steps_of_muon_are_the_portable_ones() -> None:
+    from layerzoo.kernels.fast_weights import muon
+    from layerzoo.memories.fast_weights import optimisers
+
+    assert muon.NEWTON_SCHULZ == optimisers.NEWTON_SCHULZ
