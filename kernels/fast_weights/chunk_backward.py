@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..launch import empty
 from . import muon
-from .chunk_parts import Chunked, Pair, Part, Rules, each, from_rows, gates, plan, to_rows
+from .chunk_parts import Chunked, Pair, Part, Rules, each, gates, part_rows, plan, write_part
 from .epilogues import backward_error, backward_errors, backward_gated, outer
 from .weights import programs
 
@@ -91,17 +91,17 @@ def backward_gates(d_A: Any, d_m: Any, retention: Any, part: Part, A: Any, to: G
     that they enter."""
     d_A0 = None
     if d_A is not None:
-        x = to_rows(retention, part)
+        x = part_rows(retention, part)
         one = torch.ones_like(x[..., :1])
         before = torch.cat((one, x[..., :-1].cumprod(-1)), -1)
         after = torch.cat((one, x[..., 1:].flip(-1).cumprod(-1)), -1).flip(-1)
         d_A0 = d_A[0] * x[0].prod(-1)
         if part.slot == 0 and A is not None:
             d_A[0] *= A
-        from_rows(before * after * d_A.unsqueeze(-1), part, to.retention)
+        write_part(before * after * d_A.unsqueeze(-1), part, to.retention)
     if d_m is not None:
         g, N = d_m.shape
-        from_rows(d_m.unsqueeze(-1).expand(g, N, part.n), part, to.momentum)
+        write_part(d_m.unsqueeze(-1).expand(g, N, part.n), part, to.momentum)
     return d_A0, None if d_m is None else d_m[0]
 
 
@@ -117,7 +117,7 @@ class Step:
         self.M = [x[pick] for x in kept]
         self.S = [None if x is None else x[pick] for x in kept_S]
         self.following = kept_S
-        self.q, *found = (to_rows(x, part) for x in (q, *tokens))
+        self.q, *found = (part_rows(x, part) for x in (q, *tokens))
         self.k, self.v, self.lr = found
         self.G, self.R = call.buffers(kept, q, part.g)
         self.c = self.cast()
@@ -176,11 +176,11 @@ class Step:
         """Of all chunks at once: d_R, and the gradient of q."""
         part, residual = self.part, self.call.rules.residual
         R: Any = [x.flatten(0, 1) for x in self.R]
-        q, g = (x.flatten(0, 1) for x in (self.q, to_rows(g_o, part)))
+        q, g = (x.flatten(0, 1) for x in (self.q, part_rows(g_o, part)))
         h, d_z = backward_gated(torch.bmm(q, R[0]), torch.bmm(g, R[1].mT))
         self.d_R = [x.unflatten(0, (part.g, -1)) for x in (outer(q, d_z), outer(h, g))]
         d_q = torch.baddbmm(g, d_z, R[0].mT) if residual else torch.bmm(d_z, R[0].mT)
-        from_rows(d_q, part, to.q)
+        write_part(d_q, part, to.q)
 
     def tokens(self, j: int, D: Pair, factor: Any, d_n: Pair) -> Pair:
         """Piece j, from dU: fills its d_z, d_e and d_lr; the gradient of its master."""
@@ -212,7 +212,7 @@ class Step:
         d_k = torch.bmm(E, U02.mT).baddbmm_(d_z, G02.mT)
         if rules.l2 and rules.residual:
             d_k += self.d_e.flatten(0, 1)
-        from_rows(d_k, part, to.k)
-        from_rows(self.d_e.neg(), part, to.v)
+        write_part(d_k, part, to.k)
+        write_part(self.d_e.neg(), part, to.v)
         d_lr = self.d_lr if self.lr.shape[-1] == 3 else self.d_lr.sum(-1, keepdim=True)
-        from_rows(d_lr, part, to.lr)
+        write_part(d_lr, part, to.lr)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..launch import empty
-from .chunk_parts import Chunked, Pair, Rules, each, from_rows, gates, plan, slots, to_rows
+from .chunk_parts import Chunked, Pair, Rules, each, gates, part_rows, plan, slots, write_part
 from .epilogues import outer
 
 
@@ -34,7 +34,7 @@ def forward(
     step: Pair = [None, None]
     slot, full, A_end, m_end = 0, False, None, None
     for part in plan(T, start, C, len(W[0]) * W[1].shape[1]):
-        kf, vf, lf = to_rows(k, part), to_rows(v, part), to_rows(lr, part)
+        kf, vf, lf = part_rows(k, part), part_rows(v, part), part_rows(lr, part)
         A_end, m_end, mean = gates(momentum, retention, part, [A, m], C)
         G, R = call.buffers(W, q, part.g + part.full)
         c = call.cast(part.slot, each(kept, place(part.slot)), each(G, 0), each(R, 0))
@@ -53,7 +53,7 @@ def forward(
             )  # fmt: skip
             slot += 1
         rows = [x[: part.g].flatten(0, 1) for x in R]
-        from_rows(call.read(to_rows(q, part).flatten(0, 1), rows), part, o)
+        write_part(call.read(part_rows(q, part).flatten(0, 1), rows), part, o)
     new = [x[place(slot)].clone() for x in kept]
     if rules.place == "end" and call.maps(slot):
         new = [x * s.unsqueeze(-2) for x, s in zip(new, c, strict=True)]

@@ -70,7 +70,7 @@ def slots(T: int, C: int) -> int:
     return (T + C - 1) // C + 1
 
 
-def to_rows(x: Tensor, part: Part) -> Tensor:
+def part_rows(x: Tensor, part: Part) -> Tensor:
     """`[B, T, H, ..]` -> `[g, B H, n, ..]`."""
     B, _, H, *last = x.shape
     x = x[:, part.t : part.t + part.g * part.n].reshape(B, part.g, part.n, H, *last)
@@ -78,7 +78,7 @@ def to_rows(x: Tensor, part: Part) -> Tensor:
     return x.view(part.g, B * H, part.n, *last)
 
 
-def from_rows(x: Tensor, part: Part, to: Tensor) -> None:
+def write_part(x: Tensor, part: Part, to: Tensor) -> None:
     """The inverse, into its place in `to`."""
     B, _, H, *last = to.shape
     rest = range(4, 4 + len(last))
@@ -153,8 +153,8 @@ class Chunked:
 def gates(momentum: Any, retention: Any, part: Part, past: Pair, C: int) -> tuple[Any, Any, Any]:
     """(A, sum of momentum, its mean over a full mini-batch) of every piece, `[g, N]`; past: the
     first two before the call, or None."""
-    A = None if retention is None else to_rows(retention, part).prod(-1)
-    m = None if momentum is None else to_rows(momentum, part).sum(-1)
+    A = None if retention is None else part_rows(retention, part).prod(-1)
+    m = None if momentum is None else part_rows(momentum, part).sum(-1)
     if part.slot == 0 and past[0] is not None and A is not None:
         A[0] *= past[0]
     if part.slot == 0 and past[1] is not None and m is not None:

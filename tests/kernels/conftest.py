@@ -108,7 +108,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
         spans[:] = [(x.data_ptr(), end) for x, end in zip(tensors, ends, strict=True)]
         return found
 
-    def check_precision(pointers: Any, mask: Any) -> None:
+    def check_access(pointers: Any, mask: Any) -> None:
         at = pointers.data[mask.data.astype(bool)]
         if at.size:
             size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -117,7 +117,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def checked(access: Any, mask: int) -> Any:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check_precision(args[0], args[mask])
+            check_access(args[0], args[mask])
             return access(self, *args, **kwargs)
 
         return run
@@ -188,7 +188,7 @@ class Judgement:
     def ratios(self, made: dict[str, Tensor]) -> dict[str, float]:
         return ratios([errors(made, self.want)], self.reference, self.terms)
 
-    def check_precision(self, made: dict[str, Tensor]) -> None:
+    def check(self, made: dict[str, Tensor]) -> None:
         check_precision([errors(made, self.want)], self.reference, self.terms)
 
     def _lowered(self, given: Tensors) -> dict[str, Tensor]:

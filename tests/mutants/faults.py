@@ -277,8 +277,8 @@ FAULTS = [
     Fault(
         "metric",
         "layerzoo/metrics/overwrite.py",
-        "other = (said & (bound == answer)).any(1) & ~stale",
-        "other = (said & (bound == answer)).any(1)",
+        "other = (answered & (bound == answer)).any(1) & ~stale",
+        "other = (answered & (bound == answer)).any(1)",
         METRICS,
     ),
     Fault(
