@@ -28,7 +28,7 @@ from layerzoo.tools.evaluate.command import answered
 from layerzoo.tools.evaluate.harness import numbers
 from layerzoo.tools.evaluate.page import harness_table, page
 from layerzoo.tools.evaluate.positions import difference, held_out, losses, ranges, recovered
-from layerzoo.tools.evaluate.probe import explained, share
+from layerzoo.tools.evaluate.probe import explained, variance_share
 
 from .extras import need
 
@@ -205,12 +205,12 @@ def test_what_scales_alone_can_explain() -> None:
     torch.manual_seed(0)
     missed = torch.randn(4, 50, 8)
     factors = torch.linspace(-2, 2, 8)  # none is 0
-    assert share(missed * factors, missed) == pytest.approx(1)
-    assert share(torch.randn(4, 50, 8), missed) < 0.02
-    assert share(torch.ones(4, 50, 8), missed + 3) == 0  # a constant is no memory
-    assert share(missed * factors + 7, missed + 3) == pytest.approx(1)
+    assert variance_share(missed * factors, missed) == pytest.approx(1)
+    assert variance_share(torch.randn(4, 50, 8), missed) < 0.02
+    assert variance_share(torch.ones(4, 50, 8), missed + 3) == 0  # a constant is no memory
+    assert variance_share(missed * factors + 7, missed + 3) == pytest.approx(1)
     noisy = missed + torch.randn(4, 50, 8)  # the best scale is 1/2
-    assert share(noisy, missed) == pytest.approx(0.5, abs=0.03)
+    assert variance_share(noisy, missed) == pytest.approx(0.5, abs=0.03)
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ def test_probe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = source.rotary_emb(h, position_ids=torch.arange(64)[None])
     full, _ = source.layers[0].self_attn(h, position_embeddings=places, attention_mask=None)
     memory = layer.self_attn(h)[0] - window(h)[0]  # the scale is 1
-    want = share(memory[:, 16:], (full - window(h)[0])[:, 16:])
+    want = variance_share(memory[:, 16:], (full - window(h)[0])[:, 16:])
     assert found["loud"][0] == pytest.approx(want, abs=1e-4)
     assert explained(model, tokens) == pytest.approx(found["loud"], abs=1e-6)
     assert (layer.self_attn.scales == 1).all() and window.window == 16
