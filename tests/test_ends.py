@@ -73,7 +73,9 @@ class Cells:
         path = self.folder / "grid.yaml"
         path.write_text(yaml.safe_dump(tree, sort_keys=False))
         self.runs.clear()
-        return command.run(str(path), command.How(out=self.folder / "out", jobs=1, **how))
+        return command.run_grid(
+            str(path), command.RunOptions(out=self.folder / "out", jobs=1, **how)
+        )
 
     def tuned(self) -> Mapping[str, Any]:
         return read_json(self.root / "tuning.json")

@@ -12,12 +12,12 @@ from layerzoo.model import ModelConfig
 
 from .configs import Tree
 
-NETWORK = ("dim", "mlp")
+NETWORK_KNOBS = ("dim", "mlp")
 """Those of the network; the others are fields of its layers."""
 
 
 @functools.cache
-def _whole(layer: str) -> dict[str, Any]:
+def _whole_number_fields(layer: str) -> dict[str, Any]:
     """The whole-numbered fields of a layer and their defaults."""
     config = get_layer(layer).Config
     hints = get_type_hints(config)
@@ -28,7 +28,7 @@ def _whole(layer: str) -> dict[str, Any]:
     }
 
 
-def _open(network: Tree) -> tuple[Tree, list[Tree]]:
+def _opened(network: Tree) -> tuple[Tree, list[Tree]]:
     """A copy whose specs are all mappings, and these: of layers, children and overrides."""
     network, found = copy.deepcopy(network), []
 
@@ -48,44 +48,48 @@ def _open(network: Tree) -> tuple[Tree, list[Tree]]:
     return network, found
 
 
-def _having(specs: list[Tree], knob: str) -> Iterator[Tree]:
+def _specs_with(specs: list[Tree], knob: str) -> Iterator[Tree]:
     """The specs of layers that have such a field; of overrides, those that set it."""
-    return (s for s in specs if knob in (_whole(s["name"]) if "name" in s else s))
+    return (s for s in specs if knob in (_whole_number_fields(s["name"]) if "name" in s else s))
 
 
-def fields(config: Tree) -> set[str]:
+def layer_knobs(config: Tree) -> set[str]:
     """The whole-numbered fields of the layers."""
-    _, specs = _open(config["model"]["network"])
-    return set[str]().union(*(_whole(spec["name"]) for spec in specs if "name" in spec))
+    _, specs = _opened(config["model"]["network"])
+    return set[str]().union(
+        *(_whole_number_fields(spec["name"]) for spec in specs if "name" in spec)
+    )
 
 
-def start_of(config: Tree, knob: str) -> int | None:
+def knob_start(config: Tree, knob: str) -> int | None:
     """A value to begin with; None if there is no such knob."""
     network = config["model"]["network"]
-    if knob in NETWORK:
+    if knob in NETWORK_KNOBS:
         built = ModelConfig.from_fields(network)
         return built.dim if knob == "dim" else round(built.mlp * built.dim)
-    having = [*_having(_open(network)[1], knob)]
-    values = (s.get(knob, _whole(s["name"])[knob] if "name" in s else None) for s in having)
+    having = [*_specs_with(_opened(network)[1], knob)]
+    values = (
+        s.get(knob, _whole_number_fields(s["name"])[knob] if "name" in s else None) for s in having
+    )
     return next((v for v in values if isinstance(v, int)), 1) if having else None
 
 
-def turned(config: Tree, knob: str, value: int) -> tuple[Tree, float]:
+def with_knob(config: Tree, knob: str, value: int) -> tuple[Tree, float]:
     """The config with a knob at a value, and what the config says for it: `mlp` is searched by
     hidden width and set by multiple."""
-    network, specs = _open(config["model"]["network"])
+    network, specs = _opened(config["model"]["network"])
     setting: float = value
     if knob == "dim":
         network["dim"] = value
     elif knob == "mlp":
         setting = network["mlp"] = value / ModelConfig.from_fields(network).dim
     else:
-        for spec in _having(specs, knob):
+        for spec in _specs_with(specs, knob):
             spec[knob] = value
     return {**config, "model": {**config["model"], "network": network}}, setting
 
 
 def layer_names(config: Tree) -> tuple[str, ...]:
     """The layers of the network, children too, each once."""
-    _, specs = _open(config["model"]["network"])
+    _, specs = _opened(config["model"]["network"])
     return tuple(sorted({spec["name"] for spec in specs if "name" in spec}))

@@ -11,7 +11,7 @@ from layerzoo.spec import SpecError
 from . import configs
 from .configs import Tree
 
-Figure = Literal["parameters", "flops", "state_bytes"]
+SizeName = Literal["parameters", "flops", "state_bytes"]
 
 
 class Sizes(NamedTuple):
@@ -28,13 +28,13 @@ class Sizes(NamedTuple):
     def named(self) -> dict[str, float]:
         """As metrics.json names them."""
         figures = (self.parameters, self.state_bytes, self.memory_bytes, self.flops)
-        return dict(zip(NAMES, figures, strict=True))
+        return dict(zip(SIZE_NAMES, figures, strict=True))
 
 
-NAMES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token")
+SIZE_NAMES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token")
 
 
-def measure(config: Tree, length: int | None = None) -> Sizes:
+def measure_sizes(config: Tree, length: int | None = None) -> Sizes:
     """Build the model, without memory for its weights.
 
     Args:
@@ -43,8 +43,8 @@ def measure(config: Tree, length: int | None = None) -> Sizes:
     Raises:
         SpecError: it does not build.
     """
-    T = configs.task(config).length if length is None else length
-    model = configs.model(config)
+    T = configs.task_of(config).length if length is None else length
+    model = configs.model_of(config)
     state = model.state_bytes(T)
     return Sizes(
         sum(p.numel() for p in model.parameters()),
@@ -55,18 +55,18 @@ def measure(config: Tree, length: int | None = None) -> Sizes:
     )
 
 
-def sizes(config: Tree, length: int | None = None) -> Sizes:
+def sizes_of(config: Tree, length: int | None = None) -> Sizes:
     """`measure`, once for each network and length."""
-    T = configs.task(config).length if length is None else length
-    found = _sizes(json.dumps(config["model"]["network"]), T)
+    T = configs.task_of(config).length if length is None else length
+    found = _cached_sizes(json.dumps(config["model"]["network"]), T)
     if isinstance(found, str):
         raise SpecError(found)
     return found
 
 
 @functools.cache
-def _sizes(network: str, T: int) -> Sizes | str:
+def _cached_sizes(network: str, T: int) -> Sizes | str:
     try:
-        return measure({"model": {"network": json.loads(network)}}, T)
+        return measure_sizes({"model": {"network": json.loads(network)}}, T)
     except SpecError as error:
         return str(error)

@@ -10,10 +10,10 @@ from layerzoo.data.recall import RecallTask
 from ..cells import configs
 from ..cells.cell import Cell
 
-SAMPLE = 256
+CEILING_SAMPLES = 256
 """Samples that tell whether any answer lies beyond a reach."""
-SEEDS = 3
-NAMED = 3
+LEAST_SEEDS = 3
+ARMS_NAMED = 3
 """Arms that a line names before it only counts them."""
 
 
@@ -26,42 +26,43 @@ def cautions(cells: Sequence[Cell], compared: bool) -> list[str]:
     arms = {cell.arm: cell for cell in cells}
     lines: dict[str, list[str]] = {}
     for arm, cell in arms.items():
-        for line in [*_of_model(cell), *_of_task(cell)]:
+        for line in [*_model_cautions(cell), *_task_cautions(cell)]:
             lines.setdefault(line, []).append(arm)
-    out = [f"{_names(names, len(arms))}: {line}" for line, names in lines.items()]
+    out = [f"{_arm_names(names, len(arms))}: {line}" for line, names in lines.items()]
     few = {arm: sum(cell.arm == arm for cell in cells) for arm in arms} if compared else {}
-    if few and min(few.values()) < SEEDS:
-        names = [arm for arm, count in few.items() if count < SEEDS]
+    if few and min(few.values()) < LEAST_SEEDS:
+        names = [arm for arm, count in few.items() if count < LEAST_SEEDS]
         out.append(
-            f"{_names(names, len(arms))}: fewer than {SEEDS} seeds make intervals so wide that "
-            f"comparisons and claims mean little; give seeds {[*range(SEEDS)]} or more"
+            f"{_arm_names(names, len(arms))}: fewer than {LEAST_SEEDS} seeds make intervals so "
+            f"wide that comparisons and claims mean little; give seeds "
+            f"{[*range(LEAST_SEEDS)]} or more"
         )
     return out
 
 
-def _names(arms: Sequence[str], of: int) -> str:
+def _arm_names(arms: Sequence[str], of: int) -> str:
     if len(arms) == of > 1:
         return "every arm"
-    more = f" and {len(arms) - NAMED} more" if len(arms) > NAMED else ""
-    return "; ".join(arms[:NAMED]) + more
+    more = f" and {len(arms) - ARMS_NAMED} more" if len(arms) > ARMS_NAMED else ""
+    return "; ".join(arms[:ARMS_NAMED]) + more
 
 
-_found: dict[str, list[str]] = {}
+_known_model_cautions: dict[str, list[str]] = {}
 
 
-def _of_model(cell: Cell) -> list[str]:
-    length = configs.task(cell.config).length
+def _model_cautions(cell: Cell) -> list[str]:
+    length = configs.task_of(cell.config).length
     key = json.dumps([cell.config["model"]["network"], length])
-    if key not in _found:
-        _found[key] = configs.model(cell.config).cautions(length)
-    return _found[key]
+    if key not in _known_model_cautions:
+        _known_model_cautions[key] = configs.model_of(cell.config).cautions(length)
+    return _known_model_cautions[key]
 
 
-def _of_task(cell: Cell) -> list[str]:
-    task = configs.task(cell.config)
+def _task_cautions(cell: Cell) -> list[str]:
+    task = configs.task_of(cell.config)
     if not isinstance(task, RecallTask) or task.own_reach is None:
         return []
-    if task.varied(test_samples=SAMPLE).ceiling("test") < 1:
+    if task.varied(test_samples=CEILING_SAMPLES).ceiling("test") < 1:
         return []
     return [
         f"the window arm's reach, {task.own_reach.back} tokens back, holds the answers to all "

@@ -9,27 +9,29 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cells.cell import Cell
-from ..cells.confounds import Confounds, confounds, pairs_of
-from ..cells.differences import Side
+from ..cells.confounds import Confounds, compared_pairs, find_confounds
+from ..cells.differences import ComparedArm
 from ..cells.grid import Grid
-from ..cells.sizes import sizes
+from ..cells.sizes import sizes_of
 
 
-def confounds_of(grid: Grid, cells: Sequence[Cell]) -> Confounds:
+def planned_confounds(grid: Grid, cells: Sequence[Cell]) -> Confounds:
     """The confounds of a grid, from its reported cells: cells of one arm differ in seeds alone."""
     firsts = dict[str, Cell]()
     for cell in cells:
         firsts.setdefault(cell.arm, cell)
     sides = {
-        arm: Side(cell.options, cell.config, frozenset(cell.matched.get("solved", {})))
+        arm: ComparedArm(cell.options, cell.config, frozenset(cell.matched.get("solved", {})))
         for arm, cell in firsts.items()
     }
-    return confounds(
+    return find_confounds(
         sides,
-        pairs_of(grid.report, grid.claims, {arm: side.options for arm, side in sides.items()}),
+        compared_pairs(
+            grid.report, grid.claims, {arm: side.options for arm, side in sides.items()}
+        ),
         grid.axes,
         grid.tuning.axes if grid.tuning else {},
-        {arm: sizes(cell.config).named for arm, cell in firsts.items()},
+        {arm: sizes_of(cell.config).named for arm, cell in firsts.items()},
         matched=grid.match is not None,
     )
 

@@ -12,9 +12,9 @@ from layerzoo.spec import suggest
 from ..cells.grid import shipped_grids
 from ..cells.source import Source
 from ..running.folder import ENDED
-from ..running.pace import say
+from ..running.pace import duration_text
 from .findings import Findings
-from .results import GRID, Results
+from .results import GRID_FILE, GridResults
 
 
 def summary_line(findings: Findings) -> str:
@@ -36,27 +36,27 @@ def summary_line(findings: Findings) -> str:
         f"{len(results.cells)} cells ({states}): {len(findings.rows)} arms, seeds {seeds}",
         f"{' or '.join(updates)} updates each" if updates else "",
         f"task {', '.join(tasks)}" if tasks else "",
-        _each(records, "device"),
+        _distinct(records, "device"),
         ", ".join(
-            f"{what} {v}" for what in ("layerzoo", "torch") if (v := _version(records, what))
+            f"{what} {v}" for what in ("layerzoo", "torch") if (v := _versions(records, what))
         ),
-        f"commit {commit}" if (commit := _version(records, "commit")) else "",
-        f"{say(seconds)} of training in all" if seconds else "",
+        f"commit {commit}" if (commit := _versions(records, "commit")) else "",
+        f"{duration_text(seconds)} of training in all" if seconds else "",
     ]
     return "; ".join(part for part in parts if part) + "."
 
 
-def command(results: Results) -> str:
+def rerun_command(results: GridResults) -> str:
     """What runs the grid again: by its name if it ships as it is here, else from its copy in the
     folder of results."""
     size = results.fields.size
     shipped = shipped_grids().get(results.fields.name)
-    if shipped is not None and Source(shipped, size).copy == (results.root / GRID).read_text(
+    if shipped is not None and Source(shipped, size).copy == (results.root / GRID_FILE).read_text(
         encoding="utf-8"
     ):
         option = f" --size {size}" if size else ""
         return f"layerzoo ablate run {results.fields.name}{option}"
-    return f"layerzoo ablate run {GRID}"
+    return f"layerzoo ablate run {GRID_FILE}"
 
 
 def doubts(findings: Findings) -> list[str]:
@@ -76,7 +76,7 @@ def doubts(findings: Findings) -> list[str]:
     return lines
 
 
-def partial(findings: Findings) -> str | None:
+def missing_results(findings: Findings) -> str | None:
     """What is missing, if the grid has not ended, or parts of it never will."""
     results = findings.results
     left = sum(cell.state not in ENDED for cell in results.cells)
@@ -90,10 +90,10 @@ def partial(findings: Findings) -> str | None:
     return f"Partial: {'; '.join(parts)}." if parts else None
 
 
-def _each(records: Sequence[dict[str, Any]], name: str) -> str:
+def _distinct(records: Sequence[dict[str, Any]], name: str) -> str:
     return ", ".join(sorted({str(r[name]) for r in records if r.get(name) is not None}))
 
 
-def _version(records: Sequence[dict[str, Any]], what: str) -> str:
+def _versions(records: Sequence[dict[str, Any]], what: str) -> str:
     found = {str(v) for r in records if (v := r.get("versions", {}).get(what)) is not None}
     return ", ".join(sorted(re.sub(r"^(\w{12})\w{28}(?=\+?$)", r"\1", v) for v in found))

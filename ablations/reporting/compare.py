@@ -11,20 +11,20 @@ from rich.console import Console
 from layerzoo.spec import SpecError
 from layerzoo.support.json_files import write_json
 
-from .about import doubts, partial
+from .about import doubts, missing_results
 from .board.hparams import write_hparams
 from .board.summary import write_summary_run
-from .data import write_data
-from .figures import Picture, figures_of, pictures
+from .data import write_cell_table
+from .figures import ReportPlot, figures_by_name, report_plots
 from .figures.canvas import save_svg
-from .findings import Findings, find
-from .html import as_html
-from .report import notes, page, scaling_notes
-from .summary import summary
+from .findings import Findings, read_findings
+from .html import html_page
+from .report import markdown_page, results_notes, scaling_notes
+from .summary import summary_tree
 from .tables import confounds_table, contrasts_table, results_table, scaling_table
 from .verdicts import claims_table
 
-REPORT = "report"
+REPORT_FOLDER = "report"
 """In the grid's folder: its report."""
 
 
@@ -34,21 +34,21 @@ def compare(root: Path, console: Console, to: Path | None = None) -> bool:
     Args:
         to: the folder of the report, default `report` in the grid's.
     """
-    findings, folder = find(root), to or root / REPORT
+    findings, folder = read_findings(root), to or root / REPORT_FOLDER
     try:
-        drawn = pictures(findings)
+        drawn = report_plots(findings)
         files = write_report(findings, drawn, folder)
     except OSError as error:
         raise SpecError(f"{folder}: {error.strerror}; give another --to") from None
     write_hparams([findings.results], root)
-    write_summary_run(findings.results, figures_of(drawn), page(findings, {}))
-    _print(findings, console)
+    write_summary_run(findings.results, figures_by_name(drawn), markdown_page(findings, {}))
+    _print_findings(findings, console)
     console.print(f"report:      {', '.join(map(str, files))}", markup=False, soft_wrap=True)
     console.print(f"tensorboard: layerzoo ablate board {root}", markup=False, soft_wrap=True)
     return not findings.results.ended or all(verdict.holds for verdict in findings.verdicts)
 
 
-def write_report(findings: Findings, drawn: Mapping[str, Picture], folder: Path) -> list[Path]:
+def write_report(findings: Findings, drawn: Mapping[str, ReportPlot], folder: Path) -> list[Path]:
     """Write the report's files anew, and remove the figures of an earlier one that are in it no
     more.
 
@@ -61,23 +61,28 @@ def write_report(findings: Findings, drawn: Mapping[str, Picture], folder: Path)
         save_svg(picture.figure, folder / "figures" / f"{name}.svg")
     for stale in {*re.findall(r"\]\(figures/([\w.=-]+)\.svg\)", before)} - {*drawn}:
         (folder / "figures" / f"{stale}.svg").unlink(missing_ok=True)
-    text = page(findings, drawn)
+    text = markdown_page(findings, drawn)
     text_file.write_text(text, encoding="utf-8")
     svgs = {f"figures/{name}.svg": (folder / "figures" / f"{name}.svg") for name in drawn}
     inside = {name: path.read_text(encoding="utf-8") for name, path in svgs.items()}
-    html_file.write_text(as_html(findings.results.name, text, inside), encoding="utf-8")
-    write_json(folder / "summary.json", summary(findings))
-    return [text_file, html_file, folder / "summary.json", *write_data(findings.results, folder)]
+    html_file.write_text(html_page(findings.results.name, text, inside), encoding="utf-8")
+    write_json(folder / "summary.json", summary_tree(findings))
+    return [
+        text_file,
+        html_file,
+        folder / "summary.json",
+        *write_cell_table(findings.results, folder),
+    ]
 
 
-def _print(findings: Findings, console: Console) -> None:
+def _print_findings(findings: Findings, console: Console) -> None:
     results = findings.results
     console.print(results_table(findings, findings.rows, results.name))
     if findings.groups:
         name = f"{results.name} by {', '.join(results.report.by)}"
         console.print(results_table(findings, findings.groups, name))
-    missing = partial(findings)
-    for line in (*notes(findings), *doubts(findings), *([missing] if missing else [])):
+    missing = missing_results(findings)
+    for line in (*results_notes(findings), *doubts(findings), *([missing] if missing else [])):
         console.print(line, markup=False)
     for name, family in findings.contrasts.items():
         console.print(contrasts_table(name, family))

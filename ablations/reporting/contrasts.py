@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..cells.report import Contrast
-from .results import Results
-from .rows import differences
-from .statistics import Difference, holm, paired
+from .results import GridResults
+from .rows import differences_by_seed
+from .statistics import PairedDifference, holm_corrected, paired_difference
 
-LEVEL = 0.05
+SIGNIFICANCE = 0.05
 """Of the test: a difference whose corrected p is below it is told apart from 0."""
 
 
 @dataclass(frozen=True)
-class Compared:
+class MeasuredContrast:
     """A contrast as measured. holm: its p, corrected for all contrasts of the same figure."""
 
     contrast: Contrast
-    difference: Difference
+    difference: PairedDifference
     holm: float | None
 
     @property
@@ -26,14 +26,17 @@ class Compared:
         """higher, lower, not told apart; - if there is no test."""
         if self.holm is None:
             return "-"
-        if self.holm >= LEVEL:
+        if self.holm >= SIGNIFICANCE:
             return "not told apart"
         return "higher" if self.difference.mean > 0 else "lower"
 
 
-def compared(results: Results, name: str | None) -> list[Compared]:
+def measure_contrasts(results: GridResults, name: str | None) -> list[MeasuredContrast]:
     """All contrasts of a figure, None for the headline: a family, over which p is corrected."""
     contrasts = results.report.contrasts
-    found = [paired(differences(results.cells, each.pairs, name)) for each in contrasts]
-    corrected = holm([difference.p for difference in found])
-    return [Compared(*each) for each in zip(contrasts, found, corrected, strict=True)]
+    found = [
+        paired_difference(differences_by_seed(results.cells, each.pairs, name))
+        for each in contrasts
+    ]
+    corrected = holm_corrected([difference.p for difference in found])
+    return [MeasuredContrast(*each) for each in zip(contrasts, found, corrected, strict=True)]

@@ -9,16 +9,16 @@ from typing import Any
 
 import pandas as pd
 
-from .results import Result, Results
+from .results import CellResult, GridResults
 
 
-def write_data(results: Results, folder: Path) -> list[Path]:
+def write_cell_table(results: GridResults, folder: Path) -> list[Path]:
     """Write the cells as CSV, and as Parquet if pyarrow is there. Floats are in full precision; in
     CSV nan and inf are words, and what there is not is empty."""
-    lines = _lines(results)
+    lines = _cell_lines(results)
     frame = pd.DataFrame(lines)
     csv, parquet = folder / "results.csv", folder / "results.parquet"
-    words = [{name: _word(value) for name, value in line.items()} for line in lines]
+    words = [{name: _nan_as_word(value) for name, value in line.items()} for line in lines]
     told = {name: pd.array([line[name] for line in words], dtype=object) for name in frame}
     pd.DataFrame(told).to_csv(csv, index=False, lineterminator="\n")
     if importlib.util.find_spec("pyarrow") is None:
@@ -27,20 +27,22 @@ def write_data(results: Results, folder: Path) -> list[Path]:
     return [csv, parquet]
 
 
-def _word(value: Any) -> Any:
+def _nan_as_word(value: Any) -> Any:
     """nan as a word: pandas would write nothing."""
     return "nan" if isinstance(value, float) and math.isnan(value) else value
 
 
-def _lines(results: Results) -> list[dict[str, Any]]:
+def _cell_lines(results: GridResults) -> list[dict[str, Any]]:
     """All with the same columns: axes in the grid's order, figures by name."""
     axes = [*dict.fromkeys(axis for arm in results.arms.values() for axis in arm)]
     tuned = [*dict.fromkeys(axis for cell in results.cells for axis in cell.tuned)]
     names = sorted({name for cell in results.cells for name in cell.metrics})
-    return [_line(cell, axes, tuned, names) for cell in results.cells]
+    return [_cell_line(cell, axes, tuned, names) for cell in results.cells]
 
 
-def _line(cell: Result, axes: list[str], tuned: list[str], names: list[str]) -> dict[str, Any]:
+def _cell_line(
+    cell: CellResult, axes: list[str], tuned: list[str], names: list[str]
+) -> dict[str, Any]:
     return {
         "arm": cell.arm,
         **{f"axis:{axis}": cell.options.get(axis) for axis in axes},

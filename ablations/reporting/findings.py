@@ -9,13 +9,13 @@ from pathlib import Path
 from layerzoo.spec import SpecError
 
 from ..cells.confounds import Confounds
-from .confounds import confounds_of
-from .contrasts import Compared, compared
-from .laws import Fitted, fitted
-from .results import Results, read_results
-from .rows import Row, pooled, rows_of
+from .confounds import measured_confounds
+from .contrasts import MeasuredContrast, measure_contrasts
+from .laws import FittedLaw, fit_laws
+from .results import GridResults, read_results
+from .rows import ArmRow, rows_by_arm, rows_by_axes
 from .statistics import mean_interval, window_bound
-from .verdicts import Verdict, judge
+from .verdicts import Verdict, judge_claims
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Findings:
     """rows: by arm. groups: by the axes that the grid groups by. contrasts: by figure, the
     headline first. confounds: what else differs. laws: the scaling laws, fitted."""
 
-    results: Results
-    rows: list[Row]
-    groups: list[Row]
-    contrasts: dict[str, list[Compared]]
+    results: GridResults
+    rows: list[ArmRow]
+    groups: list[ArmRow]
+    contrasts: dict[str, list[MeasuredContrast]]
     confounds: Confounds
-    laws: list[Fitted]
+    laws: list[FittedLaw]
     verdicts: list[Verdict]
 
     @property
@@ -45,7 +45,7 @@ class Findings:
         return config["data"].get("init_args", {}).get("reach")
 
 
-def find(root: Path) -> Findings:
+def read_findings(root: Path) -> Findings:
     """What is in a grid's folder of results.
 
     Raises:
@@ -56,25 +56,25 @@ def find(root: Path) -> Findings:
         fault = "is tuned yet" if results.waiting or not results.trials else "could be tuned"
         raise SpecError(f"{root}: no arm {fault}; see `layerzoo ablate status {root}`")
     metric = results.report.metric
-    rows = rows_of(results.cells, metric)
+    rows = rows_by_arm(results.cells, metric)
     by = results.report.by
     found = Findings(
         results=results,
         rows=rows,
-        groups=pooled(results.cells, by, metric) if by else [],
+        groups=rows_by_axes(results.cells, by, metric) if by else [],
         contrasts={},
-        confounds=confounds_of(results, rows),
-        laws=fitted(results),
-        verdicts=judge(results.claims, rows),
+        confounds=measured_confounds(results, rows),
+        laws=fit_laws(results),
+        verdicts=judge_claims(results.claims, rows),
     )
     if results.report.contrasts:
-        found.contrasts[found.headline] = compared(results, metric)
+        found.contrasts[found.headline] = measure_contrasts(results, metric)
         for name in results.report.columns:
-            found.contrasts[name] = compared(results, name)
+            found.contrasts[name] = measure_contrasts(results, name)
     return found
 
 
-def bound_of(rows: Sequence[Row]) -> tuple[float, float] | None:
+def shared_window_bound(rows: Sequence[ArmRow]) -> tuple[float, float] | None:
     """The window's bound on accuracy and its standard error, if the arms have one ceiling,
     below 1."""
     shown = [

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import markdown
 
-STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --text: #222; --back: #fff; --line: #ddd; --soft: #f5f5f5 }
 @media (prefers-color-scheme: dark) {
   :root { --text: #ddd; --back: #181818; --line: #444; --soft: #222 }
@@ -30,7 +30,7 @@ figcaption { font-size: 13px }
 """
 
 
-def as_html(title: str, text: str, svgs: Mapping[str, str]) -> str:
+def html_page(title: str, text: str, svgs: Mapping[str, str]) -> str:
     """A whole document that refers to nothing outside.
 
     text: the report. svgs: its figures by the paths that it names.
@@ -40,18 +40,18 @@ def as_html(title: str, text: str, svgs: Mapping[str, str]) -> str:
     body = body.replace("</table>", "</table></div>")
     body = re.sub(
         r'<p><img alt="([^"]*)" src="([^"]*)"\s*/?></p>',
-        lambda m: f"<figure>{_inline(svgs[m[2]])}<figcaption>{m[1]}</figcaption></figure>",
+        lambda m: f"<figure>{_inline_svg(svgs[m[2]])}<figcaption>{m[1]}</figcaption></figure>",
         body,
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-def _inline(svg: str) -> str:
+def _inline_svg(svg: str) -> str:
     """The element alone, without the ids of its groups, which several figures share."""
     element = svg[svg.index("<svg") :]
     return re.sub(r'<g id="[^"]*"', "<g", element).strip()

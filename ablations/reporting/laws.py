@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cells.report import ScalingLaw
-from .results import Result, Results
-from .scaling import Scaling, fit_scaling
+from .results import CellResult, GridResults
+from .scaling import ScalingFit, fit_scaling
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedLaw:
     """A law of one group of arms.
 
     group: its options. cells: what is fitted. x [m, variables], y [m]: of these cells.
@@ -26,30 +26,30 @@ class Fitted:
 
     law: ScalingLaw
     group: str
-    cells: list[Result]
+    cells: list[CellResult]
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     left_out: dict[str, int]
-    scaling: Scaling | None
+    scaling: ScalingFit | None
 
 
-def fitted(results: Results) -> list[Fitted]:
+def fit_laws(results: GridResults) -> list[FittedLaw]:
     """Every law of every group. Seeds of an arm are one configuration of the fit."""
     out = []
     for law in results.report.scaling:
-        groups: dict[str, list[Result]] = {}
+        groups: dict[str, list[CellResult]] = {}
         for cell in results.cells:
             options = [cell.options[axis] for axis in law.by if axis in cell.options]
             groups.setdefault(",".join(options), []).append(cell)
-        out += [_fitted(law, group, cells) for group, cells in groups.items()]
+        out += [_fit_group(law, group, cells) for group, cells in groups.items()]
     return out
 
 
-def _fitted(law: ScalingLaw, group: str, cells: Sequence[Result]) -> Fitted:
-    used: list[Result] = []
+def _fit_group(law: ScalingLaw, group: str, cells: Sequence[CellResult]) -> FittedLaw:
+    used: list[CellResult] = []
     left_out: dict[str, int] = {}
     for cell in (cell for cell in cells if cell.metrics):
-        if fault := _fault(law, cell):
+        if fault := _why_left_out(law, cell):
             left_out[fault] = left_out.get(fault, 0) + 1
         else:
             used.append(cell)
@@ -59,10 +59,10 @@ def _fitted(law: ScalingLaw, group: str, cells: Sequence[Result]) -> Fitted:
     if used:
         arms = [cell.arm for cell in used]
         scaling = fit_scaling(x[:, 0] if len(law.x) == 1 else x, y, arms, rises=law.rises)
-    return Fitted(law, group, used, x, y, left_out, scaling)
+    return FittedLaw(law, group, used, x, y, left_out, scaling)
 
 
-def _fault(law: ScalingLaw, cell: Result) -> str | None:
+def _why_left_out(law: ScalingLaw, cell: CellResult) -> str | None:
     """Why a finished cell says nothing of the law."""
     missing = [name for name in (law.y, *law.x) if cell.metrics.get(name) is None]
     if missing:
@@ -75,6 +75,6 @@ def _fault(law: ScalingLaw, cell: Result) -> str | None:
     return None
 
 
-def _largest_tested(cell: Result) -> int | None:
+def _largest_tested(cell: CellResult) -> int | None:
     tested = [re.fullmatch(r"accuracy_pairs/(\d+)", name) for name in cell.metrics]
     return max((int(found[1]) for found in tested if found), default=None)

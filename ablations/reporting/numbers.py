@@ -25,12 +25,12 @@ def is_accuracy(name: str) -> bool:
     return is_share(name) and not name.startswith("errors/")
 
 
-def head(name: str) -> str:
+def column_head(name: str) -> str:
     """Of a column, in lines."""
     return f"{name}\n(%)" if is_share(name) else name
 
 
-def shown(name: str, estimate: Estimate, sign: str = "") -> str:
+def estimate_text(name: str, estimate: Estimate, sign: str = "") -> str:
     """A mean with its interval, if it has one. A mean that is not finite is shown as nan or inf;
     without any value there is nothing to show.
 
@@ -46,11 +46,11 @@ def shown(name: str, estimate: Estimate, sign: str = "") -> str:
     return f"{mean} ±{100 * estimate.half:.1f}" if share else f"{mean} ±{estimate.half:.2g}"
 
 
-def mean_alone(estimate: Estimate, form: str) -> str:
+def mean_text(estimate: Estimate, form: str) -> str:
     return NOTHING if estimate.n == 0 else form.format(estimate.mean)
 
 
-def probability(p: float | None) -> str:
+def p_text(p: float | None) -> str:
     if p is None:
         return NOTHING
     return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -8,17 +8,26 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .power_laws import EXPONENT, Array, Frame, Law, Powers, Saturating, best_starts, fit
+from .power_laws import (
+    EXPONENT_BOUNDS,
+    Array,
+    LogMeans,
+    PowerLaw,
+    PowerSum,
+    SaturatingPower,
+    best_starts,
+    minimise_loss,
+)
 
-DECADES = 1.5
+LEAST_DECADES = 1.5
 """The least range of x that an exponent is reported from."""
-STARTS = 8
+START_COUNT = 8
 """From so many points of a law's grid a fit starts; in a resample from its own end and one."""
-INTERVAL = (2.5, 97.5)
+INTERVAL_PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
+class FittedForm:
     """A law, fitted to all that was measured.
 
     parameters: value and 95% bootstrap interval; none if the scaling is refused.
@@ -31,8 +40,8 @@ class Form:
     parameters: dict[str, tuple[float, float, float]]
     objective: float
     miss: float
-    law: Law = field(repr=False)
-    frame: Frame = field(repr=False)
+    law: PowerLaw = field(repr=False)
+    frame: LogMeans = field(repr=False)
     theta: Array = field(repr=False)
     draws: Array = field(repr=False)
     rises: bool = field(repr=False)
@@ -43,7 +52,9 @@ class Form:
 
     def band(self, x: ArrayLike) -> tuple[Array, Array]:
         """The ends of the 95% bootstrap interval of y at each x."""
-        low, high = np.percentile([self._curve(draw, x) for draw in self.draws], INTERVAL, axis=0)
+        low, high = np.percentile(
+            [self._curve(draw, x) for draw in self.draws], INTERVAL_PERCENTILES, axis=0
+        )
         return low, high
 
     def _curve(self, theta: Array, x: ArrayLike) -> Array:
@@ -54,17 +65,17 @@ class Form:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaling:
+class ScalingFit:
     """What was fitted. refused: why no exponent is reported. decades: the range of each variable
     (nan if it is not positive). forms: by name; none if there was nothing to fit."""
 
     refused: str | None
     decades: tuple[float, ...]
-    forms: dict[str, Form]
+    forms: dict[str, FittedForm]
     rises: bool
 
     @property
-    def best(self) -> Form:
+    def best(self) -> FittedForm:
         """The form with the smallest miss; if several agree to 0.1%, the one with fewest
         parameters."""
         return min(self.forms.values(), key=lambda form: (round(form.miss, 3), len(form.theta)))
@@ -78,7 +89,7 @@ def fit_scaling(
     rises: bool = False,
     resamples: int = 200,
     seed: int = 0,
-) -> Scaling:
+) -> ScalingFit:
     """Fit y(x) with a power law, one with a floor, and (of one variable) one that saturates.
 
     x: sizes [m] or [m, 2]. y: what was measured [m]. configuration: which one each is of; the
@@ -99,26 +110,26 @@ def fit_scaling(
     """
     x, y = _columns(x), np.asarray(y, dtype=np.float64)
     variables = x.shape[1]
-    laws: list[Law] = [Powers(variables, floor=False), Powers(variables, floor=True)]
+    laws: list[PowerLaw] = [PowerSum(variables, floor=False), PowerSum(variables, floor=True)]
     if variables == 1:
-        laws.append(Saturating())
+        laws.append(SaturatingPower())
     parameters = max(len(law.names) for law in laws)
     if bad := int((~_positive(y)).sum() + (~_positive(x)).sum()):
         reason = f"{bad} of {x.size + y.size} values of x and y are not positive and finite"
-        return Scaling(reason, (np.nan,) * variables, {}, rises)
+        return ScalingFit(reason, (np.nan,) * variables, {}, rises)
     decades = tuple(np.ptp(np.log10(x), axis=0).tolist())
     held_out = (x == x.max(0)).any(1)
     names, which = np.unique(np.asarray(configuration), return_inverse=True)
     if reason := _too_little(x, held_out, decades, len(names), parameters):
-        return Scaling(reason, decades, {}, rises)
+        return ScalingFit(reason, decades, {}, rises)
     rng = np.random.default_rng(seed)
-    weights = resample(len(names), parameters, resamples, rng)[:, which]
+    weights = draw_resamples(len(names), parameters, resamples, rng)[:, which]
     log_y = -np.log(y) if rises else np.log(y)
     forms = {law.name: _fit_form(law, np.log(x), log_y, held_out, weights, rises) for law in laws}
-    reason = _undetermined(Scaling(None, decades, forms, rises).best)
+    reason = _undetermined(ScalingFit(None, decades, forms, rises).best)
     if reason:
         forms = {name: replace(form, parameters={}) for name, form in forms.items()}
-    return Scaling(reason, decades, forms, rises)
+    return ScalingFit(reason, decades, forms, rises)
 
 
 def _columns(x: ArrayLike) -> Array:
@@ -135,8 +146,8 @@ def _too_little(
 ) -> str | None:
     """Why this cannot be fitted."""
     for name, span in zip(("x",) if len(decades) == 1 else ("x1", "x2"), decades, strict=True):
-        if span < DECADES:
-            return f"{name} spans {span:.2f} decades; an exponent takes {DECADES}"
+        if span < LEAST_DECADES:
+            return f"{name} spans {span:.2f} decades; an exponent takes {LEAST_DECADES}"
     sizes = min(configurations, len(np.unique(x, axis=0)))
     if sizes < parameters + 2:
         return f"{parameters} parameters take {parameters + 2} different sizes; there are {sizes}"
@@ -146,9 +157,9 @@ def _too_little(
     return None
 
 
-def _undetermined(form: Form) -> str | None:
+def _undetermined(form: FittedForm) -> str | None:
     """Why the form's exponents are not to be reported."""
-    least, most = EXPONENT
+    least, most = EXPONENT_BOUNDS
     for place in form.law.exponents:
         name = form.law.names[place]
         value, low, high = form.parameters[name]
@@ -160,7 +171,9 @@ def _undetermined(form: Form) -> str | None:
     return None
 
 
-def resample(configurations: int, least: int, resamples: int, rng: np.random.Generator) -> Array:
+def draw_resamples(
+    configurations: int, least: int, resamples: int, rng: np.random.Generator
+) -> Array:
     """How often each configuration is drawn [resamples, configurations], with `least` or more
     different ones in each."""
     draws: list[np.ndarray] = []
@@ -173,21 +186,23 @@ def resample(configurations: int, least: int, resamples: int, rng: np.random.Gen
 
 
 def _fit_form(
-    law: Law, log_x: Array, log_y: Array, held_out: np.ndarray, weights: Array, rises: bool
-) -> Form:
+    law: PowerLaw, log_x: Array, log_y: Array, held_out: np.ndarray, weights: Array, rises: bool
+) -> FittedForm:
     """Fit to the sizes that are not held out, for the miss; to all; and to each resample."""
-    frame = Frame(log_x.mean(0), float(log_y.mean()))
+    frame = LogMeans(log_x.mean(0), float(log_y.mean()))
     u, v = log_x - frame.centre, log_y - frame.level
     rest = u[~held_out], v[~held_out]
-    theta, _ = fit(law, *rest, np.ones_like(rest[1]), best_starts(law, *rest, STARTS))
+    theta, _ = minimise_loss(
+        law, *rest, np.ones_like(rest[1]), best_starts(law, *rest, START_COUNT)
+    )
     miss = np.expm1(np.abs(law.value(theta, u[held_out])[0] - v[held_out]).mean())
 
-    starts = best_starts(law, u, v, STARTS)
-    theta, objective = fit(law, u, v, np.ones_like(v), starts)
-    draws = np.array([fit(law, u, v, row, [theta, starts[0]])[0] for row in weights])
-    low, high = np.percentile(law.parameters(draws, frame), INTERVAL, axis=0)
+    starts = best_starts(law, u, v, START_COUNT)
+    theta, objective = minimise_loss(law, u, v, np.ones_like(v), starts)
+    draws = np.array([minimise_loss(law, u, v, row, [theta, starts[0]])[0] for row in weights])
+    low, high = np.percentile(law.parameters(draws, frame), INTERVAL_PERCENTILES, axis=0)
     triples = np.stack([law.parameters(theta, frame), low, high], axis=1).tolist()
-    return Form(
+    return FittedForm(
         name=law.name,
         formula=f"{'1/y' if rises else 'y'} = {law.formula}",
         parameters={name: (a, b, c) for name, (a, b, c) in zip(law.names, triples, strict=True)},

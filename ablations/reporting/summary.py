@@ -6,15 +6,15 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from .about import command
-from .contrasts import Compared
-from .findings import Findings, bound_of
-from .laws import Fitted
+from .about import rerun_command
+from .contrasts import MeasuredContrast
+from .findings import Findings, shared_window_bound
+from .laws import FittedLaw
 from .numbers import is_accuracy
 from .statistics import Estimate, success_rate
-from .verdicts import plain_verdicts
+from .verdicts import verdict_trees
 
-NAMES = (
+SUMMARY_METRICS = (
     "recall/accuracy",
     "accuracy/all",
     "recall/beyond_window",
@@ -23,13 +23,13 @@ NAMES = (
 )
 
 
-def summary(findings: Findings) -> dict[str, Any]:
+def summary_tree(findings: Findings) -> dict[str, Any]:
     """Every arm's estimates, every cell's metrics, contrasts, fits and claims; null where nothing
     is. A figure that is not finite stays what it is."""
     results = findings.results
-    wanted = (*NAMES, results.report.metric, *results.report.columns)
+    wanted = (*SUMMARY_METRICS, results.report.metric, *results.report.columns)
     names = [*dict.fromkeys(name for name in wanted if name)]
-    bound = bound_of(findings.rows)
+    bound = shared_window_bound(findings.rows)
     arms = [
         {
             "arm": row.arm,
@@ -39,7 +39,7 @@ def summary(findings: Findings) -> dict[str, Any]:
             "failed": row.failed,
             "tuned": row.cells[0].tuned if row.cells else {},
             "matched": row.cells[0].matched if row.cells else {},
-            **{name: _estimate(row.estimate(name)) for name in names if row.values(name)},
+            **{name: _estimate_tree(row.estimate(name)) for name in names if row.values(name)},
             "success_rate": success_rate(row.scores)
             if row.scores and is_accuracy(row.headline)
             else None,
@@ -50,41 +50,41 @@ def summary(findings: Findings) -> dict[str, Any]:
     ]
     return {
         "grid": results.fields.to_fields(),
-        "command": command(results),
+        "command": rerun_command(results),
         "window_bound": {"mean": bound[0], "standard_error": bound[1]} if bound else None,
-        "claims": plain_verdicts(findings.verdicts),
+        "claims": verdict_trees(findings.verdicts),
         "contrasts": {
-            name: [_contrast(each) for each in family]
+            name: [_contrast_tree(each) for each in family]
             for name, family in findings.contrasts.items()
         },
         "confounds": asdict(findings.confounds),
-        "scaling": [_fit(fit) for fit in findings.laws],
+        "scaling": [_fit_tree(fit) for fit in findings.laws],
         "arms": arms,
     }
 
 
-def _estimate(found: Estimate) -> dict[str, float | None]:
-    return {"mean": found.mean, "half": _known(found.half)}
+def _estimate_tree(found: Estimate) -> dict[str, float | None]:
+    return {"mean": found.mean, "half": _none_if_nan(found.half)}
 
 
-def _known(x: float) -> float | None:
+def _none_if_nan(x: float) -> float | None:
     """Of what is nan where there is none."""
     return None if math.isnan(x) else x
 
 
-def _contrast(each: Compared) -> dict[str, Any]:
+def _contrast_tree(each: MeasuredContrast) -> dict[str, Any]:
     found = each.difference
     return {
         **asdict(each.contrast),
         **found._asdict(),
         "mean": found.mean if found.pairs else None,
-        "half": _known(found.half),
+        "half": _none_if_nan(found.half),
         "holm": each.holm,
         "words": each.words,
     }
 
 
-def _fit(fit: Fitted) -> dict[str, Any]:
+def _fit_tree(fit: FittedLaw) -> dict[str, Any]:
     scaling = fit.scaling
     return {
         **fit.law.to_fields(),
@@ -92,7 +92,7 @@ def _fit(fit: Fitted) -> dict[str, Any]:
         "cells": len(fit.cells),
         "left_out": fit.left_out,
         "refused": scaling.refused if scaling else "no cell to fit",
-        "decades": [_known(x) for x in scaling.decades] if scaling else None,
+        "decades": [_none_if_nan(x) for x in scaling.decades] if scaling else None,
         "best": scaling.best.name if scaling and scaling.forms else None,
         "forms": {
             name: {"formula": form.formula, "parameters": form.parameters, "miss": form.miss}

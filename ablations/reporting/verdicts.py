@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..cells.claims import Claim
-from .rows import Row
+from .rows import ArmRow
 from .statistics import mean_interval, window_bound
 
 
@@ -44,7 +44,7 @@ class Verdict:
         return "fails" if self.finite else "not finite"
 
     @property
-    def figures(self) -> tuple[str, str]:
+    def shown(self) -> tuple[str, str]:
         """Expected and measured, as tables show them: a difference with its sign."""
         form = "{:.3f}" if self.claim.minus is None else "{:+.3f}"
         expected, measured = (
@@ -59,16 +59,16 @@ class Verdict:
         return allowed if isinstance(allowed, str) else f"±{allowed:g}"
 
 
-def judge(claims: Sequence[Claim], rows: Sequence[Row]) -> list[Verdict]:
+def judge_claims(claims: Sequence[Claim], rows: Sequence[ArmRow]) -> list[Verdict]:
     arms = {row.arm: row for row in rows}
-    return [_verdict(claim, arms) for claim in claims]
+    return [_judge_claim(claim, arms) for claim in claims]
 
 
-def _verdict(claim: Claim, arms: Mapping[str, Row]) -> Verdict:
-    row = arms.get(claim.arm, Row(claim.arm, {}))
-    measured, expected = _mean(row.values(claim.metric)), claim.value
+def _judge_claim(claim: Claim, arms: Mapping[str, ArmRow]) -> Verdict:
+    row = arms.get(claim.arm, ArmRow(claim.arm, {}))
+    measured, expected = _mean_or_none(row.values(claim.metric)), claim.value
     if claim.minus is not None:
-        other = _mean(arms.get(claim.minus, Row(claim.minus, {})).values(claim.metric))
+        other = _mean_or_none(arms.get(claim.minus, ArmRow(claim.minus, {})).values(claim.metric))
         measured = None if measured is None or other is None else measured - other
     if expected == "window_bound":
         bounds = [
@@ -76,11 +76,11 @@ def _verdict(claim: Claim, arms: Mapping[str, Row]) -> Verdict:
             for m in (cell.metrics for cell in row.cells)
             if m.get("chance") and "recall/ceiling" in m
         ]
-        return Verdict(claim, _mean(bounds), measured)
+        return Verdict(claim, _mean_or_none(bounds), measured)
     return Verdict(claim, expected, measured)
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean_or_none(values: Sequence[float]) -> float | None:
     return mean_interval(values).mean if values else None
 
 
@@ -89,13 +89,13 @@ def claims_table(verdicts: Sequence[Verdict]) -> Table:
     for n, head in enumerate(("arm", "metric", "expected", "measured", "verdict")):
         out.add_column(head, justify="right" if n in (2, 3) else "left")
     for v in verdicts:
-        expected, measured = v.figures
+        expected, measured = v.shown
         within = f"{expected} {v.tolerance}"
         out.add_row(v.claim.subject, v.claim.metric, within, measured, v.word)
     return out
 
 
-def plain_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
+def verdict_trees(verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
     """For summary.json."""
     return [
         {**v.claim.to_fields(), "expected": v.expected, "measured": v.measured, "holds": v.holds}

@@ -398,8 +398,8 @@ FAULTS = [
     Fault(
         "grid",
         "ablations/cells/confounds.py",
-        "if most is not None and ratios[most] > 1 + TOLERANCE:",
-        "if most is not None and ratios[most] > 2 + TOLERANCE:",
+        "if most is not None and ratios[most] > 1 + SIZE_TOLERANCE:",
+        "if most is not None and ratios[most] > 2 + SIZE_TOLERANCE:",
         ("tests/test_confounds.py",),
     ),
     # Statistics

@@ -10,14 +10,14 @@ from typing import NamedTuple
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ...cells.cell import Seed
-from ..results import Result
+from ..results import CellResult
 from ..statistics import mean_interval, mean_of
 
-Curve = dict[int, float]
+StepCurve = dict[int, float]
 """A figure by the step of its measurement."""
 
 
-class Margin(NamedTuple):
+class SeedInterval(NamedTuple):
     """Of one value, all three are that value."""
 
     mean: float
@@ -25,7 +25,7 @@ class Margin(NamedTuple):
     upper: float
 
 
-def read_curves(folder: Path, names: Sequence[str]) -> dict[str, Curve]:
+def read_curves(folder: Path, names: Sequence[str]) -> dict[str, StepCurve]:
     """The figures of the validation split that a cell has logged so far."""
     if not any(folder.glob("events.*")):  # it has not begun
         return {}
@@ -38,9 +38,9 @@ def read_curves(folder: Path, names: Sequence[str]) -> dict[str, Curve]:
     }
 
 
-def margins(
-    cells: Sequence[Result], curves: Mapping[str, Mapping[str, Curve]], name: str
-) -> dict[int, Margin]:
+def seed_intervals(
+    cells: Sequence[CellResult], curves: Mapping[str, Mapping[str, StepCurve]], name: str
+) -> dict[int, SeedInterval]:
     """A figure's interval over seeds at every step, from the seeds that have it. There is none
     at a step where one of them is not finite: it would be of the others alone.
 
@@ -58,5 +58,5 @@ def margins(
         if values and all(map(math.isfinite, values)):
             mean, half, _ = mean_interval(values)
             half = 0.0 if math.isnan(half) else half
-            out[step] = Margin(mean, mean - half, mean + half)
+            out[step] = SeedInterval(mean, mean - half, mean + half)
     return out

@@ -11,20 +11,22 @@ from matplotlib.figure import Figure
 from layerzoo.support.figures import heat_map
 
 from ..findings import Findings
-from ..rows import Row
+from ..rows import ArmRow
 from .canvas import wrapped
 
-TAG = re.compile(r"continual_matrix/phase=(\d+)/task=(\d+)")
-ACROSS = 3
+MATRIX_METRIC = re.compile(r"continual_matrix/phase=(\d+)/task=(\d+)")
+PANELS_ACROSS = 3
 """Panels in a line."""
 
 
-def continual(findings: Findings) -> Figure | None:
+def plot_continual(findings: Findings) -> Figure | None:
     """The matrices, means over seeds; None if no arm has one."""
-    matrices = {row.arm: found for row in findings.rows if (found := _matrix(row)) is not None}
+    matrices = {
+        row.arm: found for row in findings.rows if (found := _accuracy_matrix(row)) is not None
+    }
     if not matrices:
         return None
-    across = min(ACROSS, len(matrices))
+    across = min(PANELS_ACROSS, len(matrices))
     down = -(-len(matrices) // across)
     rows, columns = next(iter(matrices.values()))[0].shape
     width, height = max(2.4, 0.5 * columns + 1.1), max(2.0, 0.34 * rows + 0.9)
@@ -40,10 +42,12 @@ def continual(findings: Findings) -> Figure | None:
     return figure
 
 
-def _matrix(row: Row) -> tuple[Any, list[int], list[int]] | None:
+def _accuracy_matrix(row: ArmRow) -> tuple[Any, list[int], list[int]] | None:
     """Accuracy [phase, task], and the numbers of both."""
     names = {name for cell in row.cells for name in cell.metrics}
-    found = {(int(m[1]), int(m[2])): m[0] for name in names if (m := TAG.fullmatch(name))}
+    found = {
+        (int(m[1]), int(m[2])): m[0] for name in names if (m := MATRIX_METRIC.fullmatch(name))
+    }
     if not found:
         return None
     phases, tasks = (sorted({at[side] for at in found}) for side in (0, 1))

@@ -11,11 +11,11 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from layerzoo.support.style import COLOURS, MARKERS, tidy
 
-from ..laws import Fitted
-from .canvas import inches, legend, wrapped
+from ..laws import FittedLaw
+from .canvas import add_legend, width_of_names, wrapped
 
 
-def scaling(fits: Sequence[Fitted]) -> Figure | None:
+def plot_scaling(fits: Sequence[FittedLaw]) -> Figure | None:
     """A law's groups: y against its size, with the best form and its 95% bootstrap band; of two
     sizes, y as measured against y as fitted. Hollow: what was held out for the misses. A fit that
     is refused is not drawn."""
@@ -24,7 +24,7 @@ def scaling(fits: Sequence[Fitted]) -> Figure | None:
         return None
     law = fits[0].law
     names = [fit.group or law.y for fit in fits]
-    figure = Figure(figsize=(5.8 + inches(names, 8), 4.0), layout="constrained")
+    figure = Figure(figsize=(5.8 + width_of_names(names, 8), 4.0), layout="constrained")
     axes = figure.add_subplot()
     two = len(law.x) == 2
     for n, (fit, name) in enumerate(zip(fits, names, strict=True)):
@@ -38,7 +38,7 @@ def scaling(fits: Sequence[Fitted]) -> Figure | None:
         for some, face, label in ((~apart, colour, wrapped(name)), (apart, "white", None)):
             axes.plot(x[some], fit.y[some], marker, ms=5, mec=colour, mfc=face, label=label)
         if best and not two:
-            _curve(axes, best, x, colour)
+            _draw_fit(axes, best, x, colour)
     if two:
         ends = [
             min(axes.get_xlim()[0], axes.get_ylim()[0]),
@@ -53,12 +53,12 @@ def scaling(fits: Sequence[Fitted]) -> Figure | None:
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"{law.y} as fitted" if two else law.x[0])
     axes.set_ylabel(law.y)
-    legend(axes, title=", ".join(law.by) or None)
+    add_legend(axes, title=", ".join(law.by) or None)
     tidy(axes)
     return figure
 
 
-def _curve(axes: Any, form: Any, x: Any, colour: str) -> None:
+def _draw_fit(axes: Any, form: Any, x: Any, colour: str) -> None:
     at = np.geomspace(x.min(), x.max(), 100)
     low, high = form.band(at)
     axes.plot(at, form.predict(at), color=colour, lw=1.3)
