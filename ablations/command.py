@@ -29,7 +29,7 @@ def _plan_command(options: argparse.Namespace) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    from .run import RunOptions, run_grid
+    from .grid_run import RunOptions, run_grid
 
     run_options = RunOptions(
         out=options.out,
@@ -45,7 +45,7 @@ def _run_command(options: argparse.Namespace) -> int:
 
 
 def _validate_command(options: argparse.Namespace) -> int:
-    from .run import RunOptions
+    from .grid_run import RunOptions
     from .validate import validate_grids
 
     return validate_grids(
@@ -56,7 +56,7 @@ def _validate_command(options: argparse.Namespace) -> int:
 def _report_command(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from .reporting.compare import compare
+    from .reporting.report_files import compare
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     return 0 if compare(options.dir, console, options.to) else 1
@@ -69,7 +69,7 @@ def _status_command(options: argparse.Namespace) -> int:
 
 
 def _board_command(options: argparse.Namespace) -> int:
-    from .reporting.board.serve import serve_board
+    from .reporting.board.server import serve_board
 
     return serve_board(options.dir, options.host, options.port)
 

@@ -13,10 +13,10 @@ from layerzoo.spec import SpecError
 
 from .cells.grid import Grid, load_grid, read_grid, shipped_grids
 from .cells.source import Source
+from .grid_run import RunOptions, run_grid
+from .reporting.arm_rows import rows_by_arm
+from .reporting.comparisons import Verdict, judge_claims
 from .reporting.results import GridResults, read_results
-from .reporting.rows import rows_by_arm
-from .reporting.verdicts import Verdict, judge_claims
-from .run import RunOptions, run_grid
 from .running.folder import reason_of
 from .running.pace import duration_text
 

@@ -17,22 +17,22 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
-from layerzoo.ablations import run as command
+from layerzoo.ablations import grid_run as command
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.claims import Claim
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.ablations.command import main
-from layerzoo.ablations.reporting.findings import shared_window_bound
-from layerzoo.ablations.reporting.results import CellResult
-from layerzoo.ablations.reporting.rows import (
+from layerzoo.ablations.grid_run import RunOptions, run_grid
+from layerzoo.ablations.reporting.arm_rows import (
     ArmRow,
     differences_by_seed,
     rows_by_arm,
     rows_by_axes,
 )
+from layerzoo.ablations.reporting.comparisons import judge_claims
+from layerzoo.ablations.reporting.findings import shared_window_bound
+from layerzoo.ablations.reporting.results import CellResult
 from layerzoo.ablations.reporting.statistics import mean_interval, window_bound
-from layerzoo.ablations.reporting.verdicts import judge_claims
-from layerzoo.ablations.run import RunOptions, run_grid
 from layerzoo.ablations.running.folder import METRICS, RECORD, prepare_folder
 from layerzoo.train.command import main as train
 

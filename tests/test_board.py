@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.command import main
 from layerzoo.ablations.reporting.board.hparams import write_hparams
-from layerzoo.ablations.reporting.board.summary import write_summary_run
+from layerzoo.ablations.reporting.board.summary_run import write_summary_run
 from layerzoo.ablations.reporting.results import read_all_results, read_results
 from layerzoo.ablations.running.folder import cell_lock
 from layerzoo.spec import SpecError

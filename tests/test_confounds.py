@@ -14,9 +14,9 @@ from rich.console import Console
 from layerzoo.ablations.cells.confounds import compared_pairs, find_confounds, value_text
 from layerzoo.ablations.cells.differences import ComparedArm, config_differences
 from layerzoo.ablations.cells.grid import Grid, load_grid
-from layerzoo.ablations.planning.confounds import planned_confounds
+from layerzoo.ablations.planning.cautions import planned_confounds
 from layerzoo.ablations.planning.plan import plan_command
-from layerzoo.ablations.reporting.compare import compare
+from layerzoo.ablations.reporting.report_files import compare
 
 WriteResults = Callable[..., Path]
 SET = "{model.network.dim: 16, model.network.depth: 1, model.lr: 1e-2}"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from layerzoo import SpecError
-from layerzoo.ablations import run as command
+from layerzoo.ablations import grid_run as command
 from layerzoo.ablations.command import main
 from layerzoo.ablations.running.executor import Outcome
 from layerzoo.ablations.running.folder import (

@@ -17,7 +17,7 @@ from layerzoo.ablations.cells import configs
 from layerzoo.ablations.cells.cell import identity_of
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.ablations.command import main
-from layerzoo.ablations.run import RunOptions, run_grid
+from layerzoo.ablations.grid_run import RunOptions, run_grid
 from layerzoo.ablations.running.folder import cell_state, prepare_folder, read_json
 from layerzoo.ablations.running.worker import run_cell
 from layerzoo.train.command import main as train

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from layerzoo import SpecError
 from layerzoo.ablations.command import main
-from layerzoo.ablations.reporting.compare import compare
-from layerzoo.ablations.reporting.markdown import escape_markdown
-from layerzoo.ablations.reporting.numbers import estimate_text, is_share, p_text
+from layerzoo.ablations.reporting.arm_rows import is_share
+from layerzoo.ablations.reporting.formats import escape_markdown, estimate_text, p_text
+from layerzoo.ablations.reporting.report_files import compare
 from layerzoo.ablations.reporting.statistics import Estimate
 from layerzoo.ablations.reporting.tables import without_folders
 

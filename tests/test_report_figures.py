@@ -13,13 +13,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from layerzoo.ablations.reporting import laws
-from layerzoo.ablations.reporting.figures import report_plots
-from layerzoo.ablations.reporting.figures.canvas import arm_styles, legend_styles, wrapped
+from layerzoo.ablations.reporting import scaling as laws
 from layerzoo.ablations.reporting.findings import read_findings
-from layerzoo.ablations.reporting.report import markdown_page
+from layerzoo.ablations.reporting.page import markdown_page
+from layerzoo.ablations.reporting.plots import report_plots
+from layerzoo.ablations.reporting.plots.canvas import arm_styles, legend_styles, wrapped
+from layerzoo.ablations.reporting.report_files import summary_tree
 from layerzoo.ablations.reporting.scaling import fit_scaling
-from layerzoo.ablations.reporting.summary import summary_tree
 
 WriteResults = Callable[..., Path]
 WINDOW = {"layer": {"window": {}, "memory": {}}}

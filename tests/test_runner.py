@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from layerzoo import SpecError
-from layerzoo.ablations import run as command
+from layerzoo.ablations import grid_run as command
 from layerzoo.ablations.cells.cell import Cell, Seed, identity_of
 from layerzoo.ablations.running import runner
 from layerzoo.ablations.running.executor import Outcome

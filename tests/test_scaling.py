@@ -18,7 +18,8 @@ from layerzoo.ablations.reporting.power_laws import (
     huber_loss,
     minimise_loss,
 )
-from layerzoo.ablations.reporting.scaling import draw_resamples, fit_scaling
+from layerzoo.ablations.reporting.scaling import fit_scaling
+from layerzoo.ablations.reporting.statistics import draw_resamples
 
 LAWS = {
     "no floor": PowerSum(1, floor=False),

@@ -17,10 +17,10 @@ from layerzoo.ablations.cells import grid as grids
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.claims import Claim
 from layerzoo.ablations.command import main
+from layerzoo.ablations.grid_run import RunOptions
+from layerzoo.ablations.reporting.arm_rows import ArmRow
+from layerzoo.ablations.reporting.comparisons import judge_claims
 from layerzoo.ablations.reporting.results import CellResult
-from layerzoo.ablations.reporting.rows import ArmRow
-from layerzoo.ablations.reporting.verdicts import judge_claims
-from layerzoo.ablations.run import RunOptions
 from layerzoo.ablations.running.folder import METRICS, cell_facts, prepare_folder
 
 from .here import quick

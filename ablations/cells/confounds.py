@@ -17,7 +17,7 @@ from .differences import (
     classified_differences,
     keys_written,
 )
-from .report import Report
+from .report_options import Report
 from .sizes import SIZE_NAMES as SIZES
 
 SIZE_TOLERANCE = 0.05

@@ -18,10 +18,10 @@ from .arms import Arm, arm_name, passes, read_arm_filter, read_arms
 from .axes import Axis, Override, read_axes, read_overrides
 from .cell import Cell, Seed
 from .claims import Claim, read_claims
+from .config_builder import MAX_STEPS, SEED_KEYS, ConfigBuilder
 from .configs import Tree, forget_tasks, task_of
-from .drafts import MAX_STEPS, SEED_KEYS, ConfigBuilder
 from .match import Match, match_models
-from .report import Report, read_report
+from .report_options import Report, read_report
 from .schema import Fields, read_seeds
 from .source import Source, shipped_grids
 from .tune import Choice, RunMetrics, Tuning, choose_options, read_tuning

@@ -9,8 +9,15 @@ from typing import Any
 from layerzoo.spec import Config, SpecError, at, suggest
 
 from .configs import Tree
-from .knobs import NETWORK_KNOBS, knob_start, layer_knobs, with_knob
-from .sizes import SizeName, measure_sizes, sizes_of
+from .sizes import (
+    NETWORK_KNOBS,
+    SizeName,
+    knob_start,
+    layer_knobs,
+    measure_sizes,
+    sizes_of,
+    with_knob,
+)
 
 SEARCH_RADIUS = 64
 """How far from a value to look for one whose model builds."""

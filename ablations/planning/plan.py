@@ -22,8 +22,7 @@ from ..cells.grid import load_grid
 from ..cells.sizes import Sizes, sizes_of
 from ..running.local import default_slots
 from ..running.pace import duration_text
-from .cautions import cautions
-from .confounds import planned_confounds, show_confounds
+from .cautions import cautions, planned_confounds, show_confounds
 from .probe import Speed, probe_speeds, training_shape
 from .work import work_of
 

@@ -22,8 +22,7 @@ from layerzoo.train.lit import LitModel
 
 from ..cells import configs
 from ..cells.configs import Tree
-from ..cells.knobs import layer_names
-from ..cells.sizes import sizes_of
+from ..cells.sizes import layer_names, sizes_of
 
 MOST_SHAPES, MOST_SECONDS = 20, 60.0
 """How many shapes are probed, and for how long in all."""

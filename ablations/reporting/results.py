@@ -17,7 +17,7 @@ from ..cells.axes import Axis, read_axes
 from ..cells.cell import Seed
 from ..cells.claims import Claim, read_claims
 from ..cells.grid import grid_name
-from ..cells.report import Report, read_report
+from ..cells.report_options import Report, read_report
 from ..cells.schema import Fields
 from ..cells.source import Source
 from ..running.folder import CELLS, CONFIG, ENDED, METRICS, RECORD, State, read_json

@@ -12,6 +12,8 @@ from scipy import stats
 
 from layerzoo.metrics import SuccessRate
 
+from .power_laws import Array
+
 BOOTSTRAP_PAIRS = 10
 """From so many pairs on there is a bootstrap interval; of fewer it is too narrow."""
 
@@ -116,3 +118,17 @@ def window_bound(ceiling: float, chance: float, queries: float) -> tuple[float, 
     rest, `ceiling + (1 - ceiling) chance`, and the standard error of a measured one."""
     bound = ceiling + (1 - ceiling) * chance
     return bound, math.sqrt(bound * (1 - bound) / queries) if queries else math.nan
+
+
+def draw_resamples(
+    configurations: int, least: int, resamples: int, rng: np.random.Generator
+) -> Array:
+    """How often each configuration is drawn [resamples, configurations], with `least` or more
+    different ones in each."""
+    draws: list[np.ndarray] = []
+    while len(draws) < resamples:
+        drawn = rng.integers(configurations, size=configurations)
+        times = np.bincount(drawn, minlength=configurations)
+        if np.count_nonzero(times) >= least:
+            draws.append(times)
+    return np.array(draws, dtype=np.float64)

@@ -9,11 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..running.folder import reason_of
-from .contrasts import MeasuredContrast
+from .arm_rows import ArmRow, is_accuracy, is_share
+from .comparisons import MeasuredContrast
 from .findings import Findings
-from .laws import FittedLaw
-from .numbers import NOTHING, column_head, estimate_text, is_accuracy, is_share, mean_text, p_text
-from .rows import ArmRow
+from .formats import NOTHING, column_head, estimate_text, mean_text, p_text
+from .scaling import FittedLaw
 from .statistics import SUCCESS_ACCURACY, Estimate, success_rate
 
 WINDOW_METRICS = ("recall/beyond_window", "recall/ceiling", "chance")
@@ -193,3 +193,14 @@ def unfinished_table(findings: Findings) -> Table | None:
 def without_folders(text: str) -> str:
     """Paths shortened to their last part: a report is not of this machine."""
     return re.sub(r"(?<![\w./])/(?:[^\s/:'\",()]+/)+(?=[^\s/])", "", text)
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> Table:
+    out = Table(title="claims, by the mean over seeds", box=SIMPLE_HEAD, padding=(0, 1))
+    for n, head in enumerate(("arm", "metric", "expected", "measured", "verdict")):
+        out.add_column(head, justify="right" if n in (2, 3) else "left")
+    for v in verdicts:
+        expected, measured = v.shown
+        within = f"{expected} {v.tolerance}"
+        out.add_row(v.claim.subject, v.claim.metric, within, measured, v.word)
+    return out

@@ -426,7 +426,7 @@ FAULTS = [
     ),
     Fault(
         "statistics",
-        "ablations/reporting/verdicts.py",
+        "ablations/reporting/comparisons.py",
         "return self.measured * self.expected > 0",
         "return self.measured >= 0",
         ("tests/test_validate.py", "tests/test_report.py"),

@@ -18,8 +18,24 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from torch.utils.tensorboard.writer import FileWriter
 
 from ...running.folder import State
+from ..arm_rows import ACCURACIES
 from ..results import CellResult, GridResults
-from .measures import compared_metrics, compared_sizes
+
+USUAL_METRICS = (*ACCURACIES, "recall/beyond_window", "loss/held_out")
+USUAL_SIZES = ("parameters", "state_bytes")
+
+
+def compared_metrics(results: GridResults) -> list[str]:
+    """Figures: the headline, what most tasks have, and those of the scaling laws."""
+    report = results.report
+    headline = () if report.metric is None else (report.metric,)
+    return [*dict.fromkeys((*headline, *USUAL_METRICS, *(law.y for law in report.scaling)))]
+
+
+def compared_sizes(results: GridResults) -> list[str]:
+    """Sizes: what all cells have, and those of the scaling laws."""
+    return [*dict.fromkeys((*USUAL_SIZES, *(x for law in results.report.scaling for x in law.x)))]
+
 
 # Their classes are made when they are imported, so that type checkers know none.
 api: Any = api_pb2

@@ -1,16 +1,23 @@
-"""The report of a grid, in markdown: what ran, what it found, how sure that is."""
+"""The page of a grid's report, in markdown: what ran, what it found, how sure that is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from .about import doubts, missing_results, rerun_command, summary_line
-from .figures import ReportPlot
-from .findings import Findings, shared_window_bound
-from .laws import FittedLaw
-from .markdown import escape_markdown, markdown_table
+from .findings import (
+    Findings,
+    doubts,
+    missing_results,
+    rerun_command,
+    shared_window_bound,
+    summary_line,
+)
+from .formats import escape_markdown, markdown_table
+from .plots import ReportPlot
+from .scaling import FittedLaw
 from .statistics import SUCCESS_ACCURACY
 from .tables import (
+    claims_table,
     confounds_table,
     continual_table,
     contrasts_table,
@@ -19,7 +26,6 @@ from .tables import (
     tuned_table,
     unfinished_table,
 )
-from .verdicts import claims_table
 
 INTERVALS_NOTE = (
     "± is the half width of a 95% interval of the mean over seeds (Student's t); a single seed "

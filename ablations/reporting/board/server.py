@@ -1,4 +1,4 @@
-"""`layerzoo ablate board DIR`: grids in TensorBoard."""
+"""`layerzoo ablate board DIR`: serves grids in TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tensorboard.program import TensorBoard, TensorBoardServerException
 
 from layerzoo.spec import SpecError
 
-from ..figures import figures_by_name, report_plots
 from ..findings import read_findings
-from ..report import markdown_page
+from ..page import markdown_page
+from ..plots import figures_by_name, report_plots
 from ..results import read_all_results
 from .hparams import write_hparams
-from .summary import SUMMARY_FOLDER, write_summary_run
+from .summary_run import SUMMARY_FOLDER, write_summary_run
 
 RUNS_SHOWN = 40
 """Of more runs TensorBoard shows none until they are picked."""

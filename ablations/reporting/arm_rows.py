@@ -11,6 +11,23 @@ from ..cells.cell import Seed
 from .results import CellResult
 from .statistics import Estimate, mean_interval, mean_of
 
+_SHARE = re.compile(
+    r"(accuracy(_\w+)?|errors|continual(_matrix)?|recall_\w+)/.*"
+    r"|recall/(?!queries|half_life).*"
+    r"|chance"
+)
+
+
+def is_share(name: str) -> bool:
+    """Whether a figure is one of all answers, or a difference of such; they are shown in %."""
+    return _SHARE.fullmatch(name) is not None
+
+
+def is_accuracy(name: str) -> bool:
+    """Whether a figure is the share of right answers."""
+    return is_share(name) and not name.startswith("errors/")
+
+
 ACCURACIES = ("recall/accuracy", "accuracy/all")
 """What a task's headline is, the first that it has."""
 

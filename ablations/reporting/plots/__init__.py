@@ -1,4 +1,4 @@
-"""The figures of a grid's report."""
+"""The plots of a grid's report."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from ..findings import Findings
-from .continual import plot_continual
-from .curves import curve_families, plot_curves
-from .overview import plot_against_state, plot_headline, plot_two_axes
-from .scaling import plot_scaling
+from .curves import curve_families, plot_continual, plot_curves
+from .overview import plot_against_state, plot_headline, plot_scaling, plot_two_axes
 
 
 class ReportPlot(NamedTuple):

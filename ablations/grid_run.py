@@ -19,7 +19,7 @@ from layerzoo.support.json_files import floats
 from .cells.cell import Cell
 from .cells.grid import Grid, load_grid
 from .cells.tune import Choice, RunMetrics
-from .reporting.compare import compare
+from .reporting.report_files import compare
 from .reporting.results import GRID_FILE
 from .running import runner
 from .running.display import Display

@@ -1,4 +1,4 @@
-"""A base config under a grid's overrides, and which of them is to blame for an error."""
+"""Builds the training configs of a grid, and finds the override that is to blame for an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What figures have in common: how arms look, how long names fit, how SVG is saved."""
+"""What plots have in common: how arms look, how long names fit, how SVG is saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from layerzoo.support.style import COLOURS, MARKERS
 
-from ..rows import ArmRow
+from ..arm_rows import ArmRow
 
 GREY = "0.4"
 LINE_WIDTH = 64

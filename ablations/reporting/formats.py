@@ -1,12 +1,69 @@
-"""The report as one HTML file: the same markdown, with its figures inside."""
+"""How a report writes numbers, tables and texts: plain, as markdown, as HTML."""
 
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Mapping
 
 import markdown
+from rich.table import Table
+
+from .statistics import Estimate
+
+NOTHING = "-"
+
+
+def column_head(name: str) -> str:
+    """Of a column, in lines."""
+    return f"{name}\n(%)" if is_share(name) else name
+
+
+def estimate_text(name: str, estimate: Estimate, sign: str = "") -> str:
+    """A mean with its interval, if it has one. A mean that is not finite is shown as nan or inf;
+    without any value there is nothing to show.
+
+    Args:
+        sign: "+" shows the sign of a difference.
+    """
+    if estimate.n == 0:
+        return NOTHING
+    share = is_share(name)
+    mean = f"{100 * estimate.mean:{sign}.1f}" if share else f"{estimate.mean:{sign}.4g}"
+    if math.isnan(estimate.half):
+        return mean
+    return f"{mean} ±{100 * estimate.half:.1f}" if share else f"{mean} ±{estimate.half:.2g}"
+
+
+def mean_text(estimate: Estimate, form: str) -> str:
+    return NOTHING if estimate.n == 0 else form.format(estimate.mean)
+
+
+def p_text(p: float | None) -> str:
+    if p is None:
+        return NOTHING
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+ALIGNMENTS = {"left": ":---", "right": "---:"}
+
+
+def escape_markdown(text: str) -> str:
+    """Text that means itself, also in a table."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
+    return re.sub(r"[\\`*|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def markdown_table(table: Table) -> str:
+    """The table that the terminal shows, without its title."""
+    heads = [escape_markdown(str(column.header)) for column in table.columns]
+    align = [ALIGNMENTS.get(column.justify, ":---") for column in table.columns]
+    cells = ([escape_markdown(str(cell)) for cell in column.cells] for column in table.columns)
+    return "\n".join(
+        f"| {' | '.join(line)} |" for line in (heads, align, *zip(*cells, strict=True))
+    )
+
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; --text: #222; --back: #fff; --line: #ddd; --soft: #f5f5f5 }
