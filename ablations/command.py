@@ -14,13 +14,13 @@ from layerzoo.support.arguments import CommandParser
 from .cells.source import shipped_grids
 
 
-def _list(options: argparse.Namespace) -> int:
+def _list_command(options: argparse.Namespace) -> int:
     for name, path in shipped_grids().items():
         print(f"{name}: {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
     return 0
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _plan_command(options: argparse.Namespace) -> int:
     from .planning.plan import plan_command
 
     return plan_command(
@@ -28,51 +28,53 @@ def _plan(options: argparse.Namespace) -> int:
     )
 
 
-def _run(options: argparse.Namespace) -> int:
-    from .run import How, run
+def _run_command(options: argparse.Namespace) -> int:
+    from .grid_run import RunOptions, run_grid
 
-    how = How(
+    run_options = RunOptions(
         out=options.out,
         jobs=options.jobs,
         threads=options.threads,
         executor=options.executor,
-        shard=_shard(options.shard),
+        shard=_read_shard(options.shard),
         retries=options.retries,
         limit=options.limit_cells,
         every=options.checkpoint_every,
     )
-    return run(options.grid, how, options.size)
+    return run_grid(options.grid, run_options, options.size)
 
 
-def _validate(options: argparse.Namespace) -> int:
-    from .run import How
-    from .validate import validate
+def _validate_command(options: argparse.Namespace) -> int:
+    from .grid_run import RunOptions
+    from .validate import validate_grids
 
-    return validate(options.grids, How(out=options.out, jobs=options.jobs), options.all)
+    return validate_grids(
+        options.grids, RunOptions(out=options.out, jobs=options.jobs), options.all
+    )
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report_command(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from .reporting.compare import compare
+    from .reporting.report_files import compare
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     return 0 if compare(options.dir, console, options.to) else 1
 
 
-def _status(options: argparse.Namespace) -> int:
-    from .running.status import status
+def _status_command(options: argparse.Namespace) -> int:
+    from .running.status import show_status
 
-    return status(options.dir, options.json)
-
-
-def _board(options: argparse.Namespace) -> int:
-    from .reporting.board.serve import board
-
-    return board(options.dir, options.host, options.port)
+    return show_status(options.dir, options.json)
 
 
-def _shard(text: str) -> tuple[int, int]:
+def _board_command(options: argparse.Namespace) -> int:
+    from .reporting.board.server import serve_board
+
+    return serve_board(options.dir, options.host, options.port)
+
+
+def _read_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     part, parts = map(int, found.groups()) if found else (0, 0)
     if not 1 <= part <= parts:
@@ -80,17 +82,25 @@ def _shard(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def _parser() -> argparse.ArgumentParser:
+def _command_parser() -> argparse.ArgumentParser:
     parser = CommandParser("layerzoo ablate", description="Grids of training runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, text in (
-        ("list", _list, "list the shipped grids"),
-        ("plan", _plan, "print a grid's cells, their sizes and how long they take; run nothing"),
-        ("run", _run, "run a grid's unfinished cells and compare all"),
-        ("status", _status, "say where a grid's cells are"),
-        ("report", _report, "write the report of a grid's results, finished or not"),
-        ("board", _board, "compare grids in TensorBoard"),
-        ("validate", _validate, "run the grids that claim published figures, and judge them"),
+        ("list", _list_command, "list the shipped grids"),
+        (
+            "plan",
+            _plan_command,
+            "print a grid's cells, their sizes and how long they take; run nothing",
+        ),
+        ("run", _run_command, "run a grid's unfinished cells and compare all"),
+        ("status", _status_command, "say where a grid's cells are"),
+        ("report", _report_command, "write the report of a grid's results, finished or not"),
+        ("board", _board_command, "compare grids in TensorBoard"),
+        (
+            "validate",
+            _validate_command,
+            "run the grids that claim published figures, and judge them",
+        ),
     ):
         commands.add_parser(name, help=text).set_defaults(function=function)
     plan, runner, status, report, board, validate = (
@@ -143,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-LEAST = (
+OPTION_MINIMA = (
     ("jobs", 1),
     ("threads", 1),
     ("retries", 0),
@@ -154,8 +164,8 @@ LEAST = (
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
-    for name, least in LEAST:
+    options = _command_parser().parse_args(argv)
+    for name, least in OPTION_MINIMA:
         value = getattr(options, name, None)
         if value is not None and value < least:
             flag = name.replace("_", "-")

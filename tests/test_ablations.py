@@ -17,18 +17,23 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerzoo import SpecError
-from layerzoo.ablations import run as command
+from layerzoo.ablations import grid_run as command
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.claims import Claim
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.ablations.command import main
-from layerzoo.ablations.reporting.findings import bound_of
-from layerzoo.ablations.reporting.results import Result
-from layerzoo.ablations.reporting.rows import Row, differences, pooled, rows_of
+from layerzoo.ablations.grid_run import RunOptions, run_grid
+from layerzoo.ablations.reporting.arm_rows import (
+    ArmRow,
+    differences_by_seed,
+    rows_by_arm,
+    rows_by_axes,
+)
+from layerzoo.ablations.reporting.comparisons import judge_claims
+from layerzoo.ablations.reporting.findings import shared_window_bound
+from layerzoo.ablations.reporting.results import CellResult
 from layerzoo.ablations.reporting.statistics import mean_interval, window_bound
-from layerzoo.ablations.reporting.verdicts import judge
-from layerzoo.ablations.run import How, run
-from layerzoo.ablations.running.folder import METRICS, RECORD, prepare
+from layerzoo.ablations.running.folder import METRICS, RECORD, prepare_folder
 from layerzoo.train.command import main as train
 
 from .here import Here, quick
@@ -86,7 +91,7 @@ def layers(*specs: Any) -> dict[str, Any]:
 
 
 def go(path: Path, out: Path, **how: Any) -> int:
-    return run(str(path), How(out=out, **how))
+    return run_grid(str(path), RunOptions(out=out, **how))
 
 
 def metrics_of(root: Path) -> dict[str, str]:
@@ -203,12 +208,12 @@ def test_an_arm_is_tuned_on_other_seeds_and_the_validation_split(
     assert config["model"]["lr"] == 0.01 and config["trainer"]["max_steps"] == 2
 
 
-def cell(arm: str, seed: int, **options: str) -> Result:
+def cell(arm: str, seed: int, **options: str) -> CellResult:
     """A cell that has not run."""
-    return Result(arm, options, Seed(seed, seed), "", "pending", {}, {}, {})
+    return CellResult(arm, options, Seed(seed, seed), "", "pending", {}, {}, {})
 
 
-def ended(arm: str, options: dict[str, str], *metrics: dict[str, float]) -> list[Result]:
+def ended(arm: str, options: dict[str, str], *metrics: dict[str, float]) -> list[CellResult]:
     """Cells of an arm, with seeds 0, 1, .., each as it finished; {} diverged."""
     return [
         replace(cell(arm, n, **options), state="finished" if found else "diverged", metrics=found)
@@ -223,7 +228,7 @@ def test_claims_are_judged_and_decide_the_exit_status(tmp_path: Path, capsys: An
             figures = {"recall/queries": 63 + 2 * cell.seed.init, "recall/accuracy": 0.5}
             figures |= {"recall/ceiling": 0.4, "chance": 0.1}
             sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
-            metrics = prepare(cell, tmp_path / "tiny") / METRICS
+            metrics = prepare_folder(cell, tmp_path / "tiny") / METRICS
             metrics.write_text(json.dumps(figures | sizes))
         status = go(path, tmp_path)
         summary = json.loads((tmp_path / "tiny" / "report" / "summary.json").read_text())
@@ -242,7 +247,7 @@ def test_a_part_of_a_grid_fails_no_claim(tmp_path: Path, capsys: Any) -> None:
     path = grid_file(tmp_path, expect=[claim(value=65)])
     cell, *_ = load_grid(str(path)).cells()
     sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
-    metrics = prepare(cell, tmp_path / "tiny") / METRICS
+    metrics = prepare_folder(cell, tmp_path / "tiny") / METRICS
     metrics.write_text(json.dumps({"recall/queries": 64} | sizes))
     assert go(path, tmp_path, limit=0) == 0
     assert re.search(r"65.000 ±0 +64.000 +fails", capsys.readouterr().out)
@@ -251,7 +256,7 @@ def test_a_part_of_a_grid_fails_no_claim(tmp_path: Path, capsys: Any) -> None:
 def test_doubts_are_told(tmp_path: Path, capsys: Any) -> None:
     path = grid_file(tmp_path, report={"metric": "loss/heldout"})
     for cell in load_grid(str(path)).cells():  # as if it had run, one arm on another commit
-        folder = prepare(cell, tmp_path / "tiny")
+        folder = prepare_folder(cell, tmp_path / "tiny")
         sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
         (folder / METRICS).write_text(json.dumps({"loss/held_out": 1.0} | sizes))
         versions = {"layerzoo": "0.1", "commit": cell.arm, "torch": "2"}
@@ -264,35 +269,35 @@ def test_doubts_are_told(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_claim_is_about_the_mean_and_a_window_bound_of_an_arms_own_cells() -> None:
-    def row(arm: str, *cells: tuple[float, float]) -> Row:
+    def row(arm: str, *cells: tuple[float, float]) -> ArmRow:
         metrics = [
             {"recall/ceiling": c, "recall/accuracy": a, "recall/queries": 99, "chance": 0.1}
             for c, a in cells
         ]
-        return Row(arm, {"window": arm}, ended(arm, {"window": arm}, *metrics))
+        return ArmRow(arm, {"window": arm}, ended(arm, {"window": arm}, *metrics))
 
     rows = [row("8", (0.4, 0.4), (0.6, 0.6)), row("16", (0.8, 0.9), (0.8, 0.9)), row("32")]
     claims = [
         Claim.from_fields(claim(arm=arm, metric="recall/accuracy", value=value, tolerance=0.06))
         for arm, value in (("8", 0.5), ("8", "window_bound"), ("16", "window_bound"), ("32", 0.5))
     ]
-    verdicts = judge(claims, rows)
+    verdicts = judge_claims(claims, rows)
     # A mean ceiling of .5 and a guess among 10 are .55; of .8, .82: too far from .9.
     expected = [0.5, 0.55, 0.82, 0.5]
     assert [verdict.expected for verdict in verdicts] == pytest.approx(expected)
     assert [verdict.holds for verdict in verdicts] == [True, True, False, False]
     assert verdicts[3].measured is None
-    (untuned,) = judge([Claim.from_fields(claim(arm="64"))], rows)
+    (untuned,) = judge_claims([Claim.from_fields(claim(arm="64"))], rows)
     assert untuned.measured is None and not untuned.holds
     # The table's line about one bound for all is for arms that share a ceiling.
-    assert bound_of(rows) is None
-    assert bound_of(rows[:1]) == pytest.approx(window_bound(0.5, 0.1, 99))
+    assert shared_window_bound(rows) is None
+    assert shared_window_bound(rows[:1]) == pytest.approx(window_bound(0.5, 0.1, 99))
 
 
 def test_contrasts_are_paired_and_groups_count_seeds() -> None:
     name = "loss/held_out"
 
-    def arm(layer: str, size: str, *values: float | None) -> list[Result]:
+    def arm(layer: str, size: str, *values: float | None) -> list[CellResult]:
         found = [{} if value is None else {name: value} for value in values]
         return ended(f"{layer},{size}", {"layer": layer, "size": size}, *found)
 
@@ -302,16 +307,19 @@ def test_contrasts_are_paired_and_groups_count_seeds() -> None:
         *arm("b", "s", None, 1.5, 2.5),
         *arm("b", "m", 0.5, 2.5, 0.0),
     ]
-    assert differences(cells, [("a,m", "a,s")], name) == [2.0, 3.0]
-    assert differences(cells, [("a,s", "b,s")], name) == [0.5, 4.5]
+    assert differences_by_seed(cells, [("a,m", "a,s")], name) == [2.0, 3.0]
+    assert differences_by_seed(cells, [("a,s", "b,s")], name) == [0.5, 4.5]
     # Of several pairs the mean, at seeds that all of them have.
-    assert differences(cells, [("a,s", "b,s"), ("a,m", "b,m")], name) == [(0.5 + 2.5) / 2]
+    assert differences_by_seed(cells, [("a,s", "b,s"), ("a,m", "b,m")], name) == [(0.5 + 2.5) / 2]
     # A group has a value a seed, the mean over its arms; without a seed that one of them lacks.
-    a, b = pooled(cells, ["layer"], name)
+    a, b = rows_by_axes(cells, ["layer"], name)
     assert (a.arm, a.options, a.headline) == ("a", {"layer": "a"}, name)
     assert a.values(name) == [2.0, 3.5] and b.values(name) == [2.0, 1.25]
     assert (a.planned, a.diverged, len(a.cells)) == (6, 1, 4)
-    assert [row.values(name) for row in rows_of(cells, name)][:2] == [[1.0, 2.0, 7.0], [3.0, 5.0]]
+    assert [row.values(name) for row in rows_by_arm(cells, name)][:2] == [
+        [1.0, 2.0, 7.0],
+        [3.0, 5.0],
+    ]
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

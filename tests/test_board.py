@@ -28,9 +28,9 @@ from torch.utils.tensorboard import SummaryWriter
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.command import main
 from layerzoo.ablations.reporting.board.hparams import write_hparams
-from layerzoo.ablations.reporting.board.summary import write_summary_run
-from layerzoo.ablations.reporting.results import read_grids, read_results
-from layerzoo.ablations.running.folder import locked
+from layerzoo.ablations.reporting.board.summary_run import write_summary_run
+from layerzoo.ablations.reporting.results import read_all_results, read_results
+from layerzoo.ablations.running.folder import cell_lock
 from layerzoo.spec import SpecError
 
 Curves = Mapping[str, Mapping[int, float]]
@@ -296,7 +296,7 @@ def test_hparams_of_several_grids(tmp_path: Path) -> None:
         arm = {"size": size} if name == "a" else {"size": size, "layer": "window"}
         (cell,) = grid(tmp_path / name, axes, [arm], seeds=[{"init": 3, "data": 4}])
         finish(tmp_path / name / cell["path"], **{"loss/held_out": 1.0})
-    write_hparams(read_grids(tmp_path), tmp_path)
+    write_hparams(read_all_results(tmp_path), tmp_path)
     names = [
         {info.name: info.type for info in parsed(tmp_path / folder, "experiment").hparam_infos}
         for folder in (".", "a", "b")
@@ -326,7 +326,7 @@ def test_a_size_that_is_not_finite_is_a_word(tmp_path: Path) -> None:
 def test_a_running_cell_says_so(tmp_path: Path) -> None:
     root = tmp_path / "g"
     cell, *_ = grid(root, TWO, ARMS)
-    with locked(root / cell["path"]):
+    with cell_lock(root / cell["path"]):
         write_hparams([read_results(root)], root)
     assert parsed(root / cell["path"], "session_end_info").status == STATUS_RUNNING
 

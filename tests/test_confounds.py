@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from layerzoo.ablations.cells.confounds import confounds, pairs_of, text
-from layerzoo.ablations.cells.differences import Side, differences
+from layerzoo.ablations.cells.confounds import compared_pairs, find_confounds, value_text
+from layerzoo.ablations.cells.differences import ComparedArm, config_differences
 from layerzoo.ablations.cells.grid import Grid, load_grid
-from layerzoo.ablations.planning.confounds import confounds_of
+from layerzoo.ablations.planning.cautions import planned_confounds
 from layerzoo.ablations.planning.plan import plan_command
-from layerzoo.ablations.reporting.compare import compare
+from layerzoo.ablations.reporting.report_files import compare
 
 WriteResults = Callable[..., Path]
 SET = "{model.network.dim: 16, model.network.depth: 1, model.lr: 1e-2}"
@@ -36,7 +36,7 @@ def read(folder: Path, options: str, **fields: str) -> Grid:
 
 def hidden(grid: Grid) -> list[set[str]]:
     """What differs in each pair that is warned of, without the options saying so."""
-    found = confounds_of(grid, grid.cells()).hidden
+    found = planned_confounds(grid, grid.cells()).hidden
     return [{*each["differs"]} for each in found]
 
 
@@ -139,7 +139,7 @@ def test_tuning_and_matching_are_told(tmp_path: Path) -> None:
     grid = read(tmp_path, options, tune=tune, match="{by: parameters, solve: [mlp]}")
     cells = grid.cells()
     next(cell for cell in cells if cell.arm == "b").config["model"]["lr"] = 0.1
-    found = confounds_of(grid, cells)
+    found = planned_confounds(grid, cells)
     assert found.warnings == [] and found.notes == ["The learning rate is tuned for every arm."]
     assert found.facts["model.lr"] == {"a": 0.01, "b": 0.1}
     assert len({*found.facts["model.network.mlp"].values()}) == 2
@@ -151,7 +151,7 @@ def test_sizes_are_warned_of_unless_the_axis_is_about_a_number(tmp_path: Path) -
         ("a: {model.network.dim: 16}, b: {model.network.dim: 32}", False),
     ):
         grid = read(tmp_path, options, report=CONTRASTS)
-        lines = confounds_of(grid, grid.cells()).warnings
+        lines = planned_confounds(grid, grid.cells()).warnings
         assert [line[:47] for line in lines] == [
             "arms that are compared are not equally large: a"
         ] * warned
@@ -167,37 +167,37 @@ def test_pairs_are_those_of_contrasts_and_claims_or_differ_in_one_axis(tmp_path:
     ):
         grid = read(tmp_path, options, **fields)
         arms = {",".join(arm.values()): arm for arm in grid.arms}
-        assert pairs_of(grid.report, grid.claims, arms) == pairs
+        assert compared_pairs(grid.report, grid.claims, arms) == pairs
     two = {"1,1": {"x": "1", "y": "1"}, "1,2": {"x": "1", "y": "2"}, "2,2": {"x": "2", "y": "2"}}
-    assert pairs_of(None, [], two) == [("1,1", "1,2"), ("1,2", "2,2")]
+    assert compared_pairs(None, [], two) == [("1,1", "1,2"), ("1,2", "2,2")]
 
 
-def side(*specs: Any, **model: Any) -> Side:
+def side(*specs: Any, **model: Any) -> ComparedArm:
     network = {"layers": [*specs]}
-    return Side({}, {"data": {"class_path": "T"}, "model": {"network": network, **model}})
+    return ComparedArm({}, {"data": {"class_path": "T"}, "model": {"network": network, **model}})
 
 
 def test_layers_are_compared_by_name() -> None:
     one, two = {"name": "m", "window": 8}, {"name": "m", "window": 64}
-    (found,) = differences(side(one, one, two), side(one, two, two))
+    (found,) = config_differences(side(one, one, two), side(one, two, two))
     assert found.name == "window"
-    names = [each.name for each in differences(side(one, two), side(one))]
+    names = [each.name for each in config_differences(side(one, two), side(one))]
     assert names == [LAYERS, "window"]
     # Of the layers that replace others, in which order a value comes is nothing.
     three = [{"name": name, "qk_norm": norm} for name, norm in (("a", "l2"), ("b", "rms"))]
     other = [{"name": "c", "qk_norm": "rms"}, {"name": "d", "qk_norm": "l2"}]
-    assert [each.name for each in differences(side(*three), side(*other))] == [LAYERS]
-    assert differences(side(one, impl="x"), side(one, impl="y")) == []
+    assert [each.name for each in config_differences(side(*three), side(*other))] == [LAYERS]
+    assert config_differences(side(one, impl="x"), side(one, impl="y")) == []
 
 
 def test_tasks_of_two_classes_differ_in_their_class_alone() -> None:
-    def of(task: str, **options: int) -> Side:
+    def of(task: str, **options: int) -> ComparedArm:
         data = {"class_path": task, "init_args": {**options, "seed": 0, "num_workers": 1}}
-        return Side({}, {"data": data})
+        return ComparedArm({}, {"data": data})
 
-    names = [each.name for each in differences(of("A", pairs=2), of("B", keys=3))]
+    names = [each.name for each in config_differences(of("A", pairs=2), of("B", keys=3))]
     assert names == ["data.class_path"]
-    names = [each.name for each in differences(of("A", pairs=2), of("A", pairs=3))]
+    names = [each.name for each in config_differences(of("A", pairs=2), of("A", pairs=3))]
     assert names == ["data.init_args.pairs"]
 
 
@@ -212,7 +212,7 @@ def test_values_are_shown_in_few_words() -> None:
         ([controls], "Controls(off=1)"),
         ({"name": "mlp", "bias": False}, "mlp(bias=none)"),
     ):
-        assert text(value) == shown
+        assert value_text(value) == shown
 
 
 # Reports, of folders
@@ -295,4 +295,4 @@ def test_cells_of_an_older_format_are_compared_by_what_they_hold(
 def test_nothing_is_compared_where_there_is_nothing(write_results: WriteResults) -> None:
     root = write_results(lambda arm, seed: None, axes=AXES, report=REPORT)
     assert "What else differs" not in report(root)[0]
-    assert confounds({}, [("a", "b")], {}, {}, {}, False).table == [["arm"]]
+    assert find_confounds({}, [("a", "b")], {}, {}, {}, False).table == [["arm"]]

@@ -323,10 +323,10 @@ def test_a_closed_stream_and_a_poor_encoding(
 
 
 def test_a_lock_is_seen_by_who_may_only_read(tmp_path: Path) -> None:
-    with folders.locked(tmp_path) as free:
+    with folders.cell_lock(tmp_path) as free:
         assert free
         (tmp_path / folders.LOCK).chmod(0o444)
-        assert folders.state(tmp_path) == "running"
-        with folders.locked(tmp_path) as again:
+        assert folders.cell_state(tmp_path) == "running"
+        with folders.cell_lock(tmp_path) as again:
             assert not again
-    assert folders.state(tmp_path) == "pending"
+    assert folders.cell_state(tmp_path) == "pending"

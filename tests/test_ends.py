@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from layerzoo import SpecError
-from layerzoo.ablations import run as command
+from layerzoo.ablations import grid_run as command
 from layerzoo.ablations.command import main
 from layerzoo.ablations.running.executor import Outcome
 from layerzoo.ablations.running.folder import (
@@ -73,7 +73,9 @@ class Cells:
         path = self.folder / "grid.yaml"
         path.write_text(yaml.safe_dump(tree, sort_keys=False))
         self.runs.clear()
-        return command.run(str(path), command.How(out=self.folder / "out", jobs=1, **how))
+        return command.run_grid(
+            str(path), command.RunOptions(out=self.folder / "out", jobs=1, **how)
+        )
 
     def tuned(self) -> Mapping[str, Any]:
         return read_json(self.root / "tuning.json")

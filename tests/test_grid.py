@@ -14,7 +14,7 @@ from layerzoo.ablations.cells import configs
 from layerzoo.ablations.cells import grid as grids
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.grid import Grid, load_grid, shipped_grids
-from layerzoo.ablations.running.folder import METRICS, prepare, state
+from layerzoo.ablations.running.folder import METRICS, cell_state, prepare_folder
 from layerzoo.data import MQAR
 from layerzoo.layer import EXECUTION
 from layerzoo.model import ModelConfig
@@ -225,7 +225,7 @@ def test_the_matched_network_is_of_all_seeds(tmp_path: Path, monkeypatch: Any) -
             out[arm] = {**config, "model": model}, {"dim": 24}
         return out
 
-    monkeypatch.setattr(grids, "matched", matched)
+    monkeypatch.setattr(grids, "match_models", matched)
     match = "{by: parameters, to: {layer: window}}"
     own = '{trainer.default_root_dir: "of-${seed_everything}"}'
     grid = read(tmp_path, set=own, match=match, tune="{axes: {model.lr: [1, 2]}, seeds: [9]}")
@@ -555,11 +555,13 @@ def test_cells_of_another_default_are_not_mixed(
             then.setattr(warmup, "default", 0.5)
         before = read(tmp_path).cells()
     for cell in before:
-        write_json(prepare(cell, tmp_path) / METRICS, {"recall/accuracy": 1.0})
+        write_json(prepare_folder(cell, tmp_path) / METRICS, {"recall/accuracy": 1.0})
     changed = {"layer": {"window"}, "module": {"window", "memory"}}[owner]
     for cell, old in zip(read(tmp_path).cells(), before, strict=True):
         assert (cell.identity != old.identity) == (cell.arm in changed)
-        assert state(tmp_path / cell.path) == ("pending" if cell.arm in changed else "finished")
+        assert cell_state(tmp_path / cell.path) == (
+            "pending" if cell.arm in changed else "finished"
+        )
     if owner == "layer":  # and the old ones still hold what they were
         network = before[0].config["model"]["network"]
         assert network["layers"][0]["qk_norm"] == "none"
@@ -571,4 +573,4 @@ def test_a_cell_holds_every_option(tmp_path: Path) -> None:
     module, task = ({*signature(cls).parameters} for cls in (LitModel, MQAR))
     assert {*cell.config["model"]} == module - {*EXECUTION}
     assert {*cell.config["data"]["init_args"]} == task
-    assert cell.config["model"]["network"] == configs.model(cell.config).config.to_fields()
+    assert cell.config["model"]["network"] == configs.model_of(cell.config).config.to_fields()

@@ -14,11 +14,11 @@ import yaml
 
 from layerzoo import SpecError
 from layerzoo.ablations.cells import configs
-from layerzoo.ablations.cells.cell import identity
+from layerzoo.ablations.cells.cell import identity_of
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.ablations.command import main
-from layerzoo.ablations.run import How, run
-from layerzoo.ablations.running.folder import prepare, read_json, state
+from layerzoo.ablations.grid_run import RunOptions, run_grid
+from layerzoo.ablations.running.folder import cell_state, prepare_folder, read_json
 from layerzoo.ablations.running.worker import run_cell
 from layerzoo.train.command import main as train
 
@@ -65,7 +65,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def cells(path: str) -> list[dict[str, Any]]:
     """What a run of the grid would list; nothing is trained."""
-    assert run(path, How(out=Path("runs").absolute(), limit=0), tables=False) == 0
+    assert run_grid(path, RunOptions(out=Path("runs").absolute(), limit=0), tables=False) == 0
     return json.loads(Path("runs/tiny/cells.json").read_text())
 
 
@@ -75,7 +75,7 @@ def paths(path: str) -> list[str]:
 
 def trained(path: str) -> list[str]:
     """Run the cells that have not ended, here, and report; the folders of those that ran."""
-    ran = [p for p in paths(path) if state(Path("runs/tiny", p)) != "finished"]
+    ran = [p for p in paths(path) if cell_state(Path("runs/tiny", p)) != "finished"]
     for each in ran:
         assert run_cell(Path("runs/tiny", each), 30, 1).end == "finished"
     cells(path)
@@ -147,7 +147,7 @@ def test_a_task_is_not_kept_when_what_it_read_has_changed() -> None:
 
     tokenizer(200)
     path = grid(tokenizer="tokenizer.json")
-    assert configs.task(load_grid(path).cells()[0].config).vocab_size == 200
+    assert configs.task_of(load_grid(path).cells()[0].config).vocab_size == 200
     tokenizer(300)
     with pytest.raises(SpecError, match="beyond the model's vocabulary of 256"):
         load_grid(path)
@@ -156,16 +156,16 @@ def test_a_task_is_not_kept_when_what_it_read_has_changed() -> None:
 def test_cells_that_read_nothing_are_what_they_were() -> None:
     Path("mqar.yaml").write_text("{name: a, base: mqar, axes: {model.lr: [0.1]}, seeds: [0]}")
     plain = load_grid("mqar.yaml").cells()[0]
-    assert plain.digest == {} and plain.identity == identity(plain.config)
+    assert plain.digest == {} and plain.identity == identity_of(plain.config)
     assert load_grid("mqar.yaml", digests=True).cells()[0] == plain
-    assert identity(plain.config, {"data.files": "another"}) != plain.identity
+    assert identity_of(plain.config, {"data.files": "another"}) != plain.identity
 
 
 def test_a_plan_reads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     path = grid(files=["not/there"])
     assert main(["plan", path, "--no-probe"]) == 0
     with pytest.raises(SpecError, match=r"tiny.yaml:\d+: base: data: Text: files: nothing match"):
-        run(path, How(out=Path("runs")))
+        run_grid(path, RunOptions(out=Path("runs")))
 
 
 # A cell's own data
@@ -173,7 +173,7 @@ def test_a_plan_reads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def one(path: str) -> Path:
     (cell, *_) = load_grid(path, digests=True).cells()
-    return prepare(cell, Path("runs"))
+    return prepare_folder(cell, Path("runs"))
 
 
 def test_a_cell_whose_data_has_changed_fails() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from layerzoo import SpecError
 from layerzoo.ablations.cells.grid import Grid, load_grid
-from layerzoo.ablations.cells.report import Contrast
+from layerzoo.ablations.cells.report_options import Contrast
 
 LAYERS = "model.network.layers"
 HYBRID = "[{name: parallel, children: [{name: sliding, window: 8}, {name: linear, decay: none}]}]"

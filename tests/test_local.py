@@ -29,11 +29,11 @@ from layerzoo.ablations.running.folder import (
     LOG,
     METRICS,
     PROGRESS,
-    locked,
-    prepare,
+    cell_lock,
+    cell_state,
+    prepare_folder,
     read_json,
-    reason,
-    state,
+    reason_of,
     write_json,
 )
 from layerzoo.ablations.running.local import LocalExecutor
@@ -64,7 +64,7 @@ def cells(count: int, out: Path, **changes: Any) -> list[Path]:
     for seed in range(count):
         mine = copy.deepcopy(tree)
         mine["seed_everything"] = seed
-        made.append(prepare(Cell({"layer": "a"}, Seed(seed, seed), mine), out))
+        made.append(prepare_folder(Cell({"layer": "a"}, Seed(seed, seed), mine), out))
     return made
 
 
@@ -173,7 +173,7 @@ def test_a_killed_worker_is_replaced_and_a_raised_error_is_told(
     time.sleep(1)  # its loader would notice in five
     ended = (not c.exists() or "State:\tZ" in (c / "status").read_text() for c in children)
     assert children and all(ended)
-    assert not executor.idle and state(endless) == "pending"
+    assert not executor.idle and cell_state(endless) == "pending"
     executor.start(whole)
     assert wait(executor) == [(whole, Outcome("finished"))]
     metrics = json.loads((whole / METRICS).read_text())
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_ends_a_cell_for_good(
     for _ in range(2):  # it would diverge again
         shared.start(folder)
         ((_, outcome),) = wait(shared)
-        assert outcome.end == "diverged" and state(folder) == "diverged"
+        assert outcome.end == "diverged" and cell_state(folder) == "diverged"
     assert outcome.reason == read_json(folder / "diverged.json")["reason"]
     assert "at step" in outcome.reason and "first in " in outcome.reason
     assert not (folder / METRICS).exists()
@@ -249,7 +249,7 @@ def test_a_held_out_loss_that_is_not_finite_is_a_divergence(
     assert outcome == Outcome(
         "diverged", "loss/held_out nan at step 2, of weights that are finite"
     )
-    assert state(folder) == "diverged" and reason(folder) == outcome.reason
+    assert cell_state(folder) == "diverged" and reason_of(folder) == outcome.reason
 
 
 def test_a_folder_that_vanishes_while_its_cell_runs_is_a_failure(
@@ -266,7 +266,7 @@ def test_a_folder_that_vanishes_while_its_cell_runs_is_a_failure(
     monkeypatch.setattr(LitModel, "on_test_start", vanish)
     with quick(), pytest.raises(FileNotFoundError, match="was removed while it ran"):
         run_cell(folder, 30, 1)
-    assert state(folder) == "pending"
+    assert cell_state(folder) == "pending"
     monkeypatch.undo()
     assert cells(1, tmp_path) == [folder]
     with quick():
@@ -279,11 +279,11 @@ def test_a_run_that_is_stopped_saves_a_checkpoint(tmp_path: Path, shared: LocalE
     shared.start(folder)
     (worker,) = shared.busy
     until_it_trains(folder)
-    with locked(folder) as ours:
-        assert not ours and state(folder) == "running"
+    with cell_lock(folder) as ours:
+        assert not ours and cell_state(folder) == "running"
     assert run_cell(folder, 1000, 1) == Outcome("busy")  # beside it
     shared.close(30)
-    assert not shared.busy and not shared.idle and state(folder) == "started"
+    assert not shared.busy and not shared.idle and cell_state(folder) == "started"
     assert worker.returncode == 0
     (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
     step = torch.load(checkpoint, weights_only=True)["global_step"]

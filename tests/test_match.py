@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch.utils._pytree import tree_leaves
 
 from layerzoo.ablations.cells.configs import resolve
-from layerzoo.ablations.cells.match import Match, matched, search
+from layerzoo.ablations.cells.match import Match, match_models, search_knob
 from layerzoo.model import LanguageModel
 from layerzoo.spec import SpecError
 from layerzoo.support.yaml_files import config_path, read_yaml
@@ -33,7 +33,7 @@ def config(*layers: Any, **network: Any) -> dict[str, Any]:
 
 
 def solve(match: Match, **configs: dict[str, Any]) -> dict[str, tuple[dict[str, Any], Any]]:
-    return matched(match, configs, {arm: {"layer": arm} for arm in configs})
+    return match_models(match, configs, {arm: {"layer": arm} for arm in configs})
 
 
 def measured(tree: dict[str, Any]) -> dict[str, float]:
@@ -164,7 +164,7 @@ def test_faults_of_a_match() -> None:
             solve(Match.from_fields({"by": "parameters", **fields}), **two)
     arms = {arm: {"size": arm, "layer": "x"} for arm in two}
     with pytest.raises(SpecError, match=r"to: the arms of layer: x differ in flops \(a; b\)"):
-        matched(Match(by="flops", to={"layer": "x"}), two, arms)
+        match_models(Match(by="flops", to={"layer": "x"}), two, arms)
 
 
 @pytest.mark.parametrize("builds", [1, 8, 24, "divisors"])
@@ -180,7 +180,7 @@ def test_search_finds_the_nearest(builds: Any, rises: bool) -> None:
     scan = [f for f in map(figure, range(1, 40_000)) if f is not None]
     for start in (48, 192, 3):
         for target in (30, 700, 5_000, 12_345, 90_000, 2_000_000):
-            found = search(figure, start, target).values()
+            found = search_knob(figure, start, target).values()
             best = min(abs(f - target) for f in found if f is not None)
             assert best == min(abs(f - target) for f in scan), (start, target)
             assert builds != 1 or len(found) < 30

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from layerzoo import SpecError
-from layerzoo.ablations.cells import claims, match, report, schema, tune
+from layerzoo.ablations.cells import claims, match, schema, tune
+from layerzoo.ablations.cells import report_options as report
 from layerzoo.ablations.cells.grid import load_grid
 from layerzoo.cli import COMMANDS, TRAIN, main
 from layerzoo.data import MQAR, Needle, Task, list_tasks

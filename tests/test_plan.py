@@ -19,9 +19,16 @@ from layerzoo.ablations.cells.cell import Cell, Seed
 from layerzoo.ablations.planning import cautions as cautions_module
 from layerzoo.ablations.planning import probe
 from layerzoo.ablations.planning.cautions import cautions
-from layerzoo.ablations.planning.plan import CELL, PROCESS, makespan, plan, plan_command, show
-from layerzoo.ablations.planning.probe import Speed, shape, speeds
-from layerzoo.ablations.planning.work import work
+from layerzoo.ablations.planning.plan import (
+    CELL_SECONDS,
+    PROCESS_SECONDS,
+    make_plan,
+    makespan,
+    plan_command,
+    show_plan,
+)
+from layerzoo.ablations.planning.probe import Speed, probe_speeds, training_shape
+from layerzoo.ablations.planning.work import work_of
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError
 from layerzoo.train.command import quiet
@@ -99,7 +106,7 @@ def test_work_is_what_lightning_does(trainer: Any, data: Any, tmp_path: Path) ->
     if data is PHASES:
         options = {"batch_size": 4, **COUNTED, **PHASES}
         one.config["data"] = {"class_path": "layerzoo.data.Continual", "init_args": options}
-    found, count = work(one), Count()
+    found, count = work_of(one), Count()
     fields = dict(one.config["model"])
     model = LitModel(network=ModelConfig.from_fields(fields.pop("network")), **fields)
     bare = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -111,7 +118,7 @@ def test_work_is_what_lightning_does(trainer: Any, data: Any, tmp_path: Path) ->
         log_every_n_steps=1,
         callbacks=[count],
     )
-    task = configs.task(one.config).varied()
+    task = configs.task_of(one.config).varied()
     lightning.fit(model, task)
     measure: Any = lightning.test if split == "test" else lightning.validate
     measure(model, task, verbose=False)
@@ -122,12 +129,12 @@ def test_work_is_what_lightning_does(trainer: Any, data: Any, tmp_path: Path) ->
 
 def test_training_without_an_end_is_refused() -> None:
     with pytest.raises(SpecError, match=r"^a: trainer: training has no end; set max_steps$"):
-        plan("g", [cell(trainer={"max_steps": -1, "max_epochs": -1})], probe=False)
+        make_plan("g", [cell(trainer={"max_steps": -1, "max_epochs": -1})], probe=False)
 
 
 def test_validation_by_the_clock_is_refused() -> None:
     with pytest.raises(SpecError, match=r"^a: trainer.val_check_interval: 00:00:15:00, but a"):
-        plan("g", [cell(trainer={"val_check_interval": "00:00:15:00"})], probe=False)
+        make_plan("g", [cell(trainer={"val_check_interval": "00:00:15:00"})], probe=False)
 
 
 def test_sizes_and_totals() -> None:
@@ -142,7 +149,7 @@ def test_sizes_and_totals() -> None:
         for lr in (0.1, 0.2)
     ]
     cells[0].matched["deviation"] = -0.03
-    found = plan("g", cells, tuning, probe=False, jobs=2)
+    found = make_plan("g", cells, tuning, probe=False, jobs=2)
     assert [(row.arm, row.tuning, row.cells, row.updates) for row in found.rows] == [
         ("a", True, 2, 4),
         ("a", False, 3, 10),
@@ -161,63 +168,63 @@ def test_sizes_and_totals() -> None:
 
 def test_sizes_that_tuning_changes_are_not_shown() -> None:
     tuning = [cell(split="val", tuned={"d": f"{d}"}, network={"dim": d}) for d in (8, 16)]
-    (row,) = plan("g", [], tuning, probe=False).rows
+    (row,) = make_plan("g", [], tuning, probe=False).rows
     assert row.parameters is None and row.cells == 2
-    each = [plan("g", [], [one], probe=False).training_flops for one in tuning]
+    each = [make_plan("g", [], [one], probe=False).training_flops for one in tuning]
     assert row.training_flops == sum(each)
 
 
 def test_a_large_grid_is_planned_by_its_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     built = Counter[str]()
-    build = configs.model
+    build = configs.model_of
 
     def counted(tree: Any) -> Any:
         built[json.dumps(tree["model"]["network"])] += 1
         return build(tree)
 
-    monkeypatch.setattr(configs, "model", counted)
-    sizes._sizes.cache_clear()
-    cautions_module._found.clear()
+    monkeypatch.setattr(configs, "model_of", counted)
+    sizes._cached_sizes.cache_clear()
+    cautions_module._known_model_cautions.clear()
     arms = [cell(f"{n}", network={"dim": 8 + 2 * (n % 5)}) for n in range(10)]
     cells = [
         Cell(arm.options, Seed(seed, seed), {**arm.config, "seed_everything": seed})
         for seed in range(50)
         for arm in arms
     ]
-    assert plan("g", cells, probe=False).cells == 500
+    assert make_plan("g", cells, probe=False).cells == 500
     assert len(built) == 5 and sum(built.values()) <= 2 * 5
 
 
 def test_time_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out batches of another length take as long as their FLOPs."""
-    monkeypatch.setattr(probe, "probe", lambda config, threads: Speed(2.0, 0.5))
+    monkeypatch.setattr(probe, "probe_speed", lambda config, threads: Speed(2.0, 0.5))
     options = {"num_sanity_val_steps": 0, "limit_val_batches": 0}
     data = {"lengths": [16, 32], "test_samples": 12}
     one = cell(trainer=options, data=data)
-    found = plan("g", [one, cell(seed=1, trainer=options, data=data)], probe=True, jobs=2)
+    found = make_plan("g", [one, cell(seed=1, trainer=options, data=data)], probe=True, jobs=2)
     model = LanguageModel(**NETWORK)
     longer = 2 * model.flops_per_token(32) / model.flops_per_token(16)
-    seconds = CELL + 10 * 2.0 + 3 * 0.5 * (1 + longer)
+    seconds = CELL_SECONDS + 10 * 2.0 + 3 * 0.5 * (1 + longer)
     assert found.rows[0].seconds == pytest.approx(seconds) and found.rows[0].probed
-    assert found.seconds == pytest.approx(PROCESS + seconds)
+    assert found.seconds == pytest.approx(PROCESS_SECONDS + seconds)
 
 
 def test_makespan() -> None:
     assert makespan([], 2) == 0
-    assert makespan([5, 1, 1, 1], 1) == PROCESS + 8
-    assert makespan([5, 1, 1, 1], 2) == PROCESS + 5
-    assert makespan([1, 1, 5], 2) == PROCESS + 6
-    assert makespan([3], 8) == PROCESS + 3
+    assert makespan([5, 1, 1, 1], 1) == PROCESS_SECONDS + 8
+    assert makespan([5, 1, 1, 1], 2) == PROCESS_SECONDS + 5
+    assert makespan([1, 1, 5], 2) == PROCESS_SECONDS + 6
+    assert makespan([3], 8) == PROCESS_SECONDS + 3
 
 
 def test_shapes_are_what_changes_the_time_of_an_update() -> None:
-    base = shape(cell().config)
+    base = training_shape(cell().config)
     for same in (
         cell(seed=3),
         cell(model={"lr": 0.5, "warmup": 0.1}),
         cell(trainer={"max_steps": 99}, data={"test_samples": 9, "reach": 4}),
     ):
-        assert shape(same.config) == base
+        assert training_shape(same.config) == base
     for other in (
         cell(network={"dim": 16}),
         cell(data={"batch_size": 8}),
@@ -226,7 +233,7 @@ def test_shapes_are_what_changes_the_time_of_an_update() -> None:
         cell(trainer={"precision": "bf16-mixed"}),
         cell(model={"checkpoint": True}),
     ):
-        assert shape(other.config) != base
+        assert training_shape(other.config) != base
 
 
 def test_what_is_not_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,28 +244,34 @@ def test_what_is_not_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
         probed.append((config["model"]["network"]["layers"][0]["name"], threads))
         return Speed(0.01 if probed[-1][0] == "linear" else 1.0, 3.0)
 
-    monkeypatch.setattr(probe, "probe", fake)
-    monkeypatch.setattr(probe, "SHAPES", 3)
+    monkeypatch.setattr(probe, "probe_speed", fake)
+    monkeypatch.setattr(probe, "MOST_SHAPES", 3)
     delta = {"layers": [{"name": "delta", "heads": 2}], "dim": 128}
     linear = {dim: cell(network={"dim": dim}).config for dim in (8, 32, 64, 128)}
     trees = [*linear.values(), cell(network=delta).config]
-    found = speeds(trees, threads=2)
+    found = probe_speeds(trees, threads=2)
     assert probed == [("linear", 2), ("delta", 2), ("linear", 2)]
-    assert [found[shape(tree)].probed for tree in trees] == [True, True, False, False, True]
-    flops = {dim: sizes.sizes(tree).flops for dim, tree in linear.items()}
+    assert [found[training_shape(tree)].probed for tree in trees] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    flops = {dim: sizes.sizes_of(tree).flops for dim, tree in linear.items()}
     want = flops[64] / flops[32]
-    assert found[shape(linear[64])] == pytest.approx(Speed(0.01 * want, 3 * want, False))
+    assert found[training_shape(linear[64])] == pytest.approx(Speed(0.01 * want, 3 * want, False))
 
     probed.clear()
-    monkeypatch.setattr(probe, "SECONDS", 0.02)  # three updates would not fit
-    assert [speed.probed for speed in speeds(trees).values()].count(True) == len(probed) == 1
+    monkeypatch.setattr(probe, "MOST_SECONDS", 0.02)  # three updates would not fit
+    assert [speed.probed for speed in probe_speeds(trees).values()].count(True) == len(probed) == 1
 
 
 def test_a_probe_trains_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(probe, "ENOUGH", 0.01)
+    monkeypatch.setattr(probe, "ENOUGH_SECONDS", 0.01)
     threads = []
     step = LitModel.training_step
 
@@ -268,17 +281,17 @@ def test_a_probe_trains_and_leaves_nothing(
 
     monkeypatch.setattr(LitModel, "training_step", watched)
     one = cell(trainer={"max_steps": 1000, "accumulate_grad_batches": 2})
-    speed = probe.probe(one.config, threads=2)
+    speed = probe.probe_speed(one.config, threads=2)
     assert speed.probed and speed.held_out > 0 and speed.update > 0
     assert {*threads} == {2} and 4 <= len(threads) < 1000
     assert torch.get_num_threads() == 1 and not [*tmp_path.iterdir()]
-    assert configs.task(one.config).trainer is None
+    assert configs.task_of(one.config).trainer is None
     assert capfd.readouterr().out == "" == capfd.readouterr().err
 
 
 def test_clock_counts_updates_and_skips_the_first() -> None:
-    assert probe._typical([0.0, 9.0, 10.0, 12.0, 13.0]) == 1.0
-    assert probe._typical([0.0, 9.0]) == 9.0
+    assert probe._typical_span([0.0, 9.0, 10.0, 12.0, 13.0]) == 1.0
+    assert probe._typical_span([0.0, 9.0]) == 9.0
 
 
 def test_cautions_name_arms_and_the_way_out() -> None:
@@ -307,12 +320,12 @@ def test_a_ceiling_of_one_is_told(reach: int | None, told: bool) -> None:
 
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "probe", lambda config, threads: Speed(2.0, 0.5))
-    monkeypatch.setattr(probe, "SHAPES", 1)
+    monkeypatch.setattr(probe, "probe_speed", lambda config, threads: Speed(2.0, 0.5))
+    monkeypatch.setattr(probe, "MOST_SHAPES", 1)
     cells = [cell("a", matched={"deviation": 0.021}), cell("b", network={"dim": 16})]
-    found = plan("g", cells, [cell("a", 5, split="val", tuned={"lr": "1"})], compared=True)
+    found = make_plan("g", cells, [cell("a", 5, split="val", tuned={"lr": "1"})], compared=True)
     console = Console(width=160, record=True, file=io.StringIO())
-    show(found, console)
+    show_plan(found, console)
     lines = console.export_text().splitlines()
     rows = {line[:12].strip(): line.split() for line in lines if line.startswith("  ")}
     assert rows["a"][-3:-1] == ["+2.1%", rows["a"][-2]] and rows["a"][1:3] == ["1", "10"]

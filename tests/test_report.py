@@ -20,9 +20,9 @@ from rich.console import Console
 
 from layerzoo import SpecError
 from layerzoo.ablations.command import main
-from layerzoo.ablations.reporting.compare import compare
-from layerzoo.ablations.reporting.markdown import escape
-from layerzoo.ablations.reporting.numbers import is_share, probability, shown
+from layerzoo.ablations.reporting.arm_rows import is_share
+from layerzoo.ablations.reporting.formats import escape_markdown, estimate_text, p_text
+from layerzoo.ablations.reporting.report_files import compare
 from layerzoo.ablations.reporting.statistics import Estimate
 from layerzoo.ablations.reporting.tables import without_folders
 
@@ -449,7 +449,7 @@ def test_a_folder_that_holds_no_results_is_named(tmp_path: Path, whole: Path) ->
 def test_figures_are_written_with_sensible_digits(
     name: str, estimate: Estimate, text: str
 ) -> None:
-    assert shown(name, estimate) == text
+    assert estimate_text(name, estimate) == text
 
 
 def test_shares_and_texts() -> None:
@@ -457,8 +457,8 @@ def test_shares_and_texts() -> None:
     assert all(map(is_share, shares.split()))
     others = "loss/held_out recall/queries recall/half_life_censored capacity/d90 extrapolation/2"
     assert not any(map(is_share, others.split()))
-    assert [probability(p) for p in (None, 0.0004, 0.04)] == ["-", "<0.001", "0.040"]
-    assert escape("a|b *c* <d> _e_ f_g") == r"a\|b \*c\* &lt;d> \_e\_ f_g"
+    assert [p_text(p) for p in (None, 0.0004, 0.04)] == ["-", "<0.001", "0.040"]
+    assert escape_markdown("a|b *c* <d> _e_ f_g") == r"a\|b \*c\* &lt;d> \_e\_ f_g"
     assert (
         without_folders("no '/a/b-1/c.txt' or /d, 1/2, x://y/z")
         == "no 'c.txt' or /d, 1/2, x://y/z"

@@ -13,20 +13,20 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from layerzoo.ablations.reporting import laws
-from layerzoo.ablations.reporting.figures import pictures
-from layerzoo.ablations.reporting.figures.canvas import keys, looks, wrapped
-from layerzoo.ablations.reporting.findings import find
-from layerzoo.ablations.reporting.report import page
+from layerzoo.ablations.reporting import scaling as laws
+from layerzoo.ablations.reporting.findings import read_findings
+from layerzoo.ablations.reporting.page import markdown_page
+from layerzoo.ablations.reporting.plots import report_plots
+from layerzoo.ablations.reporting.plots.canvas import arm_styles, legend_styles, wrapped
+from layerzoo.ablations.reporting.report_files import summary_tree
 from layerzoo.ablations.reporting.scaling import fit_scaling
-from layerzoo.ablations.reporting.summary import summary
 
 WriteResults = Callable[..., Path]
 WINDOW = {"layer": {"window": {}, "memory": {}}}
 
 
 def drawn(root: Path) -> dict[str, Figure]:
-    return {name: picture.figure for name, picture in pictures(find(root)).items()}
+    return {name: picture.figure for name, picture in report_plots(read_findings(root)).items()}
 
 
 def laid_out(figure: Figure) -> Any:
@@ -103,14 +103,14 @@ def test_continual_matrices(write_results: WriteResults) -> None:
         return out | {"continual/forgetting_max_minus_last/task=1": 0.7}
 
     root = write_results(measured, axes=WINDOW)
-    findings = find(root)
-    drawings = pictures(findings)
+    findings = read_findings(root)
+    drawings = report_plots(findings)
     figure = drawings["continual_matrix"].figure
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["window", "memory"]
     values = panels[0].images[0].get_array()
     assert np.allclose(values, [[0.02, 0.02], [0.12, 0.12], [0.22, 0.22]])
-    text = page(findings, drawings)
+    text = markdown_page(findings, drawings)
     assert "| arm | backward_transfer (%) |" in text and "| window | -30.0 ±24.8 |" in text
     assert "figures/continual_matrix.svg" in text and "continual_matrix-" not in text
 
@@ -132,8 +132,8 @@ def test_names_are_whole_and_cover_no_data(write_results: WriteResults, options:
         lags = {f"recall_lag/{lag}": 0.5 for lag in (1, 2, 4)}
         return {"recall/accuracy": 0.5 + 0.1 * seed, "chance": 0.1, "state_bytes": size, **lags}
 
-    findings = find(write_results(measured, axes=many(options)))
-    figures = {name: picture.figure for name, picture in pictures(findings).items()}
+    findings = read_findings(write_results(measured, axes=many(options)))
+    figures = {name: picture.figure for name, picture in report_plots(findings).items()}
     arms = [wrapped(row.arm) for row in findings.rows]
     assert len(arms) == 5 * options
     assert {name for name in figures if name != "axes"} == {"overview", "recall_lag-lag", "state"}
@@ -153,8 +153,8 @@ def test_names_are_whole_and_cover_no_data(write_results: WriteResults, options:
         if name == "recall_lag-lag":
             assert len(figure.axes) == (1 if options == 1 else 5)
     assert told == arms
-    assert len({*looks(findings.rows).values()}) == 5 * options
-    assert len(keys(findings.rows)) == (5 if options == 1 else 5 + 8)
+    assert len({*arm_styles(findings.rows).values()}) == 5 * options
+    assert len(legend_styles(findings.rows)) == (5 if options == 1 else 5 + 8)
 
 
 def test_the_overview_shows_the_bound_of_each_arm(write_results: WriteResults) -> None:
@@ -204,10 +204,10 @@ def test_scaling_laws_by_group(write_results: WriteResults) -> None:
         exclude=[{"rule": "c", "size": [str(n) for n in range(5, 13)]}],
         report={"scaling": [law]},
     )
-    findings = find(root)
-    drawings = pictures(findings)
-    text = page(findings, drawings)
-    a, b, c = summary(findings)["scaling"]
+    findings = read_findings(root)
+    drawings = report_plots(findings)
+    text = markdown_page(findings, drawings)
+    a, b, c = summary_tree(findings)["scaling"]
     assert (a["cells"], a["left_out"], a["refused"]) == (18, {}, None)
     assert text.count(", best |") == 1 + (b["best"] is not None)
     value, low, high = a["forms"][a["best"]]["parameters"]["a"]
@@ -242,17 +242,17 @@ def test_a_law_of_two_sizes_is_drawn_as_measured_against_fitted(
     root = write_results(
         measured, axes=axes, seeds=[0, 1], report={"metric": "loss/held_out", "scaling": [law]}
     )
-    findings = find(root)
+    findings = read_findings(root)
     (fit,) = findings.laws
     assert fit.x.shape == (30, 2) and fit.scaling is not None
     assert fit.x.max(0) == pytest.approx((1e6, 1e7))  # parameters, steps
     assert fit.scaling.refused is None
-    used, apart, _ = pictures(findings)["scaling-1"].figure.axes[0].lines
+    used, apart, _ = report_plots(findings)["scaling-1"].figure.axes[0].lines
     largest = (fit.x == fit.x.max(0)).any(1)
     for line, some in ((used, ~largest), (apart, largest)):
         assert np.array_equal(line.get_ydata(), fit.y[some])
         assert np.array_equal(line.get_xdata(), fit.scaling.best.predict(fit.x)[some])
-    json.dumps(summary(findings), allow_nan=False)
+    json.dumps(summary_tree(findings), allow_nan=False)
 
 
 def test_a_law_without_its_figure_is_refused_in_words(write_results: WriteResults) -> None:
@@ -260,8 +260,8 @@ def test_a_law_without_its_figure_is_refused_in_words(write_results: WriteResult
     root = write_results(
         lambda arm, seed: {"accuracy/all": 0.5}, axes=WINDOW, report={"scaling": [law]}
     )
-    findings = find(root)
-    text = page(findings, pictures(findings))
+    findings = read_findings(root)
+    text = markdown_page(findings, report_plots(findings))
     assert "- capacity/d91: 6 cells left out: no capacity/d91." in text
     assert "- capacity/d91: no exponent: no cell to fit." in text
     assert "scaling-1" not in text

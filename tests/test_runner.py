@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from layerzoo import SpecError
-from layerzoo.ablations import run as command
-from layerzoo.ablations.cells.cell import Cell, Seed, identity
+from layerzoo.ablations import grid_run as command
+from layerzoo.ablations.cells.cell import Cell, Seed, identity_of
 from layerzoo.ablations.running import runner
 from layerzoo.ablations.running.executor import Outcome
 from layerzoo.ablations.running.folder import (
@@ -27,15 +27,15 @@ from layerzoo.ablations.running.folder import (
     METRICS,
     PROGRESS,
     RECORD,
-    locked,
-    prepare,
+    cell_lock,
+    cell_state,
+    prepare_folder,
     read_json,
-    reason,
-    state,
+    reason_of,
     write_json,
 )
 from layerzoo.ablations.running.folder import CONFIG as CONFIG_FILE
-from layerzoo.ablations.running.pace import Pace, say
+from layerzoo.ablations.running.pace import Pace, duration_text
 from layerzoo.ablations.running.worker import run_cell
 
 CONFIG: dict[str, Any] = {
@@ -91,27 +91,27 @@ class Notes:
     def waits(self, folder: Path) -> None:
         self.waited.append(folder)
 
-    def look(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
+    def tick(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
         pass
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    return [prepare(cell(seed=n), tmp_path) for n in range(5)]
+    return [prepare_folder(cell(seed=n), tmp_path) for n in range(5)]
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "LOOK", 0.01)
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.01)
 
 
 def test_every_cell_runs_once_and_slots_are_kept(folders: list[Path]) -> None:
     executor, notes = Script(lambda folder, nth: Outcome("finished")), Notes()
-    ends = runner.run(folders, executor, 1, notes)
+    ends = runner.run_folders(folders, executor, 1, notes)
     assert {*ends} == {*folders} and {*executor.runs.values()} == {1}
     assert executor.most == 2 and notes.ends == ["finished"] * 5
     again = Script(lambda folder, nth: Outcome("finished"))
-    assert len(runner.run(folders, again, 1, Notes())) == 5 and not again.runs
+    assert len(runner.run_folders(folders, again, 1, Notes())) == 5 and not again.runs
 
 
 def test_a_failed_cell_is_retried_and_then_reported(folders: list[Path]) -> None:
@@ -121,14 +121,14 @@ def test_a_failed_cell_is_retried_and_then_reported(folders: list[Path]) -> None
         return Outcome("diverged", "loss nan") if folder == folders[2] else Outcome("finished")
 
     executor, notes = Script(answers), Notes()
-    ends = runner.run(folders, executor, 2, notes)
+    ends = runner.run_folders(folders, executor, 2, notes)
     assert [executor.runs[folder] for folder in folders] == [3, 2, 1, 1, 1]
     assert [ends[folder].end for folder in folders] == ["failed", "finished", "diverged"] + [
         "finished"
     ] * 2
     assert notes.retries == 3 and len(notes.ends) == 5
     assert read_json(folders[0] / FAILED) == {"reason": "killed by signal 9"}
-    assert state(folders[0]) == "failed" and state(folders[1]) == "finished"
+    assert cell_state(folders[0]) == "failed" and cell_state(folders[1]) == "finished"
 
 
 def test_a_cell_that_another_process_runs_is_waited_for(folders: list[Path]) -> None:
@@ -136,7 +136,7 @@ def test_a_cell_that_another_process_runs_is_waited_for(folders: list[Path]) -> 
         return Outcome("busy" if folder == folders[0] and nth < 3 else "finished")
 
     executor, notes = Script(answers), Notes()
-    ends = runner.run(folders, executor, 0, notes)
+    ends = runner.run_folders(folders, executor, 0, notes)
     assert executor.runs[folders[0]] == 3 and ends[folders[0]].end == "finished"
     assert notes.waited == folders[:1], "told once"
 
@@ -147,7 +147,9 @@ def test_a_cell_that_another_process_runs_is_waited_for(folders: list[Path]) -> 
 
     (folders[0] / METRICS).unlink()
     executor = Script(elsewhere)
-    assert runner.run(folders[:1], executor, 0, Notes()) == {folders[0]: Outcome("finished")}
+    assert runner.run_folders(folders[:1], executor, 0, Notes()) == {
+        folders[0]: Outcome("finished")
+    }
     assert executor.runs[folders[0]] == 1 and read_json(folders[0] / METRICS) == {"loss": 2}
 
 
@@ -172,7 +174,7 @@ def test_an_end_that_the_folder_does_not_bear_out_is_a_failure(
             return found
 
     executor, notes = Lost(lambda folder, nth: outcome), Notes()
-    ends = runner.run(folders[:1], executor, 2, notes)
+    ends = runner.run_folders(folders[:1], executor, 2, notes)
     assert ends == {folders[0]: Outcome("failed", told)}
     assert executor.runs[folders[0]] == 3 and notes.retries == 2
 
@@ -181,28 +183,30 @@ def test_an_end_that_the_folder_does_not_bear_out_is_a_failure(
 def test_a_full_disk_ends_the_run_but_not_what_runs(folders: list[Path], code: int) -> None:
     full = Outcome("failed", f"OSError: {os.strerror(code)}")
     executor = Script(lambda f, n: full if f == folders[0] else Outcome("finished"))
-    ends = runner.run(folders, executor, 5, Notes())
+    ends = runner.run_folders(folders, executor, 5, Notes())
     # Two were running; the first was not tried again, and no other was begun.
     assert [*ends] == folders[:2] and [e.end for e in ends.values()] == ["failed", "finished"]
 
 
 def test_a_folder_holds_a_config_that_says_who_it_is(tmp_path: Path) -> None:
-    folder = prepare(cell(), tmp_path)
+    folder = prepare_folder(cell(), tmp_path)
     about = json.loads((folder / CELL).read_text())
     assert about["arm"] == "a" and about["seed"] == {"init": 0, "data": 0}
-    assert about["identity"] == identity(CONFIG) and about["identity"][:8] in folder.name
+    assert about["identity"] == identity_of(CONFIG) and about["identity"][:8] in folder.name
     before = (folder / CELL).stat().st_mtime_ns
-    assert prepare(cell(), tmp_path) == folder and (folder / CELL).stat().st_mtime_ns == before
+    assert (
+        prepare_folder(cell(), tmp_path) == folder and (folder / CELL).stat().st_mtime_ns == before
+    )
     (folder / CELL).unlink()  # killed while the folder was made
-    assert prepare(cell(), tmp_path) == folder and (folder / CELL).is_file()
+    assert prepare_folder(cell(), tmp_path) == folder and (folder / CELL).is_file()
     write_json(folder / CELL, {**about, "identity": "another"})
     with pytest.raises(SpecError, match="is of another config; give another --out"):
-        prepare(cell(), tmp_path)
+        prepare_folder(cell(), tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["", '{"arm": "a", "ide', "[1]", "\0\0\0", None])
 def test_damaged_files_of_a_cell_are_found_out_again(tmp_path: Path, damage: str | None) -> None:
-    folder = prepare(cell(), tmp_path)
+    folder = prepare_folder(cell(), tmp_path)
     whole = {name: (folder / name).read_text() for name in (CELL, CONFIG_FILE)}
     for name in (LOG, "hparams.yaml", "events.out.tfevents.1.vm.2.measured", "recall_lag-lag.png"):
         (folder / name).touch()
@@ -212,17 +216,17 @@ def test_damaged_files_of_a_cell_are_found_out_again(tmp_path: Path, damage: str
         else:
             (folder / name).write_text(damage)
     (folder / CONFIG_FILE).unlink()
-    assert state(folder) == "pending", "without figures it has not finished"
+    assert cell_state(folder) == "pending", "without figures it has not finished"
     pace = Pace()
     pace.finished(folder)
     assert pace.left([folder], [folder], 1) is None
-    assert prepare(cell(), tmp_path) == folder
+    assert prepare_folder(cell(), tmp_path) == folder
     assert whole == {name: (folder / name).read_text() for name in whole}
     (folder / CONFIG_FILE).unlink()  # alone
-    prepare(cell(), tmp_path)
+    prepare_folder(cell(), tmp_path)
     assert whole == {name: (folder / name).read_text() for name in whole}
     (folder / FAILED).write_text("{")
-    assert state(folder) == "failed" and reason(folder) == "unknown"
+    assert cell_state(folder) == "failed" and reason_of(folder) == "unknown"
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -230,7 +234,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     precious.parent.mkdir(parents=True)
     precious.write_text("years of work")
     with pytest.raises(SpecError, match="is not a cell's folder"):
-        prepare(cell(), tmp_path)
+        prepare_folder(cell(), tmp_path)
     assert precious.read_text() == "years of work"
 
 
@@ -251,31 +255,31 @@ def test_identity_is_what_is_computed_not_how() -> None:
         {"model": {**model, "lr": 0.02}},
         {"data": {**data, "init_args": {"length": 9, "seed": 0}}},
     )
-    assert {identity({**CONFIG, **change}) for change in same} == {identity(CONFIG)}
-    assert len({identity({**CONFIG, **change}) for change in (*other, {})}) == len(other) + 1
+    assert {identity_of({**CONFIG, **change}) for change in same} == {identity_of(CONFIG)}
+    assert len({identity_of({**CONFIG, **change}) for change in (*other, {})}) == len(other) + 1
 
 
 def test_states_of_a_folder(tmp_path: Path) -> None:
-    folder = prepare(cell(), tmp_path)
-    assert state(folder) == "pending"
+    folder = prepare_folder(cell(), tmp_path)
+    assert cell_state(folder) == "pending"
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step=1.ckpt").touch()
-    assert state(folder) == "started"
+    assert cell_state(folder) == "started"
     write_json(folder / FAILED, {"reason": "it"})
-    assert state(folder) == "failed"
-    with locked(folder) as ours:
-        assert ours and state(folder) == "running"
-        with locked(folder) as too:
+    assert cell_state(folder) == "failed"
+    with cell_lock(folder) as ours:
+        assert ours and cell_state(folder) == "running"
+        with cell_lock(folder) as too:
             assert not too
-    assert state(folder) == "failed"
+    assert cell_state(folder) == "failed"
     write_json(folder / DIVERGED, {"reason": "loss nan"})
-    assert state(folder) == "diverged"
+    assert cell_state(folder) == "diverged"
     write_json(folder / METRICS, {})
-    assert state(folder) == "finished"
+    assert cell_state(folder) == "finished"
 
 
 def test_a_cell_has_the_threads_that_it_is_given(tmp_path: Path) -> None:
-    folder, before = prepare(cell(), tmp_path), torch.get_num_threads()
+    folder, before = prepare_folder(cell(), tmp_path), torch.get_num_threads()
     write_json(folder / METRICS, {})
     try:
         torch.set_num_threads(2)
@@ -300,7 +304,9 @@ def test_a_json_file_is_written_whole_or_not_at_all(
 
 
 def test_the_time_left_is_judged_by_arm(tmp_path: Path) -> None:
-    fast, slow = ([prepare(cell(a, n), tmp_path) for n in range(3)] for a in ("fast", "slow"))
+    fast, slow = (
+        [prepare_folder(cell(a, n), tmp_path) for n in range(3)] for a in ("fast", "slow")
+    )
     pace = Pace()
     assert pace.left(fast, [], 1) is None
     for folder, seconds in ((fast[0], 10.0), (slow[0], 100.0)):
@@ -312,10 +318,10 @@ def test_the_time_left_is_judged_by_arm(tmp_path: Path) -> None:
     write_json(slow[1] / PROGRESS, {"step": 5, "steps": 20, "first": 0, "seconds": 30.0})
     assert pace.left([], slow[1:2], 4) == pytest.approx(75)
     # An arm of which none has finished: by its own progress, counted from where it resumed.
-    other = prepare(cell("other"), tmp_path)
+    other = prepare_folder(cell("other"), tmp_path)
     write_json(other / PROGRESS, {"step": 6, "steps": 10, "first": 4, "seconds": 8.0})
     assert pace.left([], [other], 1) == pytest.approx(0.4 * 40)
-    each = [say(s) for s in (None, 40, 600, 7200, 172799, 172800)]
+    each = [duration_text(s) for s in (None, 40, 600, 7200, 172799, 172800)]
     assert each == ["?", "40 s", "10 min", "2.0 h", "48.0 h", "2 days"]
 
 
@@ -331,7 +337,7 @@ def test_interrupted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         if text.startswith("interrupted"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_run", interrupted)
+    monkeypatch.setattr(command, "_run_stages", interrupted)
     monkeypatch.setattr(command.Console, "print", printed)
-    assert command.run("quickstart", command.How(out=tmp_path)) == 130
+    assert command.run_grid("quickstart", command.RunOptions(out=tmp_path)) == 130
     assert said[-1] == "the same command goes on where this one stopped"

@@ -10,22 +10,23 @@ from scipy.optimize import approx_fprime, minimize
 
 from layerzoo.ablations.reporting.power_laws import (
     Array,
-    Frame,
-    Law,
-    Powers,
-    Saturating,
+    LogMeans,
+    PowerLaw,
+    PowerSum,
+    SaturatingPower,
     best_starts,
-    fit,
-    huber,
+    huber_loss,
+    minimise_loss,
 )
-from layerzoo.ablations.reporting.scaling import fit_scaling, resample
+from layerzoo.ablations.reporting.scaling import fit_scaling
+from layerzoo.ablations.reporting.statistics import draw_resamples
 
 LAWS = {
-    "no floor": Powers(1, floor=False),
-    "floor": Powers(1, floor=True),
-    "saturating": Saturating(),
-    "no floor, two": Powers(2, floor=False),
-    "floor, two": Powers(2, floor=True),
+    "no floor": PowerSum(1, floor=False),
+    "floor": PowerSum(1, floor=True),
+    "saturating": SaturatingPower(),
+    "no floor, two": PowerSum(2, floor=False),
+    "floor, two": PowerSum(2, floor=True),
 }
 CHINCHILLA = {"A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28, "E": 1.69}
 """Hoffmann et al. 2022, eq. 10."""
@@ -66,9 +67,9 @@ def test_the_gradient_is_the_numerical_one(name: str) -> None:
         weights = rng.uniform(0, 3, size=9)
 
         def loss(theta: Array, at: Array = weights) -> float:
-            return huber(theta, law, u, v, at)[0]
+            return huber_loss(theta, law, u, v, at)[0]
 
-        _, gradient = huber(point, law, u, v, weights)
+        _, gradient = huber_loss(point, law, u, v, weights)
         numeric = approx_fprime(point, loss, 1e-8)
         assert gradient == pytest.approx(numeric, rel=1e-3, abs=1e-6)
 
@@ -83,16 +84,16 @@ def test_the_gradient_is_the_numerical_one(name: str) -> None:
     ],
 )
 def test_a_law_without_noise_is_found_exactly(name: str, values: tuple[float, ...]) -> None:
-    law: Law = LAWS[name]
+    law: PowerLaw = LAWS[name]
     x = chinchilla(4)[0] if "two" in name else SIZES[:, None]
     y = formula(law, dict(zip(law.names, values, strict=True)), x)
-    frame = Frame(np.log(x).mean(0), float(np.log(y).mean()))
+    frame = LogMeans(np.log(x).mean(0), float(np.log(y).mean()))
     u, v = np.log(x) - frame.centre, np.log(y) - frame.level
-    theta, _ = fit(law, u, v, np.ones_like(v), best_starts(law, u, v, 8))
+    theta, _ = minimise_loss(law, u, v, np.ones_like(v), best_starts(law, u, v, 8))
     assert law.parameters(theta, frame) == pytest.approx(values, rel=2e-3)
 
 
-def formula(law: Law, values: dict[str, Any], x: Array) -> Array:
+def formula(law: PowerLaw, values: dict[str, Any], x: Array) -> Array:
     """y as the form's text says."""
     terms = law.formula.replace(" x", " * x").replace(" (", " * (").replace("^", "**")
     columns = {"x": x[:, 0], "x1": x[:, 0], "x2": x[:, -1]}
@@ -103,7 +104,7 @@ def test_no_other_optimiser_goes_lower() -> None:
     x, y, _ = observed(SIZES, FALLS["floor"])
     law, u, v = LAWS["floor"], np.log(x[:, None] / 3e4), np.log(y)
     ones = np.ones_like(v)
-    theta, least = fit(law, u, v, ones, best_starts(law, u, v, 8))
+    theta, least = minimise_loss(law, u, v, ones, best_starts(law, u, v, 8))
     options = {"xatol": 1e-10, "fatol": 1e-16, "maxiter": 4000}
 
     def loss(theta: Array) -> float:
@@ -258,7 +259,7 @@ def test_the_bootstrap_repeats() -> None:
 
 
 def test_a_draw_has_as_many_sizes_as_a_form_has_parameters() -> None:
-    times = resample(5, 3, 200, np.random.default_rng(0))
+    times = draw_resamples(5, 3, 200, np.random.default_rng(0))
     assert times.shape == (200, 5) and (times.sum(1) == 5).all()
     assert np.count_nonzero(times, axis=1).min() == 3
-    assert np.count_nonzero(resample(5, 1, 200, np.random.default_rng(0)), axis=1).min() < 3
+    assert np.count_nonzero(draw_resamples(5, 1, 200, np.random.default_rng(0)), axis=1).min() < 3

@@ -17,11 +17,11 @@ from layerzoo.ablations.cells import grid as grids
 from layerzoo.ablations.cells.cell import Seed
 from layerzoo.ablations.cells.claims import Claim
 from layerzoo.ablations.command import main
-from layerzoo.ablations.reporting.results import Result
-from layerzoo.ablations.reporting.rows import Row
-from layerzoo.ablations.reporting.verdicts import judge
-from layerzoo.ablations.run import How
-from layerzoo.ablations.running.folder import METRICS, about_cell, prepare
+from layerzoo.ablations.grid_run import RunOptions
+from layerzoo.ablations.reporting.arm_rows import ArmRow
+from layerzoo.ablations.reporting.comparisons import judge_claims
+from layerzoo.ablations.reporting.results import CellResult
+from layerzoo.ablations.running.folder import METRICS, cell_facts, prepare_folder
 
 from .here import quick
 
@@ -73,7 +73,7 @@ class Shipped:
         for cell in grids.load_grid(name).cells():
             value = accuracy[cell.arm] + 0.01 * (-1) ** cell.seed.init
             sizes = {"parameters": 1, "state_bytes": 1, "length": 1}
-            path = prepare(cell, self.out / name) / METRICS
+            path = prepare_folder(cell, self.out / name) / METRICS
             path.write_text(json.dumps({"recall/accuracy": value} | sizes))
 
     def validate(self, *options: str) -> int:
@@ -117,7 +117,7 @@ def test_cells_that_no_claim_is_about_are_named(
 ) -> None:
     shipped.add("bound", 1, claim())
     shipped.measured("bound", window=0.4, memory=0.4)
-    monkeypatch.setattr(validation, "run", lambda name, how, tables: 0)
+    monkeypatch.setattr(validation, "run_grid", lambda name, how, tables: 0)
     grid, root = grids.load_grid("bound"), shipped.out / "bound"
     for cell in grid.cells():
         folder = root / cell.path
@@ -125,7 +125,7 @@ def test_cells_that_no_claim_is_about_are_named(
             (folder / METRICS).unlink()
             name = "diverged" if cell.arm == "window" else "failed"
             (folder / f"{name}.json").write_text(json.dumps({"reason": f"it {name}"}))
-    listed = [{"path": cell.path, **about_cell(cell)} for cell in grid.cells()]
+    listed = [{"path": cell.path, **cell_facts(cell)} for cell in grid.cells()]
     (root / "cells.json").write_text(json.dumps(listed))
     (root / "grid.yaml").write_text(grid.source.copy)
     assert shipped.validate() == 0
@@ -195,12 +195,12 @@ def test_how_a_grid_ends_counts(
         shipped.measured(name, window=accuracy, memory=0.4)
     real = validation.run
 
-    def run(name: str, how: How, tables: bool) -> int:
+    def run(name: str, how: RunOptions, tables: bool) -> int:
         real(name, how, tables=tables)
         runs.append(name)
         return ends[len(runs) - 1]
 
-    monkeypatch.setattr(validation, "run", run)
+    monkeypatch.setattr(validation, "run_grid", run)
     assert shipped.validate() == status
     assert len(runs) == ran
 
@@ -244,11 +244,11 @@ def test_a_claim_of_a_difference_is_of_the_means(
     for arm, x in zip(("memory", "window"), measured, strict=True):
         values = [] if x is None else [x - 0.25, x + 0.25]
         found = [
-            Result(arm, {}, Seed(n, n), "", "finished", {each["metric"]: value}, {}, {})
+            CellResult(arm, {}, Seed(n, n), "", "finished", {each["metric"]: value}, {}, {})
             for n, value in enumerate(values)
         ]
-        rows.append(Row(arm, {}, found))
-    (verdict,) = judge([Claim.from_fields(each)], rows)
+        rows.append(ArmRow(arm, {}, found))
+    (verdict,) = judge_claims([Claim.from_fields(each)], rows)
     assert verdict.holds is holds and verdict.expected == value
     first, second = measured
     if first is None or second is None:
@@ -258,7 +258,7 @@ def test_a_claim_of_a_difference_is_of_the_means(
 
 
 def test_shipped_references_say_how_long_they_take() -> None:
-    references = validation.references()
+    references = validation.grids_with_claims()
     assert references
     for name, grid in references.items():
         assert grid.name == name and grid.fields.minutes is not None

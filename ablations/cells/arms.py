@@ -12,7 +12,7 @@ from .source import Source
 
 Arm = dict[str, str]
 """Axis -> option."""
-Where = dict[str, tuple[str, ...]]
+ArmFilter = dict[str, tuple[str, ...]]
 """Axis -> the options that are meant."""
 
 
@@ -21,7 +21,7 @@ def arm_name(arm: Arm) -> str:
     return ",".join(arm.values())
 
 
-def read_where(source: Source, axes: Mapping[str, Axis], *place: str) -> Where:
+def read_arm_filter(source: Source, axes: Mapping[str, Axis], *place: str) -> ArmFilter:
     """`axis: option` or `axis: [option, ..]` of a place."""
     where = source.value(*place)
     if not isinstance(where, dict) or not where:
@@ -34,7 +34,7 @@ def read_where(source: Source, axes: Mapping[str, Axis], *place: str) -> Where:
         items = [inner]
         if isinstance(options, list):
             items = [(*inner, str(n)) for n in range(len(options))]
-        out[name] = tuple(axes[name].find(source, item) for item in items)
+        out[name] = tuple(axes[name].label_at(source, item) for item in items)
     return out
 
 
@@ -46,7 +46,7 @@ def read_arms(
     Raises:
         SpecError: an option is left in no arm, or an exclusion matches none.
     """
-    arms = _expand(axes, _conditions(source, axes))
+    arms = _expand(axes, _read_conditions(source, axes))
     _require_all(source, axes, arms, "when")
     if design == "one_at_a_time":
         firsts = {name: next(iter(axis.options)) for name, axis in axes.items()}
@@ -55,8 +55,8 @@ def read_arms(
     dropped: list[Arm] = []
     for n, _ in enumerate(source.value("exclude") or []):
         place = ("exclude", str(n))
-        where = read_where(source, axes, *place)
-        matching = [arm for arm in arms if meets(arm, where)]
+        where = read_arm_filter(source, axes, *place)
+        matching = [arm for arm in arms if passes(arm, where)]
         if not matching:
             raise source.error(place, "matches no arm; correct it, or drop it")
         dropped += matching
@@ -67,7 +67,7 @@ def read_arms(
     return arms
 
 
-def _conditions(source: Source, axes: Mapping[str, Axis]) -> dict[str, Where]:
+def _read_conditions(source: Source, axes: Mapping[str, Axis]) -> dict[str, ArmFilter]:
     """Of the axes that are not in every arm."""
     conditions = {}
     earlier = [*axes]
@@ -75,14 +75,14 @@ def _conditions(source: Source, axes: Mapping[str, Axis]) -> dict[str, Where]:
         place = ("when", name)
         if name not in axes:
             raise source.error(place, f"no such axis; {suggest(name, axes)}")
-        conditions[name] = read_where(source, axes, *place)
+        conditions[name] = read_arm_filter(source, axes, *place)
         for other in conditions[name]:
             if earlier.index(other) >= earlier.index(name):
                 raise source.error((*place, other), f"list axis {other} before axis {name}")
     return conditions
 
 
-def _expand(axes: Mapping[str, Axis], conditions: Mapping[str, Where]) -> list[Arm]:
+def _expand(axes: Mapping[str, Axis], conditions: Mapping[str, ArmFilter]) -> list[Arm]:
     arms: list[Arm] = [{}]
     for name, axis in axes.items():
         arms = [
@@ -90,14 +90,14 @@ def _expand(axes: Mapping[str, Axis], conditions: Mapping[str, Where]) -> list[A
             for arm in arms
             for choice in (
                 [{name: label} for label in axis.options]
-                if meets(arm, conditions.get(name, {}))
+                if passes(arm, conditions.get(name, {}))
                 else [{}]
             )
         ]
     return arms
 
 
-def meets(arm: Arm, where: Where) -> bool:
+def passes(arm: Arm, where: ArmFilter) -> bool:
     """Whether the arm has one of the options of each of the axes."""
     return all(arm.get(axis) in options for axis, options in where.items())
 

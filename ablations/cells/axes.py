@@ -45,16 +45,16 @@ class Axis:
         one_key = len(firsts) == len(self.options) and len({first.key for first in firsts}) == 1
         return values if one_key and all(type(v) in (int, float) for v in values) else []
 
-    def find(self, source: Source, place: Place) -> str:
+    def label_at(self, source: Source, place: Place) -> str:
         """The option that a place names, by its label, or by its value if it is of a list."""
-        names = (source.written(*place), _text(source.value(*place)))
-        for label in (*names, *(f"{_short(self.name)}={name}" for name in names)):
+        names = (source.written(*place), _label_text(source.value(*place)))
+        for label in (*names, *(f"{_last_key(self.name)}={name}" for name in names)):
             if label in self.options:
                 return label
         raise source.error(place, f"no option '{names[0]}'; {suggest(names[0], self.options)}")
 
 
-def folder_name(name: str) -> str:
+def checked_folder_name(name: str) -> str:
     """Refuse what cannot name a folder of results."""
     if not re.fullmatch(r"\w[\w.+=-]*", name):
         raise SpecError(f"'{name}' is no folder name; use letters, digits and _.+=-")
@@ -74,29 +74,33 @@ def read_axes(source: Source, *place: str) -> dict[str, Axis]:
     axes = source.value(*place)
     if not isinstance(axes, dict) or not axes:
         raise source.error(place, "needs at least one axis with one option")
-    return {name: Axis(name, _options(source, *place, name)) for name in axes}
+    return {name: Axis(name, _read_options(source, *place, name)) for name in axes}
 
 
-def _options(source: Source, *place: str) -> dict[str, Option]:
+def _read_options(source: Source, *place: str) -> dict[str, Option]:
     form = source.value(*place)
     if isinstance(form, list):
-        return _zipped(source, {place[-1]: place})
+        return _options_of_lists(source, {place[-1]: place})
     if not isinstance(form, dict) or not form:
         raise source.error(
             place, f"expected options: label: {{key: value}}, or a list of values; got {form!r}"
         )
     if all(isinstance(values, list) for values in form.values()):
-        return _zipped(source, {key: (*place, key) for key in form}, _short(place[-1]))
+        return _options_of_lists(
+            source, {key: (*place, key) for key in form}, _last_key(place[-1])
+        )
     options = {}
     for label in form:
         inner = (*place, label)
-        with source.at(*inner):
-            folder_name(label)
+        with source.locating(*inner):
+            checked_folder_name(label)
         options[label] = Option(inner, read_overrides(source, *inner))
     return options
 
 
-def _zipped(source: Source, lists: Mapping[str, Place], name: str = "") -> dict[str, Option]:
+def _options_of_lists(
+    source: Source, lists: Mapping[str, Place], name: str = ""
+) -> dict[str, Option]:
     """The options of lists of values by key: the n-th has the n-th value of each."""
     first, *_ = lists
     count = len(source.value(*lists[first]))
@@ -114,9 +118,9 @@ def _zipped(source: Source, lists: Mapping[str, Place], name: str = "") -> dict[
     options: dict[str, Option] = {}
     for n in range(count):
         places = {key: (*place, str(n)) for key, place in lists.items()}
-        label = f"{name or _short(first)}={_text(source.value(*places[first]))}"
-        with source.at(*places[first]):
-            folder_name(label)
+        label = f"{name or _last_key(first)}={_label_text(source.value(*places[first]))}"
+        with source.locating(*places[first]):
+            checked_folder_name(label)
             if label in options:
                 raise SpecError(f"'{label}' is an option already; drop one, or name each option")
         overrides = (Override(p, key, source.value(*p)) for key, p in places.items())
@@ -124,10 +128,10 @@ def _zipped(source: Source, lists: Mapping[str, Place], name: str = "") -> dict[
     return options
 
 
-def _short(key: str) -> str:
+def _last_key(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _text(value: Any) -> str:
+def _label_text(value: Any) -> str:
     """A plain value in a label: as YAML has it, and a number always in the same way."""
     return value if isinstance(value, str) else json.dumps(value, default=str)

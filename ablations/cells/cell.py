@@ -13,7 +13,7 @@ from layerzoo.layer import EXECUTION
 
 from .configs import Tree
 
-HOW = {
+WITHOUT_EFFECT = {
     "trainer": (
         "logger",
         "enable_progress_bar",
@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def identity(self) -> str:
-        return identity(self.config, self.digest)
+        return identity_of(self.config, self.digest)
 
     @property
     def path(self) -> str:
@@ -76,19 +76,19 @@ class Cell:
         return f"{folder}/seed-{self.seed}-{self.identity[:8]}"
 
 
-def identity(config: Tree, digest: Mapping[str, str] | None = None) -> str:
+def identity_of(config: Tree, digest: Mapping[str, str] | None = None) -> str:
     """The hash of what makes a run: the essence of its config; and what it reads, if anything."""
-    tree = essence(config)
+    tree = result_config(config)
     if digest:
         tree["digest"] = {**digest}
     text = json.dumps(tree, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def essence(config: Tree) -> Tree:
+def result_config(config: Tree) -> Tree:
     """A config but for where it logs, which checkpoints it keeps and how it is computed."""
     tree = copy.deepcopy(config)
-    for section, names in HOW.items():
+    for section, names in WITHOUT_EFFECT.items():
         for name in names:
             tree.get(section, {}).pop(name, None)
     tree["data"].get("init_args", {}).pop("num_workers", None)

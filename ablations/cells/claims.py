@@ -54,7 +54,7 @@ def read_claims(source: Source, arms: Sequence[str]) -> list[Claim]:
     """The claims of a grid file, about these arms."""
     claims = []
     for n, fields in enumerate(source.value("expect") or []):
-        with source.at("expect", str(n)):
+        with source.locating("expect", str(n)):
             claim: Claim = read_config(Claim, fields)
             for name, arm in (("arm", claim.arm), ("minus", claim.minus)):
                 if arm is not None and arm not in arms:

@@ -43,7 +43,7 @@ def resolve(config: Tree) -> Tree:
     for name in config:
         if name not in SECTIONS:
             raise SpecError(f"{name}: no such section; {suggest(name, SECTIONS)}")
-    for section, options in _parser()[1].items():
+    for section, options in _training_parser()[1].items():
         found = config.get(section, {})
         if not isinstance(found, dict):
             raise SpecError(f"{section}: expected a mapping of options, got {found}")
@@ -58,7 +58,7 @@ def resolve(config: Tree) -> Tree:
     try:
         whole = OmegaConf.create(config)
         data: Any = OmegaConf.to_container(whole.data, resolve=True)
-        defaults, _ = _task(data)
+        defaults, _ = _options_and_task(data)
         defaults = {name: value for name, value in defaults.items() if name != "seed"}
         whole.data.init_args = {**(data.get("init_args") or {}), **defaults}
         tree: Any = OmegaConf.to_container(whole, resolve=True)
@@ -67,12 +67,12 @@ def resolve(config: Tree) -> Tree:
     for name in ("devices", "num_nodes"):
         if (value := tree.get("trainer", {}).get(name)) not in (None, 1, "1", "auto"):
             raise SpecError(f"trainer.{name}: {value}, but a cell runs on one device; drop it")
-    tree |= _checked(tree)
+    tree |= _checked_sections(tree)
     data = {**data, "init_args": {**plain(defaults), **(data.get("init_args") or {})}}
-    return {**tree, "model": _completed(tree), "data": data}
+    return {**tree, "model": _completed_module(tree), "data": data}
 
 
-def _completed(tree: Tree) -> Tree:
+def _completed_module(tree: Tree) -> Tree:
     """The section of the module, with the options that it leaves at their defaults."""
     known = LitModel.Config.fields()
     defaults = {
@@ -96,7 +96,7 @@ def network_of(options: Tree) -> ModelConfig:
     return ModelConfig.from_fields({str(name): value for name, value in written.items()})
 
 
-def _checked(tree: Tree) -> Tree:
+def _checked_sections(tree: Tree) -> Tree:
     """The sections of the trainer and of the module, as training reads them: checked, and with a
     number for the text of one."""
     written = {name: dict(tree[name]) for name in ("trainer", "model") if tree.get(name)}
@@ -104,19 +104,19 @@ def _checked(tree: Tree) -> Tree:
     options.get("model", {}).pop("network", None)  # `model` builds it
     key = json.dumps(options, sort_keys=True, default=str)
     if key not in _options_checked:
-        _options_checked[key] = _parsed(options)
+        _options_checked[key] = _values_of_texts(options)
     for section, values in _options_checked[key].items():
         written[section] |= values
     return written
 
 
-def _parsed(options: Tree) -> Tree:
+def _values_of_texts(options: Tree) -> Tree:
     """The values that were written as text and that training reads as something else.
 
     Raises:
         SpecError: an option of another type, or out of its range.
     """
-    parser, _ = _parser()
+    parser, _ = _training_parser()
     parsed = parser.parse_object(copy.deepcopy(options)).as_dict()
     check_trainer(parsed["trainer"])
     fields = {field.name for field in TaskModule.Config.fields()}
@@ -132,7 +132,7 @@ def _parsed(options: Tree) -> Tree:
 
 
 @cache
-def _parser() -> tuple[TrainingParser, dict[str, list[str]]]:
+def _training_parser() -> tuple[TrainingParser, dict[str, list[str]]]:
     """The parser of the trainer's and the module's options, and their names by section."""
     parser = TrainingParser(exit_on_error=False)
     trainer = parser.add_class_arguments(Trainer, "trainer", instantiate=False)
@@ -144,22 +144,22 @@ def _parser() -> tuple[TrainingParser, dict[str, list[str]]]:
     }
 
 
-def task(config: Tree) -> Task:
+def task_of(config: Tree) -> Task:
     """The task of a resolved config; its seed may be another's."""
-    return _task(config["data"])[1]
+    return _options_and_task(config["data"])[1]
 
 
-def _task(data: Tree) -> tuple[Tree, Task]:
+def _options_and_task(data: Tree) -> tuple[Tree, Task]:
     """All options of a task, defaults too, and the task."""
     options = {n: v for n, v in (data.get("init_args") or {}).items() if n != "seed"}
     data = {"class_path": data["class_path"], "init_args": options}
     key = json.dumps(data, sort_keys=True, default=str)
     if key not in _tasks:  # parsing takes a tenth of a second, and grids repeat it
-        _tasks[key] = _built(data)
+        _tasks[key] = _build_task(data)
     return _tasks[key]
 
 
-def _built(data: Tree) -> tuple[Tree, Task]:
+def _build_task(data: Tree) -> tuple[Tree, Task]:
     parser = TrainingParser(exit_on_error=False)
     parser.add_subclass_arguments(Task, "data", required=True)
     parsed = parser.parse_object({"data": copy.deepcopy(data)})  # it changes what it is given
@@ -170,18 +170,18 @@ def _built(data: Tree) -> tuple[Tree, Task]:
     return parsed.data.init_args.as_dict(), built
 
 
-def forget() -> None:
+def forget_tasks() -> None:
     """The tasks that were built: what they read may have changed since."""
     _tasks.clear()
 
 
-def digests(config: Tree) -> dict[str, str]:
+def digests_of(config: Tree) -> dict[str, str]:
     """Of what a run of a resolved config would read now, see `layerzoo.train.identity.digests`.
 
     Raises:
         SpecError: it cannot be read, or the weights to start from are of another network.
     """
-    _, fresh = _built(config["data"])
+    _, fresh = _build_task(config["data"])
     found = {f"data.{option}": digest for option, digest in fresh.digest().items()}
     init, network = config["model"].get("init"), config["model"]["network"]
     if init is not None:
@@ -191,7 +191,7 @@ def digests(config: Tree) -> dict[str, str]:
     return found
 
 
-def model(config: Tree) -> LanguageModel:
+def model_of(config: Tree) -> LanguageModel:
     """The model of a resolved config, without memory for its weights.
 
     Raises:

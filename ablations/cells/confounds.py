@@ -10,18 +10,24 @@ from typing import Any
 from .arms import Arm
 from .axes import Axis
 from .claims import Claim
-from .differences import LAYERS, Difference, Side, kinds, written
-from .report import Report
-from .sizes import NAMES as SIZES
+from .differences import (
+    LAYERS,
+    ComparedArm,
+    ConfigDifference,
+    classified_differences,
+    keys_written,
+)
+from .report_options import Report
+from .sizes import SIZE_NAMES as SIZES
 
-TOLERANCE = 0.05
+SIZE_TOLERANCE = 0.05
 """Sizes that differ by at most this share count as equal."""
-RATE = "model.lr"
-NAMED = 3
+LEARNING_RATE = "model.lr"
+NAMED_AT_MOST = 3
 """A line names so many pairs of arms, and counts the others."""
 
-Pair = tuple[str, str]
-Figures = Mapping[str, Mapping[str, Any]]
+ArmPair = tuple[str, str]
+ArmMetrics = Mapping[str, Mapping[str, Any]]
 """arm -> name -> figure: its sizes, and what was measured of it."""
 
 
@@ -44,18 +50,20 @@ class Confounds:
     def table(self) -> list[list[str]]:
         """The head row, then one row per arm."""
         arms = dict.fromkeys(arm for values in self.facts.values() for arm in values)
-        rows = [[arm, *(_cell(name, arm, v) for name, v in self.facts.items())] for arm in arms]
-        return [["arm", *map(title, self.facts)], *rows]
+        rows = [
+            [arm, *(_table_cell(name, arm, v) for name, v in self.facts.items())] for arm in arms
+        ]
+        return [["arm", *map(fact_title, self.facts)], *rows]
 
 
-def title(fact: str) -> str:
+def fact_title(fact: str) -> str:
     """The name of a fact in words."""
     return fact.replace("_", " ").replace("flops per", "FLOPs per") if fact in SIZES else fact
 
 
-def pairs_of(
+def compared_pairs(
     report: Report | None, claims: Sequence[Claim], arms: Mapping[str, Arm]
-) -> list[Pair]:
+) -> list[ArmPair]:
     """The pairs of arms that a grid's contrasts and claims compare. If it has none, the pairs that
     differ on one axis and agree on the others that both have."""
     found = [pair for each in (report.contrasts if report else ()) for pair in each.pairs]
@@ -68,12 +76,12 @@ def pairs_of(
     return [*dict.fromkeys(found)]
 
 
-def confounds(
-    sides: Mapping[str, Side],
-    pairs: Sequence[Pair],
+def find_confounds(
+    sides: Mapping[str, ComparedArm],
+    pairs: Sequence[ArmPair],
     axes: Mapping[str, Axis],
     tuning: Mapping[str, Axis],
-    figures: Figures,
+    figures: ArmMetrics,
     matched: bool,
 ) -> Confounds:
     """Find what differs within pairs of arms beside what the axes imply.
@@ -86,33 +94,33 @@ def confounds(
         figures: sizes and measured figures by arm.
         matched: whether the grid makes its arms equally large.
     """
-    tuned = written(
+    tuned = keys_written(
         each for a in tuning.values() for option in a.options.values() for each in option.overrides
     )
     pairs = [pair for pair in pairs if pair[0] in sides and pair[1] in sides]
-    listed: dict[str, Difference] = {}
-    hidden: list[tuple[Pair, list[Difference]]] = []
-    unsized: list[Pair] = []
+    listed: dict[str, ConfigDifference] = {}
+    hidden: list[tuple[ArmPair, list[ConfigDifference]]] = []
+    unsized: list[ArmPair] = []
     for pair in pairs:
-        found = kinds(axes, tuned, *(sides[arm] for arm in pair))
+        found = classified_differences(axes, tuned, *(sides[arm] for arm in pair))
         listed |= {each.name: each for each, kind in found if kind != "implied"}
         if faults := [each for each, kind in found if kind == "hidden"]:
             hidden.append((pair, faults))
         implied = [each for each, kind in found if kind == "implied"]
-        if not matched and not any(all(map(_numeric, each.values)) for each in implied):
+        if not matched and not any(all(map(_is_numeric, each.values)) for each in implied):
             unsized.append(pair)
     arms = [arm for arm in sides if any(arm in pair for pair in pairs)]
-    facts = {name: _known(each, sides, arms) for name, each in listed.items()}
+    facts = {name: _values_by_arm(each, sides, arms) for name, each in listed.items()}
     for name in dict.fromkeys(name for arm in arms for name in figures.get(arm, {})):
         values = {arm: figures[arm][name] for arm in arms if name in figures.get(arm, {})}
         if any(values.get(one) != values.get(other) for one, other in pairs):
             facts[name] = values
     notes = [] if facts else ["The arms that are compared differ in nothing else."]
-    notes.append(_rate([sides[arm] for arm in arms], RATE in tuned.keys))
+    notes.append(_learning_rate_note([sides[arm] for arm in arms], LEARNING_RATE in tuned.keys))
     return Confounds(
         facts,
         notes if arms else [],
-        [*_hidden(hidden), *_sizes(unsized, figures)],
+        [*_hidden_warnings(hidden), *_size_warnings(unsized, figures)],
         [
             {"pair": [*pair], "differs": {each.name: [*each.values] for each in faults}}
             for pair, faults in hidden
@@ -120,7 +128,9 @@ def confounds(
     )
 
 
-def _known(each: Difference, sides: Mapping[str, Side], arms: Sequence[str]) -> dict[str, Any]:
+def _values_by_arm(
+    each: ConfigDifference, sides: Mapping[str, ComparedArm], arms: Sequence[str]
+) -> dict[str, Any]:
     """The value of each arm where some arms differ."""
     if each.name == LAYERS:
         return {arm: [name for name, _ in sides[arm].layers] for arm in arms}
@@ -130,45 +140,45 @@ def _known(each: Difference, sides: Mapping[str, Side], arms: Sequence[str]) -> 
     return {arm: values for arm, values in found.items() if values}
 
 
-def _hidden(found: Sequence[tuple[Pair, list[Difference]]]) -> list[str]:
+def _hidden_warnings(found: Sequence[tuple[ArmPair, list[ConfigDifference]]]) -> list[str]:
     """One line per set of names that differ, with the pairs that differ in it."""
-    groups: dict[tuple[str, ...], list[tuple[Pair, list[Difference]]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[ArmPair, list[ConfigDifference]]]] = {}
     for pair, faults in found:
         key = tuple(sorted({each.name for each in faults}))
         groups.setdefault(key, []).append((pair, faults))
     lines = []
     for group in groups.values():
-        told = [f"{each.name} ({_sides(each)})" for each in group[0][1]]
+        told = [f"{each.name} ({_both_values(each)})" for each in group[0][1]]
         what = ", ".join(told[:-1]) + " and " + told[-1] if len(told) > 1 else told[0]
         lines.append(
-            f"{names([pair for pair, _ in group])}: differ in {what}, which their options do not "
-            f"both write; make it equal, or write it in the options of both arms"
+            f"{pair_names([pair for pair, _ in group])}: differ in {what}, which their options do "
+            f"not both write; make it equal, or write it in the options of both arms"
         )
     return lines
 
 
-def _sides(each: Difference) -> str:
-    return " against ".join(text(value) for value in each.values)
+def _both_values(each: ConfigDifference) -> str:
+    return " against ".join(value_text(value) for value in each.values)
 
 
-def names(pairs: Sequence[Pair]) -> str:
+def pair_names(pairs: Sequence[ArmPair]) -> str:
     """The first few pairs by name, and how many more there are."""
-    more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
-    return "; ".join(" - ".join(pair) for pair in pairs[:NAMED]) + more
+    more = f" and {len(pairs) - NAMED_AT_MOST} more" if len(pairs) > NAMED_AT_MOST else ""
+    return "; ".join(" - ".join(pair) for pair in pairs[:NAMED_AT_MOST]) + more
 
 
-def _sizes(pairs: Sequence[Pair], figures: Figures) -> list[str]:
+def _size_warnings(pairs: Sequence[ArmPair], figures: ArmMetrics) -> list[str]:
     """A line with the largest ratio of each size, over pairs that are not about sizes."""
     told = []
     for name in ("parameters", "state_bytes", "flops_per_token"):
-        ratios = dict[Pair, float]()
+        ratios = dict[ArmPair, float]()
         for pair in pairs:
             values = sorted(figures[arm][name] for arm in pair if name in figures.get(arm, {}))
             if len(values) == 2 and values[0] > 0:
                 ratios[pair] = values[1] / values[0]
         most = max(ratios, key=lambda pair: ratios[pair], default=None)
-        if most is not None and ratios[most] > 1 + TOLERANCE:
-            told.append(f"{title(name)} {ratios[most]:.3g} times ({names([most])})")
+        if most is not None and ratios[most] > 1 + SIZE_TOLERANCE:
+            told.append(f"{fact_title(name)} {ratios[most]:.3g} times ({pair_names([most])})")
     if not told:
         return []
     return [
@@ -177,8 +187,8 @@ def _sizes(pairs: Sequence[Pair], figures: Figures) -> list[str]:
     ]
 
 
-def _rate(sides: Sequence[Side], tuned: bool) -> str:
-    rates = dict.fromkeys(str(side.keys.get(RATE)) for side in sides)
+def _learning_rate_note(sides: Sequence[ComparedArm], tuned: bool) -> str:
+    rates = dict.fromkeys(str(side.keys.get(LEARNING_RATE)) for side in sides)
     if tuned:
         return "The learning rate is tuned for every arm."
     if len(rates) == 1:
@@ -186,28 +196,28 @@ def _rate(sides: Sequence[Side], tuned: bool) -> str:
     return "The learning rate is tuned for no arm."
 
 
-def _cell(name: str, arm: str, values: Mapping[str, Any]) -> str:
+def _table_cell(name: str, arm: str, values: Mapping[str, Any]) -> str:
     if arm not in values:
         return "-"
-    return f"{values[arm]:,.0f}" if name in SIZES else text(values[arm])
+    return f"{values[arm]:,.0f}" if name in SIZES else value_text(values[arm])
 
 
-def text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value of a config, or a list of such values, as it is shown."""
     if isinstance(value, list):
-        return ", ".join(map(text, value)) or "none"
+        return ", ".join(map(value_text, value)) or "none"
     if isinstance(value, Mapping):
         whose = str(value.get("name", value.get("class_path", ""))).rpartition(".")[2]
         inner = value.get("init_args", {}) if "class_path" in value else value
-        told = [f"{name}={text(x)}" for name, x in inner.items() if name != "name"]
+        told = [f"{name}={value_text(x)}" for name, x in inner.items() if name != "name"]
         return f"{whose}({', '.join(told)})" if told else whose
     if value is None or value is False:
         return "none"
-    return "on" if value is True else f"{value:.10g}" if _numeric(value) else str(value)
+    return "on" if value is True else f"{value:.10g}" if _is_numeric(value) else str(value)
 
 
-def _numeric(value: Any) -> bool:
+def _is_numeric(value: Any) -> bool:
     """Whether it is a number, or a list of numbers."""
     if isinstance(value, list):
-        return all(map(_numeric, value))
+        return all(map(_is_numeric, value))
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -33,18 +33,22 @@ from layerzoo.shell import Shell
 
 from .arms import Arm
 from .axes import Axis, Override
-from .cell import essence
+from .cell import result_config
 from .configs import Tree
 
-SHELL = tuple(field.name for field in Shell.fields())
+SHELL_FIELDS = tuple(field.name for field in Shell.fields())
 """The fields that a layer has whatever its rule."""
 LAYERS = "model.network.layers"
-CLASS, OPTIONS, VOCABULARY = "data.class_path", "data.init_args.", "model.network.vocab_size"
+TASK_CLASS, TASK_OPTIONS, VOCABULARY_SIZE = (
+    "data.class_path",
+    "data.init_args.",
+    "model.network.vocab_size",
+)
 
-Kind = Literal["implied", "told", "hidden"]
+DifferenceKind = Literal["implied", "told", "hidden"]
 
 
-class Difference(NamedTuple):
+class ConfigDifference(NamedTuple):
     """A value that two arms do not share.
 
     name: a dotted key of the config, or a field of layers.
@@ -58,7 +62,7 @@ class Difference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedArm:
     """One arm of a comparison.
 
     options: its option on each axis.
@@ -73,10 +77,10 @@ class Side:
     @cached_property
     def keys(self) -> dict[str, Any]:
         """The values of the config by dotted key, without layers and seeds."""
-        tree = essence(self.config)
+        tree = result_config(self.config)
         tree.pop("seed_everything", None)
-        found = dict(_flat(tree, ""))
-        found.pop(f"{OPTIONS}seed", None)
+        found = dict(_flattened(tree, ""))
+        found.pop(f"{TASK_OPTIONS}seed", None)
         return found
 
     @cached_property
@@ -87,7 +91,7 @@ class Side:
 
     def values(self, name: str) -> list[Any]:
         """The values of a field in its layers, each once."""
-        return _values(self.layers, name)
+        return _field_values(self.layers, name)
 
 
 def layers_of(specs: Any) -> Iterator[tuple[str, Tree]]:
@@ -104,21 +108,21 @@ def layers_of(specs: Any) -> Iterator[tuple[str, Tree]]:
             yield from layers_of(spec)
 
 
-def _flat(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flattened(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and key != LAYERS:
-            yield from _flat({**value}, f"{key}.")
+            yield from _flattened({**value}, f"{key}.")
         elif key != LAYERS:
             yield key, value
 
 
-def _values(layers: Iterable[tuple[str, Tree]], name: str) -> list[Any]:
+def _field_values(layers: Iterable[tuple[str, Tree]], name: str) -> list[Any]:
     """The values of a field, each once. A layer with a shell has none of a shell's field that it
     lacks."""
     found = []
     for _, fields in layers:
-        if name in fields or (name in SHELL and _has_shell(fields)):
+        if name in fields or (name in SHELL_FIELDS and _has_shell(fields)):
             value = fields.get(name)
             value = "none" if value is None or value is False else value
             found += [] if value in found else [value]
@@ -126,46 +130,52 @@ def _values(layers: Iterable[tuple[str, Tree]], name: str) -> list[Any]:
 
 
 def _has_shell(fields: Tree) -> bool:
-    return not fields.keys().isdisjoint(SHELL)
+    return not fields.keys().isdisjoint(SHELL_FIELDS)
 
 
-def differences(first: Side, second: Side) -> list[Difference]:
+def config_differences(first: ComparedArm, second: ComparedArm) -> list[ConfigDifference]:
     """Where the configs of two arms differ."""
     a, b = first.keys, second.keys
     found = [
-        Difference(key, (a.get(key), b.get(key)))
+        ConfigDifference(key, (a.get(key), b.get(key)))
         for key in dict.fromkeys((*a, *b))
         if a.get(key) != b.get(key)
     ]
-    if any(each.name == CLASS for each in found):  # another task has other options
-        found = [each for each in found if not each.name.startswith(OPTIONS)]
-    return [*found, *_of_layers(first.layers, second.layers)]
+    if any(each.name == TASK_CLASS for each in found):  # another task has other options
+        found = [each for each in found if not each.name.startswith(TASK_OPTIONS)]
+    return [*found, *_layer_differences(first.layers, second.layers)]
 
 
-def _of_layers(a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]) -> Iterator[Difference]:
+def _layer_differences(
+    a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]
+) -> Iterator[ConfigDifference]:
     names = [name for name, _ in a], [name for name, _ in b]
     if names[0] != names[1]:
-        yield Difference(LAYERS, names)
+        yield ConfigDifference(LAYERS, names)
     common = [name for name in dict.fromkeys(names[0]) if name in names[1]]
     for one in common:
         ours, others = ([x for x in side if x[0] == one] for side in (a, b))
         for name in dict.fromkeys(name for _, fields in (*ours, *others) for name in fields):
             if [f.get(name) for _, f in ours] != [f.get(name) for _, f in others]:
-                yield _of_field(name, ours, others)
+                yield _field_difference(name, ours, others)
     ours, others = ([x for x in side if x[0] not in common] for side in (a, b))
     if all(any(_has_shell(fields) for _, fields in side) for side in (ours, others)):
-        for name in SHELL:
-            one, other = _values(ours, name), _values(others, name)
+        for name in SHELL_FIELDS:
+            one, other = _field_values(ours, name), _field_values(others, name)
             if any(x not in other for x in one) or any(x not in one for x in other):
-                yield _of_field(name, ours, others)
+                yield _field_difference(name, ours, others)
 
 
-def _of_field(name: str, a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]) -> Difference:
+def _field_difference(
+    name: str, a: list[tuple[str, Tree]], b: list[tuple[str, Tree]]
+) -> ConfigDifference:
     first, second = (frozenset(x for x, fields in side if name in fields) for side in (a, b))
-    return Difference(name, (_values(a, name), _values(b, name)), (first, second))
+    return ConfigDifference(
+        name, (_field_values(a, name), _field_values(b, name)), (first, second)
+    )
 
 
-class Written(NamedTuple):
+class WrittenKeys(NamedTuple):
     """What overrides set.
 
     keys: dotted keys of the config; each stands for all that is below it, too.
@@ -175,7 +185,7 @@ class Written(NamedTuple):
     keys: frozenset[str]
     fields: frozenset[tuple[str, str]]
 
-    def has(self, difference: Difference, side: int) -> bool:
+    def has(self, difference: ConfigDifference, side: int) -> bool:
         """Whether it sets the value of one arm (side 0 or 1). A field has to be set in every layer
         that has it."""
         name = difference.name
@@ -185,7 +195,7 @@ class Written(NamedTuple):
         return bool(owners) and all({(x, name), ("", name)} & self.fields for x in owners)
 
 
-def written(overrides: Iterable[Override]) -> Written:
+def keys_written(overrides: Iterable[Override]) -> WrittenKeys:
     keys, fields = set[str](), set[tuple[str, str]]()
     for _, key, value in overrides:
         if key.startswith(f"{LAYERS}."):
@@ -196,25 +206,25 @@ def written(overrides: Iterable[Override]) -> Written:
             for part in LAYERS.split(".")[key.count(".") + 1 :]:
                 value = value.get(part) if isinstance(value, Mapping) else None
             fields |= {(layer, name) for layer, own in layers_of(value) for name in own}
-    return Written(frozenset(keys), frozenset(fields))
+    return WrittenKeys(frozenset(keys), frozenset(fields))
 
 
-def about(axis: Axis) -> Written:
+def axis_subject(axis: Axis) -> WrittenKeys:
     """What an axis is about: all its options set it, apart from options that set nothing. If only
     one option sets anything, and that sets several keys, no one knows which of them is meant."""
     setting = [option.overrides for option in axis.options.values() if option.overrides]
     if not setting or (len(setting) == 1 and len(setting[0]) > 1):
-        return Written(frozenset(), frozenset())
-    each = [written(overrides) for overrides in setting]
+        return WrittenKeys(frozenset(), frozenset())
+    each = [keys_written(overrides) for overrides in setting]
     anywhere = (frozenset(field for field in one.fields if not field[0]) for one in each)
-    return Written(
+    return WrittenKeys(
         frozenset.intersection(*(one.keys for one in each)), frozenset.intersection(*anywhere)
     )
 
 
-def kinds(
-    axes: Mapping[str, Axis], tuned: Written, first: Side, second: Side
-) -> list[tuple[Difference, Kind]]:
+def classified_differences(
+    axes: Mapping[str, Axis], tuned: WrittenKeys, first: ComparedArm, second: ComparedArm
+) -> list[tuple[ConfigDifference, DifferenceKind]]:
     """What differs between two arms of a grid, each with its kind.
 
     Args:
@@ -224,9 +234,9 @@ def kinds(
     """
     arms = first.options, second.options
     differing = [axis for axis in axes if arms[0].get(axis) != arms[1].get(axis)]
-    meant = [about(axes[axis]) for axis in differing if all(axis in arm for arm in arms)]
+    meant = [axis_subject(axes[axis]) for axis in differing if all(axis in arm for arm in arms)]
     own = [
-        written(
+        keys_written(
             override
             for axis in differing
             if axis in arm
@@ -234,17 +244,17 @@ def kinds(
         )
         for arm in arms
     ]
-    found = differences(first, second)
+    found = config_differences(first, second)
     names = {each.name for each in found}
 
-    def kind(each: Difference) -> Kind:
+    def kind(each: ConfigDifference) -> DifferenceKind:
         wrote = [own[n].has(each, n) for n in (0, 1)]
         both = all(wrote[n] or (each.owners is not None and not each.owners[n]) for n in (0, 1))
         if (
             any(one.has(each, n) for one in meant for n in (0, 1))
             or (both and each.owners is not None and LAYERS not in names)
             or (any(wrote) and len(names) == 1)
-            or (each.name == VOCABULARY and any(name.startswith("data.") for name in names))
+            or (each.name == VOCABULARY_SIZE and any(name.startswith("data.") for name in names))
         ):
             return "implied"
         knob = each.name.rpartition(".")[2]

@@ -14,17 +14,17 @@ from layerzoo.layer import Reach
 from layerzoo.spec import SpecError, suggest
 from layerzoo.support.field_docs import read_config
 
-from .arms import Arm, arm_name, meets, read_arms, read_where
+from .arms import Arm, arm_name, passes, read_arm_filter, read_arms
 from .axes import Axis, Override, read_axes, read_overrides
 from .cell import Cell, Seed
 from .claims import Claim, read_claims
-from .configs import Tree, forget, task
-from .drafts import MAX_STEPS, SEEDS, Drafts
-from .match import Match, matched
-from .report import Report, read_report
+from .config_builder import MAX_STEPS, SEED_KEYS, ConfigBuilder
+from .configs import Tree, forget_tasks, task_of
+from .match import Match, match_models
+from .report_options import Report, read_report
 from .schema import Fields, read_seeds
 from .source import Source, shipped_grids
-from .tune import Choice, Figures, Tuning, choose, read_tuning
+from .tune import Choice, RunMetrics, Tuning, choose_options, read_tuning
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Grid:
 
     source: Source
     fields: Fields
-    drafts: Drafts
+    builder: ConfigBuilder
     axes: dict[str, Axis]
     arms: list[Arm]
     seeds: tuple[Seed, ...]
@@ -68,9 +68,11 @@ class Grid:
         """The tuning runs: every arm with every option of the tuning axes and tuning seed."""
         return [*self._tuning_runs]
 
-    def choose(self, figures: Figures) -> dict[str, Choice]:
+    def choose(self, figures: RunMetrics) -> dict[str, Choice]:
         """What the tuning runs say is best for each arm, see `choose`."""
-        return {} if self.tuning is None else choose(self.tuning, self._tuning_runs, figures)
+        return (
+            {} if self.tuning is None else choose_options(self.tuning, self._tuning_runs, figures)
+        )
 
     @cached_property
     def _untuned(self) -> list[Cell]:
@@ -100,7 +102,7 @@ class Grid:
         for arm in self.arms:
             name = arm_name(arm)
             overrides = [*self._overrides(arm, tuned.get(name, {})), *([budget] if budget else [])]
-            drafts[name], trees[name] = self.drafts.checked(overrides, seeds[0], steps)
+            drafts[name], trees[name] = self.builder.checked(overrides, seeds[0], steps)
         for name, (network, _) in self._matched.items():
             trees[name]["model"]["network"] = copy.deepcopy(network)
         reach = self._ceiling(trees)
@@ -110,12 +112,12 @@ class Grid:
                 continue
             tree = trees[name]
             if seed != seeds[0]:
-                tree = self.drafts.reseeded(drafts[name], tree, seed, steps)
+                tree = self.builder.reseeded(drafts[name], tree, seed, steps)
                 tree["model"]["network"] = copy.deepcopy(trees[name]["model"]["network"])
             if reach:
                 tree["data"]["init_args"] |= {"reach": reach.back, "sinks": reach.sinks}
             _, record = self._matched.get(name, (None, {}))
-            digest = self.drafts.digest(tree) if self.digests else {}
+            digest = self.builder.digest(tree) if self.digests else {}
             cells.append(Cell(arm, seed, tree, split, tuned[name], record, digest))
         self._refuse_twins(cells[: len(tuned)])
         return cells
@@ -141,11 +143,11 @@ class Grid:
             return {}
         arms = {arm_name(arm): arm for arm in self.arms}
         trees = {
-            name: self.drafts.checked(self._overrides(arm, {}), self.seeds[0], None)[1]
+            name: self.builder.checked(self._overrides(arm, {}), self.seeds[0], None)[1]
             for name, arm in arms.items()
         }
-        with self.source.at("match"):
-            solved = matched(self.match, trees, arms)
+        with self.source.locating("match"):
+            solved = match_models(self.match, trees, arms)
         return {
             name: (tree["model"]["network"], record) for name, (tree, record) in solved.items()
         }
@@ -154,10 +156,10 @@ class Grid:
         """The reach of the window arms, if the grid has any; every task takes it."""
         if self.fields.window_arm is None:
             return None
-        where = read_where(self.source, self.axes, "window_arm")
-        names = [arm_name(arm) for arm in self.arms if meets(arm, where)]
-        with self.source.at("window_arm"):
-            reaches = {self.drafts.reach(trees[name]) for name in names}
+        where = read_arm_filter(self.source, self.axes, "window_arm")
+        names = [arm_name(arm) for arm in self.arms if passes(arm, where)]
+        with self.source.locating("window_arm"):
+            reaches = {self.builder.reach(trees[name]) for name in names}
             if len(reaches) != 1:
                 arms = "; ".join(names)
                 fault = f"its arms differ in reach ({arms}); name an option of more axes"
@@ -168,7 +170,7 @@ class Grid:
             for tree in trees.values():
                 data = copy.deepcopy(tree["data"])
                 data["init_args"] |= {"reach": reach.back, "sinks": reach.sinks}
-                task({**tree, "data": data})
+                task_of({**tree, "data": data})
         return reach
 
     def _refuse_twins(self, cells: Sequence[Cell]) -> None:
@@ -212,17 +214,17 @@ def load_grid(name: str, size: str | None = None, digests: bool = False) -> Grid
 
 
 def read_grid(source: Source) -> Grid:
-    forget()
-    with source.at():
+    forget_tasks()
+    with source.locating():
         fields: Fields = read_config(Fields, source.tree)
-    drafts = Drafts(source)
+    builder = ConfigBuilder(source)
     axes, seeds = read_axes(source, "axes"), read_seeds(source, "seeds")
     arms = read_arms(source, axes, fields.design)
     names = [arm_name(arm) for arm in arms]
     grid = Grid(
         source,
         fields,
-        drafts,
+        builder,
         axes,
         arms,
         seeds,
@@ -238,9 +240,9 @@ def read_grid(source: Source) -> Grid:
 def _read_match(source: Source, axes: Mapping[str, Axis]) -> Match:
     fields = {**source.value("match")}
     if isinstance(fields.get("to"), dict):
-        where = read_where(source, axes, "match", "to")
+        where = read_arm_filter(source, axes, "match", "to")
         fields["to"] = {axis: options[0] for axis, options in where.items()}
-    with source.at("match"):
+    with source.locating("match"):
         return read_config(Match, fields)
 
 
@@ -252,7 +254,7 @@ def _refuse_reserved(grid: Grid) -> None:
     tried = grid.tuning.every_override if grid.tuning else []
     for overrides, budget in ((own, grid.budget("test")), (tried, grid.budget("val"))):
         for place, key, _ in overrides:
-            if key in SEEDS:
+            if key in SEED_KEYS:
                 raise grid.source.error(place, "the grid's seeds set it; drop it")
             if key == MAX_STEPS and budget:
                 raise grid.source.error(place, "budget sets it; drop one of the two")

@@ -9,17 +9,24 @@ from typing import Any
 from layerzoo.spec import Config, SpecError, error_at, suggest
 
 from .configs import Tree
-from .knobs import NETWORK, fields, start_of, turned
-from .sizes import Figure, measure, sizes
+from .sizes import (
+    NETWORK_KNOBS,
+    SizeName,
+    knob_start,
+    layer_knobs,
+    measure_sizes,
+    sizes_of,
+    with_knob,
+)
 
-WALK = 64
+SEARCH_RADIUS = 64
 """How far from a value to look for one whose model builds."""
 
 
 class Match(Config):
     """Makes the arms' models equally large."""
 
-    by: Figure
+    by: SizeName
     """Models are compared by parameters, by flops of the forward pass per token, or by state_bytes
     after as many tokens as a sample of the arm's task has."""
     to: Any = None
@@ -38,7 +45,7 @@ class Match(Config):
             raise SpecError("solve: needs at least one name, such as dim")
 
 
-def matched(
+def match_models(
     match: Match, configs: Mapping[str, Tree], arms: Mapping[str, Mapping[str, str]]
 ) -> dict[str, tuple[Tree, dict[str, Any]]]:
     """Every arm's config with a network of the size that `match` asks for, and a record of how:
@@ -51,27 +58,27 @@ def matched(
     Raises:
         SpecError: no such arm or knob, or an arm that cannot be made so.
     """
-    known = {*NETWORK}.union(*map(fields, configs.values()))
+    known = {*NETWORK_KNOBS}.union(*map(layer_knobs, configs.values()))
     for knob in match.solve:
         if knob not in known:
             raise SpecError(f"solve: no arm has such a knob, '{knob}'; {suggest(knob, known)}")
     with error_at("to"):
-        target, whose = _target(match, configs, arms)
+        target, whose = _target_size(match, configs, arms)
     out = {}
     for arm, config in configs.items():
         place = f"{arm}: {target:,.0f} {match.by} wanted{whose}"
-        config, solved = _solved(match, config, target, place)
-        achieved = _figure(match, config)
+        config, solved = _solve(match, config, target, place)
+        achieved = _size_of(match, config)
         record = {"by": match.by, "target": target, "achieved": achieved}
         out[arm] = config, {**record, "deviation": achieved / target - 1, "solved": solved}
     return out
 
 
-def _figure(match: Match, config: Tree) -> float:
-    return getattr(measure(config), match.by)
+def _size_of(match: Match, config: Tree) -> float:
+    return getattr(measure_sizes(config), match.by)
 
 
-def _target(
+def _target_size(
     match: Match, configs: Mapping[str, Tree], arms: Mapping[str, Mapping[str, str]]
 ) -> tuple[float, str]:
     """The figure to reach, and whose it is, in words."""
@@ -88,7 +95,7 @@ def _target(
         names = [arm for arm in configs if arm == str(to)]
     if not names:
         raise SpecError(f"no arm '{to}'; {suggest(to, configs)}")
-    figures = {_figure(match, configs[name]) for name in names}
+    figures = {_size_of(match, configs[name]) for name in names}
     if len(figures) > 1:
         raise SpecError(
             f"the arms of {to} differ in {match.by} ({'; '.join(names)}); name one of them"
@@ -96,30 +103,28 @@ def _target(
     return figures.pop(), f" (of {names[0]})"
 
 
-def _solved(
-    match: Match, config: Tree, target: float, place: str
-) -> tuple[Tree, dict[str, float]]:
+def _solve(match: Match, config: Tree, target: float, place: str) -> tuple[Tree, dict[str, float]]:
     """The config with the first knob that comes near enough at its best value."""
 
     def share(figure: float) -> float:
         return figure / target - 1
 
-    here = _figure(match, config)
+    here = _size_of(match, config)
     if abs(share(here)) <= match.tolerance:
         return config, {}
     tried = []
     for knob in match.solve:
-        start = start_of(config, knob)
+        start = knob_start(config, knob)
         if start is None:
             tried.append(f"{knob}: none of its layers has it")
             continue
-        found = _found(match.by, config, knob, start, target)
+        found = _searched_sizes(match.by, config, knob, start, target)
         if len(found) < 2 or {*found.values()} == {here}:
             tried.append(f"{knob}: {'changes nothing' if found else 'no value builds'}")
             continue
         value = min(found, key=lambda v, start=start: (abs(found[v] - target), abs(v - start)))
-        whole, setting = turned(config, knob, value)
-        if abs(share(_figure(match, whole))) <= match.tolerance:
+        whole, setting = with_knob(config, knob, value)
+        if abs(share(_size_of(match, whole))) <= match.tolerance:
             return whole, {knob: setting}
         nearest = f"{found[value]:,.0f} at {setting:g} ({share(found[value]):+.1%})"
         tried.append(f"{knob}: nearest {nearest}")
@@ -129,19 +134,21 @@ def _solved(
     )
 
 
-def _found(by: Figure, config: Tree, knob: str, start: int, target: float) -> dict[int, float]:
+def _searched_sizes(
+    by: SizeName, config: Tree, knob: str, start: int, target: float
+) -> dict[int, float]:
     """The figures of the values of a knob that `search` has come by."""
 
     def figure(value: int) -> float | None:
         try:
-            return getattr(sizes(turned(config, knob, value)[0]), by)
+            return getattr(sizes_of(with_knob(config, knob, value)[0]), by)
         except SpecError:  # it does not build
             return None
 
-    return {v: f for v, f in search(figure, start, target).items() if f is not None}
+    return {v: f for v, f in search_knob(figure, start, target).items() if f is not None}
 
 
-def search(
+def search_knob(
     figure: Callable[[int], float | None], start: int, target: float
 ) -> dict[int, float | None]:
     """The figures of the values, from 0 on, that lead to the target, in steps of twice and half
@@ -150,7 +157,7 @@ def search(
 
     def near(value: int, low: float, high: float) -> int | None:
         """The nearest value between the two that has a figure."""
-        for step in range(WALK):
+        for step in range(SEARCH_RADIUS):
             for v in (value - step, value + step):
                 if low < v < high:
                     if v not in seen:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from layerzoo.spec import Config, SpecError, error_at
 from layerzoo.train.command import MAX_SEED
 
-from .axes import folder_name
+from .axes import checked_folder_name
 from .cell import Seed
 from .source import Source
 
@@ -55,7 +55,7 @@ class Fields(Config):
 
     def check(self) -> None:
         with error_at("name"):
-            folder_name(self.name)
+            checked_folder_name(self.name)
         if self.budget is not None and self.budget < 1:
             raise SpecError(f"budget: must be at least 1, got {self.budget}")
         if self.minutes is not None and not self.minutes > 0:
@@ -66,7 +66,7 @@ def read_seeds(source: Source, *place: str) -> tuple[Seed, ...]:
     seeds: list[Seed] = []
     given = source.value(*place)
     for n, value in enumerate((0, 1, 2) if given is None else given):
-        with source.at(*place, str(n)):
+        with source.locating(*place, str(n)):
             if isinstance(value, dict):
                 for name in [*value, *Seed._fields]:
                     if name not in Seed._fields or name not in value:

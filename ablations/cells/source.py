@@ -15,7 +15,9 @@ from omegaconf import OmegaConf
 from layerzoo.spec import SpecError, suggest
 from layerzoo.support.yaml_files import read_yaml
 
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
+YAML_LOADER: Any = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # in C where PyYAML was built with it
 Place = tuple[str, ...]
 
 
@@ -48,7 +50,7 @@ class Source:
         self.text = path.read_text(encoding="utf-8")
         self._lines: dict[Place, int] = {}
         self._written: dict[Place, str] = {}
-        node = yaml.compose(self.text, LOADER)
+        node = yaml.compose(self.text, YAML_LOADER)
         self.tree: dict[str, Any] = self._read(node, fields, ())
         self.sizes = self._sizes()
         self.size = size or self.tree.get("size") or next(iter(self.sizes), None)
@@ -89,13 +91,13 @@ class Source:
                 self.tree[field] = value
                 moves = [(place, (field,))]
             for start, end in moves:
-                _move(self._lines, start, end)
-                _move(self._written, start, end)
+                _move_facts(self._lines, start, end)
+                _move_facts(self._written, start, end)
 
     def _read(self, node: Any, value: Any, place: tuple[str, ...]) -> Any:
         """Note the lines of what is under a place; its value, with keys as written."""
         if isinstance(node, yaml.MappingNode):
-            pairs = _pairs(node)
+            pairs = _pairs_by_key(node)
             out = {}
             for (key, child), item in zip(pairs.values(), value.values(), strict=True):
                 inner = (*place, key.value)
@@ -129,7 +131,7 @@ class Source:
     def error(self, place: tuple[str, ...], message: object) -> SpecError:
         """An error in the file, at the line of the place, or of what the message names there."""
         deep = place
-        for name in _names(str(message)):
+        for name in _named_fields(str(message)):
             deep = (*deep, name) if (*deep, name) in self._lines else deep
         while deep and deep not in self._lines:
             deep = deep[:-1]
@@ -138,7 +140,7 @@ class Source:
         return SpecError(f"grid {self.path}{line}: {where}{message}")
 
     @contextmanager
-    def at(self, *place: str) -> Iterator[None]:
+    def locating(self, *place: str) -> Iterator[None]:
         """Put the file, the line and the place before any `SpecError` that is raised inside."""
         try:
             yield
@@ -146,7 +148,7 @@ class Source:
             raise self.error(place, error) from None
 
 
-def _move(facts: dict[Place, Any], start: Place, end: Place) -> None:
+def _move_facts(facts: dict[Place, Any], start: Place, end: Place) -> None:
     """Move the facts about a place, and about all places under it, to another place."""
     n, m = len(start), len(end)
     moved = {(*end, *place[n:]): fact for place, fact in facts.items() if place[:n] == start}
@@ -155,7 +157,7 @@ def _move(facts: dict[Place, Any], start: Place, end: Place) -> None:
     facts.update(moved)
 
 
-def _pairs(node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:
+def _pairs_by_key(node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:
     """Keys and values of a mapping by the text of the key, in the order of OmegaConf: what `<<`
     merges and the mapping does not set itself comes first."""
     merged: dict[str, tuple[Any, Any]] = {}
@@ -164,13 +166,13 @@ def _pairs(node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:
         if key.tag == "tag:yaml.org,2002:merge":
             parts = child.value if isinstance(child, yaml.SequenceNode) else [child]
             for part in reversed(parts):  # the first of them counts
-                merged |= _pairs(part)
+                merged |= _pairs_by_key(part)
         else:
             own[key.value] = (key, child)
     return {key: pair for key, pair in merged.items() if key not in own} | own
 
 
-def _names(message: str) -> list[str]:
+def _named_fields(message: str) -> list[str]:
     """The fields that an error's message begins with: a.b of `a: b: expected ..`."""
     start = re.match(r"(?:[^\s:']+: )*(?:unknown field '[^']+)?", message)
     return re.findall(r"[^\s:.']+", start[0].replace("unknown field", "")) if start else []

@@ -16,7 +16,7 @@ from .cell import Cell, Seed
 from .schema import read_seeds
 from .source import Source
 
-Figures = Mapping[str, Mapping[str, Any] | str]
+RunMetrics = Mapping[str, Mapping[str, Any] | str]
 """Of runs, by `Cell.path`; why there are none of one that diverged, or failed for good."""
 
 
@@ -104,7 +104,9 @@ class Choice:
     trials: list[Trial] = field(default_factory=list)
 
 
-def choose(tuning: Tuning, cells: Sequence[Cell], figures: Figures) -> dict[str, Choice]:
+def choose_options(
+    tuning: Tuning, cells: Sequence[Cell], figures: RunMetrics
+) -> dict[str, Choice]:
     """What the tuning runs say is best for each arm.
 
     Args:
@@ -128,7 +130,7 @@ def choose(tuning: Tuning, cells: Sequence[Cell], figures: Figures) -> dict[str,
     }
 
 
-def _trial(tuning: Tuning, cells: Sequence[Cell], figures: Figures) -> Trial:
+def _trial(tuning: Tuning, cells: Sequence[Cell], figures: RunMetrics) -> Trial:
     values, lost, metric = list[float](), dict[str, str](), tuning.fields.metric
     for cell in cells:
         run = figures[cell.path]
@@ -161,7 +163,7 @@ def read_tuning(source: Source, axes: Mapping[str, Axis], reported: Sequence[See
     Raises:
         SpecError: a tuning run would have an initialisation or the data of a reported one.
     """
-    with source.at("tune"):
+    with source.locating("tune"):
         fields: Tune = read_config(Tune, source.value("tune"))
     tuning = Tuning(
         source, fields, read_axes(source, "tune", "axes"), read_seeds(source, "tune", "seeds")

@@ -19,21 +19,20 @@ from layerzoo.support.json_files import dumps
 from ..cells.cell import Cell
 from ..cells.confounds import Confounds
 from ..cells.grid import load_grid
-from ..cells.sizes import Sizes, sizes
+from ..cells.sizes import Sizes, sizes_of
 from ..running.local import default_slots
-from ..running.pace import say
-from .cautions import cautions
-from .confounds import confounds_of, show_confounds
-from .probe import Speed, shape, speeds
-from .work import work
+from ..running.pace import duration_text
+from .cautions import cautions, planned_confounds, show_confounds
+from .probe import Speed, probe_speeds, training_shape
+from .work import work_of
 
-PROCESS, CELL = 6.0, 1.0
+PROCESS_SECONDS, CELL_SECONDS = 6.0, 1.0
 """Seconds that a worker process takes to start, and a cell beside its updates and measurements:
 to read its config, build, log and save. Measured on one core of a server."""
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """An arm, or the tuning runs of one; sizes are None where its runs differ.
 
     cells: runs. updates: of one. flops_per_token: of the forward pass. training_flops: of all
@@ -62,7 +61,7 @@ class Plan:
     confounds: of what it compares, None if that is not known."""
 
     grid: str
-    rows: list[Row]
+    rows: list[PlanRow]
     cells: int
     updates: int
     training_flops: float
@@ -73,7 +72,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """What is known of a cell, whatever its seed."""
 
     updates: int
@@ -83,7 +82,7 @@ class Run:
     probed: bool
 
 
-def plan(
+def make_plan(
     grid: str,
     cells: Sequence[Cell],
     tune_cells: Sequence[Cell] = (),
@@ -104,22 +103,22 @@ def plan(
     Raises:
         SpecError: a cell whose training has no end.
     """
-    kinds = {_kind(cell): cell for cell in (*tune_cells, *cells)}
-    known = speeds((cell.config for cell in kinds.values()), threads) if probe else {}
-    runs = {kind: _run(cell, known) for kind, cell in kinds.items()}
+    kinds = {_kind_of(cell): cell for cell in (*tune_cells, *cells)}
+    known = probe_speeds((cell.config for cell in kinds.values()), threads) if probe else {}
+    runs = {kind: _planned_run(cell, known) for kind, cell in kinds.items()}
     rows, seconds = [], 0.0
     for stage in (tune_cells, cells):
-        each = [(cell, runs[_kind(cell)]) for cell in stage]
-        arms: dict[str, list[tuple[Cell, Run]]] = {}
+        each = [(cell, runs[_kind_of(cell)]) for cell in stage]
+        arms: dict[str, list[tuple[Cell, PlannedRun]]] = {}
         for cell, run in each:
             arms.setdefault(cell.arm, []).append((cell, run))
-        rows += [_row(arm, those) for arm, those in arms.items()]
+        rows += [_plan_row(arm, those) for arm, those in arms.items()]
         seconds += makespan([run.seconds or 0.0 for _, run in each], jobs)
     return Plan(
         grid=grid,
         rows=rows,
         cells=sum(row.cells for row in rows),
-        updates=sum(runs[_kind(cell)].updates for cell in (*tune_cells, *cells)),
+        updates=sum(runs[_kind_of(cell)].updates for cell in (*tune_cells, *cells)),
         training_flops=sum(row.training_flops for row in rows),
         jobs=jobs,
         seconds=seconds if probe else None,
@@ -127,30 +126,30 @@ def plan(
     )
 
 
-def _kind(cell: Cell) -> tuple[str, ...]:
+def _kind_of(cell: Cell) -> tuple[str, ...]:
     """Cells of one kind differ in their seeds alone."""
     return (cell.split, cell.arm, *cell.tuned.values())
 
 
-def _run(cell: Cell, known: Mapping[str, Speed]) -> Run:
+def _planned_run(cell: Cell, known: Mapping[str, Speed]) -> PlannedRun:
     with error_at(cell.arm):
-        todo = work(cell)
-    size = sizes(cell.config)
-    forward = sum(n * sizes(cell.config, T).flops for T, n in todo.tokens.items())
-    seconds, speed = None, known.get(shape(cell.config))
+        todo = work_of(cell)
+    size = sizes_of(cell.config)
+    forward = sum(n * sizes_of(cell.config, T).flops for T, n in todo.tokens.items())
+    seconds, speed = None, known.get(training_shape(cell.config))
     if speed is not None:
         batches = sum(
-            n * T * sizes(cell.config, T).flops / (size.length * size.flops)
+            n * T * sizes_of(cell.config, T).flops / (size.length * size.flops)
             for T, n in todo.held_out.items()
         )
-        seconds = CELL + todo.updates * speed.update + batches * speed.held_out
-    return Run(todo.updates, size, 3 * forward, seconds, speed is None or speed.probed)
+        seconds = CELL_SECONDS + todo.updates * speed.update + batches * speed.held_out
+    return PlannedRun(todo.updates, size, 3 * forward, seconds, speed is None or speed.probed)
 
 
-def _row(arm: str, runs: Sequence[tuple[Cell, Run]]) -> Row:
+def _plan_row(arm: str, runs: Sequence[tuple[Cell, PlannedRun]]) -> PlanRow:
     (cell, first), each = runs[0], [run for _, run in runs]
     sizes = first.sizes if len({run.sizes for run in each}) == 1 else None
-    return Row(
+    return PlanRow(
         arm=arm,
         tuning=cell.split == "val",
         cells=len(each),
@@ -170,7 +169,7 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
     """From start to end, if runs of so many seconds start in order, `jobs` at a time."""
     if not seconds:
         return 0.0
-    ends = [PROCESS] * min(jobs, len(seconds))
+    ends = [PROCESS_SECONDS] * min(jobs, len(seconds))
     for one in seconds:
         heapq.heapreplace(ends, ends[0] + one)
     return max(ends)
@@ -186,7 +185,7 @@ def plan_command(
     grid = load_grid(name, size)
     compared = bool(grid.claims or (grid.report and grid.report.contrasts))
     cells = grid.cells()
-    found = plan(
+    found = make_plan(
         grid.name,
         cells,
         grid.tune_cells(),
@@ -194,40 +193,52 @@ def plan_command(
         jobs=jobs or default_slots(1),
         compared=compared,
     )
-    found = dataclasses.replace(found, confounds=confounds_of(grid, cells))
+    found = dataclasses.replace(found, confounds=planned_confounds(grid, cells))
     if as_json:
         print(dumps(dataclasses.asdict(found)))
     else:
-        show(found, Console(width=None if sys.stdout.isatty() else 160))
+        show_plan(found, Console(width=None if sys.stdout.isatty() else 160))
     return 0
 
 
-HEADS = ("arm", "cells", "updates", "parameters", "FLOPs/token", "training FLOPs", "state bytes")
+PLAN_HEADS = (
+    "arm",
+    "cells",
+    "updates",
+    "parameters",
+    "FLOPs/token",
+    "training FLOPs",
+    "state bytes",
+)
 
 
-def show(found: Plan, console: Console) -> None:
+def show_plan(found: Plan, console: Console) -> None:
     """Print a plan as a table, its totals and its warnings."""
     matched = any(row.deviation is not None for row in found.rows)
-    heads = [*HEADS, *(["matched"] if matched else [])]
+    heads = [*PLAN_HEADS, *(["matched"] if matched else [])]
     heads += [] if found.seconds is None else ["time a cell"]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for n, head in enumerate(heads):
         table.add_column(head, justify="right" if n else "left", no_wrap=True)
     for row in found.rows:
-        cells = [_matched(row)] if matched else []
+        cells = [_deviation_text(row)] if matched else []
         if row.seconds is not None:
-            cells.append(("" if row.probed else "~") + say(row.seconds))
+            cells.append(("" if row.probed else "~") + duration_text(row.seconds))
         table.add_row(
             f"{row.arm} (tuning)" if row.tuning else row.arm,
             f"{row.cells}",
             f"{row.updates:,}",
-            *map(_size, (row.parameters, row.flops_per_token)),
+            *map(_size_text, (row.parameters, row.flops_per_token)),
             f"{row.training_flops:.2e}",
-            _size(row.state_bytes),
+            _size_text(row.state_bytes),
             *cells,
         )
     console.print(table)
-    time = "" if found.seconds is None else f", {say(found.seconds)} at {found.jobs} at a time"
+    time = (
+        ""
+        if found.seconds is None
+        else f", {duration_text(found.seconds)} at {found.jobs} at a time"
+    )
     console.print(
         f"{found.grid}: {found.cells} cells, {found.updates:,} updates, "
         f"{found.training_flops:.2e} training FLOPs{time}",
@@ -241,12 +252,12 @@ def show(found: Plan, console: Console) -> None:
         console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _matched(row: Row) -> str:
+def _deviation_text(row: PlanRow) -> str:
     """+1.2%, and what was changed for it: +0.1% dim=128."""
     if row.deviation is None:
         return ""
     return " ".join([f"{row.deviation:+.1%}", *(f"{n}={v:g}" for n, v in row.solved.items())])
 
 
-def _size(value: float | None) -> str:
+def _size_text(value: float | None) -> str:
     return "varies" if value is None else f"{value:,.0f}"

@@ -22,16 +22,15 @@ from layerzoo.train.lit import LitModel
 
 from ..cells import configs
 from ..cells.configs import Tree
-from ..cells.knobs import layer_names
-from ..cells.sizes import sizes
+from ..cells.sizes import layer_names, sizes_of
 
-SHAPES, SECONDS = 20, 60.0
+MOST_SHAPES, MOST_SECONDS = 20, 60.0
 """How many shapes are probed, and for how long in all."""
-ENOUGH = 0.5
+ENOUGH_SECONDS = 0.5
 """Seconds of updates, if there are at least two, that tell how long one takes."""
-HELD_OUT = 3
+HELD_OUT_BATCHES = 3
 """Held-out batches of a probe."""
-TRAINER = (
+TRAINER_OPTIONS = (
     "max_steps",
     "max_epochs",
     "val_check_interval",
@@ -54,7 +53,7 @@ class Speed(NamedTuple):
     probed: bool = True
 
 
-class Clock(Callback):
+class ProbeClock(Callback):
     """Ends of updates and of held-out batches; stops training when it has enough of them."""
 
     def __init__(self) -> None:
@@ -74,7 +73,7 @@ class Clock(Callback):
             return  # gradients accumulate
         self.step = trainer.global_step
         self.updates.append(self._now(trainer))
-        if len(self.updates) > 1 and self.updates[-1] - self.updates[0] > ENOUGH:
+        if len(self.updates) > 1 and self.updates[-1] - self.updates[0] > ENOUGH_SECONDS:
             trainer.should_stop = True
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -92,32 +91,34 @@ class Clock(Callback):
         self.held_out.append(self._now(trainer))
 
 
-def probe(config: Tree, threads: int = 1) -> Speed:
+def probe_speed(config: Tree, threads: int = 1) -> Speed:
     """Train the config's model for half a second, or two updates, and measure a few batches."""
     options = {name: value for name, value in config["model"].items() if name != "init"}
     network = ModelConfig.from_fields(options.pop("network"))
-    task = configs.task(config).varied()  # the trainer attaches it to a model
+    task = configs.task_of(config).varied()  # the trainer attaches it to a model
     trainer: dict[str, Any] = {
-        name: value for name, value in (config.get("trainer") or {}).items() if name in TRAINER
+        name: value
+        for name, value in (config.get("trainer") or {}).items()
+        if name in TRAINER_OPTIONS
     }
     trainer |= {"logger": False, "num_sanity_val_steps": 0}
     for part in ("checkpointing", "progress_bar", "model_summary"):
         trainer[f"enable_{part}"] = False
-    clock, before = Clock(), torch.get_num_threads()
+    clock, before = ProbeClock(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with _quiet():
             started = time.perf_counter()
             model = LitModel(network=network, **options)
             Trainer(**trainer, limit_val_batches=0, callbacks=[clock]).fit(model, task)
-            measure = Trainer(**trainer, limit_val_batches=HELD_OUT, callbacks=[clock])
+            measure = Trainer(**trainer, limit_val_batches=HELD_OUT_BATCHES, callbacks=[clock])
             measure.validate(model, task, verbose=False)
     finally:
         torch.set_num_threads(before)
-    return Speed(_typical([started, *clock.updates]), _typical(clock.held_out))
+    return Speed(_typical_span([started, *clock.updates]), _typical_span(clock.held_out))
 
 
-def _typical(times: list[float]) -> float:
+def _typical_span(times: list[float]) -> float:
     """The median span, without the first, which warms up, if there are others."""
     spans = [after - before for before, after in pairwise(times)]
     return median(spans[1:] or spans)
@@ -139,7 +140,7 @@ def _quiet() -> Iterator[None]:
 # Shapes
 
 
-def shape(config: Tree) -> str:
+def training_shape(config: Tree) -> str:
     """What the time of an update depends on: not the seeds, the learning rate and such."""
     data, model = config["data"], config["model"]
     trainer = config.get("trainer") or {}
@@ -148,22 +149,25 @@ def shape(config: Tree) -> str:
     parts = [
         {name: model[name] for name in ("network", *EXECUTION) if name in model},
         {"class_path": data["class_path"], **options},
-        {name: trainer[name] for name in TRAINER[4:] if name in trainer},
+        {name: trainer[name] for name in TRAINER_OPTIONS[4:] if name in trainer},
     ]
     return json.dumps(parts, sort_keys=False, default=str)
 
 
-def _flops(config: Tree) -> float:
+def _update_flops(config: Tree) -> float:
     """Of an update's forward pass."""
-    task, accumulate = configs.task(config), (config.get("trainer") or {}).get(TRAINER[4]) or 1
-    return accumulate * task.batch_size * task.length * sizes(config).flops
+    task, accumulate = (
+        configs.task_of(config),
+        (config.get("trainer") or {}).get(TRAINER_OPTIONS[4]) or 1,
+    )
+    return accumulate * task.batch_size * task.length * sizes_of(config).flops
 
 
-def speeds(each: Iterable[Tree], threads: int = 1) -> dict[str, Speed]:
+def probe_speeds(each: Iterable[Tree], threads: int = 1) -> dict[str, Speed]:
     """The speed of every shape. Of each set of layers, one shape is probed before another is, and
     the small ones first; what does not fit into SHAPES and SECONDS is scaled."""
-    shapes = {shape(config): config for config in each}
-    flops = {key: _flops(config) for key, config in shapes.items()}
+    shapes = {training_shape(config): config for config in each}
+    flops = {key: _update_flops(config) for key, config in shapes.items()}
     groups: dict[tuple[str, ...], list[str]] = {}
     for key in sorted(shapes, key=flops.__getitem__):
         groups.setdefault(layer_names(shapes[key]), []).append(key)
@@ -181,9 +185,9 @@ def speeds(each: Iterable[Tree], threads: int = 1) -> dict[str, Speed]:
         return Speed(update * ratio, held_out * ratio, probed=False)
 
     since = time.perf_counter()
-    for key in sorted(shapes, key=turns.__getitem__)[:SHAPES]:
-        left = SECONDS - (time.perf_counter() - since)
+    for key in sorted(shapes, key=turns.__getitem__)[:MOST_SHAPES]:
+        left = MOST_SECONDS - (time.perf_counter() - since)
         if found and left < 3 * scaled(key).update:
             continue
-        found[key] = probe(shapes[key], threads)
+        found[key] = probe_speed(shapes[key], threads)
     return found | {key: scaled(key) for key in shapes if key not in found}

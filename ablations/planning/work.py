@@ -14,7 +14,7 @@ from layerzoo.spec import SpecError
 from ..cells import configs
 from ..cells.cell import Cell
 
-Options = Mapping[str, Any]
+TrainerOptions = Mapping[str, Any]
 
 
 class Work(NamedTuple):
@@ -26,13 +26,13 @@ class Work(NamedTuple):
     held_out: dict[int, int]
 
 
-def work(cell: Cell) -> Work:
+def work_of(cell: Cell) -> Work:
     """What Lightning makes of the cell's `trainer` options, on one device.
 
     Raises:
         SpecError: training has no end.
     """
-    options, task = cell.config.get("trainer") or {}, configs.task(cell.config)
+    options, task = cell.config.get("trainer") or {}, configs.task_of(cell.config)
     order = task.order()
     epoch = _limited(options.get("limit_train_batches"), len(order))
     accumulate = options.get("accumulate_grad_batches") or 1
@@ -70,7 +70,7 @@ def _held_out(task: Task, split: str, limit: float | None) -> list[tuple[int, in
     return [(part.length, _limited(limit, part.batches(split))) for part in parts]
 
 
-def _updates(options: Options, an_epoch: int) -> int:
+def _updates(options: TrainerOptions, an_epoch: int) -> int:
     steps, epochs = options.get("max_steps", -1), options.get("max_epochs")
     if epochs is None and steps == -1:
         epochs = 1000  # Lightning's default
@@ -82,7 +82,7 @@ def _updates(options: Options, an_epoch: int) -> int:
     return min(ends)
 
 
-def _validations(options: Options, batches: int, epoch: int) -> int:
+def _validations(options: TrainerOptions, batches: int, epoch: int) -> int:
     """How often training stops to validate."""
     interval, every = options.get("val_check_interval"), options.get("check_val_every_n_epoch", 1)
     if not isinstance(interval, int | float | None):  # Lightning's, of time

@@ -19,28 +19,28 @@ from threadpoolctl import ThreadpoolController
 
 Array = NDArray[np.float64]
 
-DELTA = 1e-3
+HUBER_DELTA = 1e-3
 """The residual at which Huber's loss turns from quadratic to linear."""
-EXPONENT = (0.0, 4.0)
+EXPONENT_BOUNDS = (0.0, 4.0)
 """Bounds of an exponent."""
-TERM = (-12.0, 12.0)
+TERM_BOUNDS = (-12.0, 12.0)
 """Bounds of the log of a term's share of y at the centre; one of e^-12 stands for no term."""
-BEND = (-20.0, 20.0)
+BEND_BOUNDS = (-20.0, 20.0)
 """Bounds of the log of c x at the centre."""
-EXPONENTS = (0.1, 0.25, 0.5, 1.0, 2.0)
-FLOORS = (0.05, 0.3, 0.6, 0.9)
+START_EXPONENTS = (0.1, 0.25, 0.5, 1.0, 2.0)
+START_FLOORS = (0.05, 0.3, 0.6, 0.9)
 """Of the grid of starts: exponents, and shares of E in y at the centre."""
-TIGHT = {"ftol": 1e-14, "gtol": 1e-9, "maxiter": 2000, "maxfun": 5000}
+OPTIMISER_OPTIONS = {"ftol": 1e-14, "gtol": 1e-9, "maxiter": 2000, "maxfun": 5000}
 
 
-class Frame(NamedTuple):
+class LogMeans(NamedTuple):
     """The means of log x, by variable, and of log y."""
 
     centre: Array
     level: float
 
 
-class Law(Protocol):
+class PowerLaw(Protocol):
     """log y = f(u; theta). exponents: their places in theta."""
 
     name: str
@@ -57,12 +57,12 @@ class Law(Protocol):
         """A grid over theta that suits any centred data."""
         ...
 
-    def parameters(self, theta: Array, frame: Frame) -> Array:
+    def parameters(self, theta: Array, frame: LogMeans) -> Array:
         """The formula's parameters, for theta [..., parameters]."""
         ...
 
 
-class Powers:
+class PowerSum:
     """y = (E +) A x^-a, or (E +) A x1^-a + B x2^-b: the log-sum-exp of the logs of its terms.
 
     theta = (log A, a(, log B, b)(, log E)), the terms' logs at the centre.
@@ -78,7 +78,7 @@ class Powers:
         self.formula = "E + " * floor + ("A x^-a" if variables == 1 else "A x1^-a + B x2^-b")
         self.names: tuple[str, ...] = (*names, "E") if floor else names
         self.exponents: tuple[int, ...] = (1, 3)[:variables]
-        self.bounds = (TERM, EXPONENT) * variables + (TERM,) * floor
+        self.bounds = (TERM_BOUNDS, EXPONENT_BOUNDS) * variables + (TERM_BOUNDS,) * floor
 
     def value(self, theta: Array, u: Array) -> tuple[Array, Array]:
         n = 2 * self.variables
@@ -98,15 +98,17 @@ class Powers:
     def starts(self) -> list[Array]:
         """Exponents times the terms' shares of y at the centre, where v is about 0."""
         firsts = (1.0,) if self.variables == 1 else (0.25, 0.5, 0.75)
-        exponents = product(EXPONENTS, repeat=self.variables)
+        exponents = product(START_EXPONENTS, repeat=self.variables)
         grid = []
-        for floor, first, slopes in product(FLOORS if self.floor else (0.0,), firsts, exponents):
+        for floor, first, slopes in product(
+            START_FLOORS if self.floor else (0.0,), firsts, exponents
+        ):
             shares = ((1 - floor) * first, (1 - floor) * (1 - first))[: self.variables]
             theta = [x for s, a in zip(shares, slopes, strict=True) for x in (np.log(s), a)]
             grid.append(np.array([*theta, np.log(floor)] if self.floor else theta))
         return grid
 
-    def parameters(self, theta: Array, frame: Frame) -> Array:
+    def parameters(self, theta: Array, frame: LogMeans) -> Array:
         n, out = 2 * self.variables, theta.copy()
         out[..., 0:n:2] = np.exp(
             theta[..., 0:n:2] + theta[..., 1:n:2] * frame.centre + frame.level
@@ -115,7 +117,7 @@ class Powers:
         return out
 
 
-class Saturating:
+class SaturatingPower:
     """y = A (1/x + c)^a, of one variable: beyond x = 1/c it nears its limit A c^a as 1/x does.
 
     A floor is neared as x^-a is. theta = (log A, a, log c). M3 of Alabdulmohsin et al. 2022, whose
@@ -126,7 +128,7 @@ class Saturating:
     formula = "A (1/x + c)^a"
     names: tuple[str, ...] = ("A", "a", "c")
     exponents: tuple[int, ...] = (1,)
-    bounds: tuple[tuple[float, float], ...] = (TERM, EXPONENT, BEND)
+    bounds: tuple[tuple[float, float], ...] = (TERM_BOUNDS, EXPONENT_BOUNDS, BEND_BOUNDS)
 
     def value(self, theta: Array, u: Array) -> tuple[Array, Array]:
         log_a, a, log_c = theta
@@ -138,28 +140,32 @@ class Saturating:
 
     def starts(self) -> list[Array]:
         bends = (-6.0, -4.0, -2.0, 0.0, 2.0)
-        return [np.array([-a * np.logaddexp(0, c), a, c]) for a, c in product(EXPONENTS, bends)]
+        return [
+            np.array([-a * np.logaddexp(0, c), a, c]) for a, c in product(START_EXPONENTS, bends)
+        ]
 
-    def parameters(self, theta: Array, frame: Frame) -> Array:
+    def parameters(self, theta: Array, frame: LogMeans) -> Array:
         log_a, a, log_c = np.moveaxis(theta, -1, 0)
         (centre,) = frame.centre
         A, c = np.exp(log_a + a * centre + frame.level), np.exp(log_c - centre)
         return np.stack([A, a, c], axis=-1)
 
 
-def huber(theta: Array, law: Law, u: Array, v: Array, weights: Array) -> tuple[float, Array]:
+def huber_loss(
+    theta: Array, law: PowerLaw, u: Array, v: Array, weights: Array
+) -> tuple[float, Array]:
     """Sum of weights times Huber's loss of f(u) - v, and its gradient [parameters]."""
     value, gradient = law.value(theta, u)
     residual = value - v
-    clipped = np.minimum(np.maximum(residual, -DELTA), DELTA)
+    clipped = np.minimum(np.maximum(residual, -HUBER_DELTA), HUBER_DELTA)
     pull = weights * clipped
     return float(pull @ (residual - clipped / 2)), gradient @ pull
 
 
-def best_starts(law: Law, u: Array, v: Array, count: int) -> list[Array]:
+def best_starts(law: PowerLaw, u: Array, v: Array, count: int) -> list[Array]:
     """The points of the law's grid with the smallest loss."""
     ones = np.ones_like(v)
-    return sorted(law.starts(), key=lambda theta: huber(theta, law, u, v, ones)[0])[:count]
+    return sorted(law.starts(), key=lambda theta: huber_loss(theta, law, u, v, ones)[0])[:count]
 
 
 def one_thread() -> AbstractContextManager[Any]:
@@ -176,8 +182,8 @@ def _pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def fit(
-    law: Law, u: Array, v: Array, weights: Array, starts: Iterable[Array]
+def minimise_loss(
+    law: PowerLaw, u: Array, v: Array, weights: Array, starts: Iterable[Array]
 ) -> tuple[Array, float]:
     """The best end of L-BFGS from these starts, and its loss.
 
@@ -188,7 +194,15 @@ def fit(
     problem = (law, u, v, weights)
     with one_thread():
         ends = [
-            minimize(huber, start, problem, "L-BFGS-B", jac=True, bounds=law.bounds, options=TIGHT)
+            minimize(
+                huber_loss,
+                start,
+                problem,
+                "L-BFGS-B",
+                jac=True,
+                bounds=law.bounds,
+                options=OPTIMISER_OPTIONS,
+            )
             for start in starts
         ]
     best = min(ends, key=lambda end: end.fun)

@@ -12,23 +12,23 @@ import yaml
 from layerzoo.spec import SpecError
 from layerzoo.support.json_files import floats
 
-from ..cells.arms import Arm, arm_name, meets, read_arms, read_where
+from ..cells.arms import Arm, arm_name, passes, read_arm_filter, read_arms
 from ..cells.axes import Axis, read_axes
 from ..cells.cell import Seed
 from ..cells.claims import Claim, read_claims
 from ..cells.grid import grid_name
-from ..cells.report import Report, read_report
+from ..cells.report_options import Report, read_report
 from ..cells.schema import Fields
 from ..cells.source import Source
 from ..running.folder import CELLS, CONFIG, ENDED, METRICS, RECORD, State, read_json
-from ..running.status import read_cells
+from ..running.status import read_listed_cells
 
-GRID = "grid.yaml"
+GRID_FILE = "grid.yaml"
 """In the grid's folder: a copy of its file."""
 
 
 @dataclass(frozen=True)
-class Result:
+class CellResult:
     """A cell, as its folder has it.
 
     metrics: figures of its held-out split and sizes; {} unless it has finished.
@@ -45,7 +45,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Results:
+class GridResults:
     """Of a grid: what it asks, and what its cells found so far.
 
     question: the first line of its file. fields: of its file. axes: also those of tuning, in
@@ -64,10 +64,10 @@ class Results:
     windows: list[str]
     report: Report
     claims: list[Claim]
-    cells: list[Result]
-    trials: list[Result]
+    cells: list[CellResult]
+    trials: list[CellResult]
 
-    def config(self, cell: Result) -> dict[str, Any]:
+    def config(self, cell: CellResult) -> dict[str, Any]:
         """Of its training.
 
         Raises:
@@ -79,7 +79,7 @@ class Results:
         except FileNotFoundError:
             raise SpecError(f"{path}: is lost; `layerzoo ablate run` writes it anew") from None
 
-    def record(self, cell: Result) -> dict[str, Any]:
+    def record(self, cell: CellResult) -> dict[str, Any]:
         """Versions, commit, device, seconds; {} unless it has finished."""
         return read_json(self.root / cell.path / RECORD)
 
@@ -100,25 +100,25 @@ class Results:
         return [arm for arm in self.arms if arm not in known]
 
 
-def read_results(root: Path) -> Results:
+def read_results(root: Path) -> GridResults:
     """The results in a grid's folder, also while it runs.
 
     Raises:
         SpecError: it is no grid's folder, or an arm's finished cells are of different data.
     """
-    listed = read_cells(root)
-    source = Source(root / GRID)
-    with source.at():
+    listed = read_listed_cells(root)
+    source = Source(root / GRID_FILE)
+    with source.locating():
         fields: Fields = Fields.from_fields(source.tree)
     axes = read_axes(source, "axes")
     arms = read_arms(source, axes, fields.design)
     names = [arm_name(arm) for arm in arms]
-    where = read_where(source, axes, "window_arm") if fields.window_arm else None
-    splits: dict[str, list[Result]] = {"test": [], "val": []}
+    where = read_arm_filter(source, axes, "window_arm") if fields.window_arm else None
+    splits: dict[str, list[CellResult]] = {"test": [], "val": []}
     for cell in listed:
-        splits[cell["split"]].append(_result(root, cell))
+        splits[cell["split"]].append(_cell_result(root, cell))
     _refuse_mixed(root, splits["test"])
-    return Results(
+    return GridResults(
         root=root,
         name=grid_name(source),
         question=source.question,
@@ -126,7 +126,7 @@ def read_results(root: Path) -> Results:
         axes=axes,
         tuning=read_axes(source, "tune", "axes") if fields.tune else {},
         arms=dict(zip(names, arms, strict=True)),
-        windows=[] if where is None else [arm_name(arm) for arm in arms if meets(arm, where)],
+        windows=[] if where is None else [arm_name(arm) for arm in arms if passes(arm, where)],
         report=Report() if fields.report is None else read_report(source, axes, arms),
         claims=read_claims(source, names),
         cells=splits["test"],
@@ -134,7 +134,7 @@ def read_results(root: Path) -> Results:
     )
 
 
-def _refuse_mixed(root: Path, cells: list[Result]) -> None:
+def _refuse_mixed(root: Path, cells: list[CellResult]) -> None:
     """A mean over cells that were trained on different data is of nothing."""
     first: dict[str, tuple[str, dict[str, str]]] = {}
     for cell in cells:
@@ -152,7 +152,7 @@ def _refuse_mixed(root: Path, cells: list[Result]) -> None:
             )
 
 
-def read_grids(root: Path) -> list[Results]:
+def read_all_results(root: Path) -> list[GridResults]:
     """The results in a grid's folder, or in every grid's folder in a folder.
 
     Raises:
@@ -162,8 +162,8 @@ def read_grids(root: Path) -> list[Results]:
     return [read_results(path.parent) for path in below] or [read_results(root)]
 
 
-def _result(root: Path, cell: Mapping[str, Any]) -> Result:
-    return Result(
+def _cell_result(root: Path, cell: Mapping[str, Any]) -> CellResult:
+    return CellResult(
         arm=cell["arm"],
         options=cell["options"],
         seed=Seed(**cell["seed"]),

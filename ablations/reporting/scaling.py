@@ -1,24 +1,38 @@
-"""How a figure scales: fitted laws, their misses at held-out sizes, intervals, and refusals."""
+"""How a metric scales: fitted laws with intervals, misses at held-out sizes, and refusals."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from .power_laws import EXPONENT, Array, Frame, Law, Powers, Saturating, best_starts, fit
+from ..cells.report_options import ScalingLaw
+from .power_laws import (
+    EXPONENT_BOUNDS,
+    Array,
+    LogMeans,
+    PowerLaw,
+    PowerSum,
+    SaturatingPower,
+    best_starts,
+    minimise_loss,
+)
+from .results import CellResult, GridResults
+from .statistics import draw_resamples
 
-DECADES = 1.5
+LEAST_DECADES = 1.5
 """The least range of x that an exponent is reported from."""
-STARTS = 8
+START_COUNT = 8
 """From so many points of a law's grid a fit starts; in a resample from its own end and one."""
-INTERVAL = (2.5, 97.5)
+INTERVAL_PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
+class FittedForm:
     """A law, fitted to all that was measured.
 
     parameters: value and 95% bootstrap interval; none if the scaling is refused.
@@ -31,8 +45,8 @@ class Form:
     parameters: dict[str, tuple[float, float, float]]
     objective: float
     miss: float
-    law: Law = field(repr=False)
-    frame: Frame = field(repr=False)
+    law: PowerLaw = field(repr=False)
+    frame: LogMeans = field(repr=False)
     theta: Array = field(repr=False)
     draws: Array = field(repr=False)
     rises: bool = field(repr=False)
@@ -43,7 +57,9 @@ class Form:
 
     def band(self, x: ArrayLike) -> tuple[Array, Array]:
         """The ends of the 95% bootstrap interval of y at each x."""
-        low, high = np.percentile([self._curve(draw, x) for draw in self.draws], INTERVAL, axis=0)
+        low, high = np.percentile(
+            [self._curve(draw, x) for draw in self.draws], INTERVAL_PERCENTILES, axis=0
+        )
         return low, high
 
     def _curve(self, theta: Array, x: ArrayLike) -> Array:
@@ -54,17 +70,17 @@ class Form:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaling:
+class ScalingFit:
     """What was fitted. refused: why no exponent is reported. decades: the range of each variable
     (nan if it is not positive). forms: by name; none if there was nothing to fit."""
 
     refused: str | None
     decades: tuple[float, ...]
-    forms: dict[str, Form]
+    forms: dict[str, FittedForm]
     rises: bool
 
     @property
-    def best(self) -> Form:
+    def best(self) -> FittedForm:
         """The form with the smallest miss; if several agree to 0.1%, the one with fewest
         parameters."""
         return min(self.forms.values(), key=lambda form: (round(form.miss, 3), len(form.theta)))
@@ -78,7 +94,7 @@ def fit_scaling(
     rises: bool = False,
     resamples: int = 200,
     seed: int = 0,
-) -> Scaling:
+) -> ScalingFit:
     """Fit y(x) with a power law, one with a floor, and (of one variable) one that saturates.
 
     x: sizes [m] or [m, 2]. y: what was measured [m]. configuration: which one each is of; the
@@ -99,26 +115,26 @@ def fit_scaling(
     """
     x, y = _columns(x), np.asarray(y, dtype=np.float64)
     variables = x.shape[1]
-    laws: list[Law] = [Powers(variables, floor=False), Powers(variables, floor=True)]
+    laws: list[PowerLaw] = [PowerSum(variables, floor=False), PowerSum(variables, floor=True)]
     if variables == 1:
-        laws.append(Saturating())
+        laws.append(SaturatingPower())
     parameters = max(len(law.names) for law in laws)
     if bad := int((~_positive(y)).sum() + (~_positive(x)).sum()):
         reason = f"{bad} of {x.size + y.size} values of x and y are not positive and finite"
-        return Scaling(reason, (np.nan,) * variables, {}, rises)
+        return ScalingFit(reason, (np.nan,) * variables, {}, rises)
     decades = tuple(np.ptp(np.log10(x), axis=0).tolist())
     held_out = (x == x.max(0)).any(1)
     names, which = np.unique(np.asarray(configuration), return_inverse=True)
     if reason := _too_little(x, held_out, decades, len(names), parameters):
-        return Scaling(reason, decades, {}, rises)
+        return ScalingFit(reason, decades, {}, rises)
     rng = np.random.default_rng(seed)
-    weights = resample(len(names), parameters, resamples, rng)[:, which]
+    weights = draw_resamples(len(names), parameters, resamples, rng)[:, which]
     log_y = -np.log(y) if rises else np.log(y)
     forms = {law.name: _fit_form(law, np.log(x), log_y, held_out, weights, rises) for law in laws}
-    reason = _undetermined(Scaling(None, decades, forms, rises).best)
+    reason = _undetermined(ScalingFit(None, decades, forms, rises).best)
     if reason:
         forms = {name: replace(form, parameters={}) for name, form in forms.items()}
-    return Scaling(reason, decades, forms, rises)
+    return ScalingFit(reason, decades, forms, rises)
 
 
 def _columns(x: ArrayLike) -> Array:
@@ -135,8 +151,8 @@ def _too_little(
 ) -> str | None:
     """Why this cannot be fitted."""
     for name, span in zip(("x",) if len(decades) == 1 else ("x1", "x2"), decades, strict=True):
-        if span < DECADES:
-            return f"{name} spans {span:.2f} decades; an exponent takes {DECADES}"
+        if span < LEAST_DECADES:
+            return f"{name} spans {span:.2f} decades; an exponent takes {LEAST_DECADES}"
     sizes = min(configurations, len(np.unique(x, axis=0)))
     if sizes < parameters + 2:
         return f"{parameters} parameters take {parameters + 2} different sizes; there are {sizes}"
@@ -146,9 +162,9 @@ def _too_little(
     return None
 
 
-def _undetermined(form: Form) -> str | None:
+def _undetermined(form: FittedForm) -> str | None:
     """Why the form's exponents are not to be reported."""
-    least, most = EXPONENT
+    least, most = EXPONENT_BOUNDS
     for place in form.law.exponents:
         name = form.law.names[place]
         value, low, high = form.parameters[name]
@@ -160,34 +176,24 @@ def _undetermined(form: Form) -> str | None:
     return None
 
 
-def resample(configurations: int, least: int, resamples: int, rng: np.random.Generator) -> Array:
-    """How often each configuration is drawn [resamples, configurations], with `least` or more
-    different ones in each."""
-    draws: list[np.ndarray] = []
-    while len(draws) < resamples:
-        drawn = rng.integers(configurations, size=configurations)
-        times = np.bincount(drawn, minlength=configurations)
-        if np.count_nonzero(times) >= least:
-            draws.append(times)
-    return np.array(draws, dtype=np.float64)
-
-
 def _fit_form(
-    law: Law, log_x: Array, log_y: Array, held_out: np.ndarray, weights: Array, rises: bool
-) -> Form:
+    law: PowerLaw, log_x: Array, log_y: Array, held_out: np.ndarray, weights: Array, rises: bool
+) -> FittedForm:
     """Fit to the sizes that are not held out, for the miss; to all; and to each resample."""
-    frame = Frame(log_x.mean(0), float(log_y.mean()))
+    frame = LogMeans(log_x.mean(0), float(log_y.mean()))
     u, v = log_x - frame.centre, log_y - frame.level
     rest = u[~held_out], v[~held_out]
-    theta, _ = fit(law, *rest, np.ones_like(rest[1]), best_starts(law, *rest, STARTS))
+    theta, _ = minimise_loss(
+        law, *rest, np.ones_like(rest[1]), best_starts(law, *rest, START_COUNT)
+    )
     miss = np.expm1(np.abs(law.value(theta, u[held_out])[0] - v[held_out]).mean())
 
-    starts = best_starts(law, u, v, STARTS)
-    theta, objective = fit(law, u, v, np.ones_like(v), starts)
-    draws = np.array([fit(law, u, v, row, [theta, starts[0]])[0] for row in weights])
-    low, high = np.percentile(law.parameters(draws, frame), INTERVAL, axis=0)
+    starts = best_starts(law, u, v, START_COUNT)
+    theta, objective = minimise_loss(law, u, v, np.ones_like(v), starts)
+    draws = np.array([minimise_loss(law, u, v, row, [theta, starts[0]])[0] for row in weights])
+    low, high = np.percentile(law.parameters(draws, frame), INTERVAL_PERCENTILES, axis=0)
     triples = np.stack([law.parameters(theta, frame), low, high], axis=1).tolist()
-    return Form(
+    return FittedForm(
         name=law.name,
         formula=f"{'1/y' if rises else 'y'} = {law.formula}",
         parameters={name: (a, b, c) for name, (a, b, c) in zip(law.names, triples, strict=True)},
@@ -199,3 +205,68 @@ def _fit_form(
         draws=draws,
         rises=rises,
     )
+
+
+@dataclass(frozen=True)
+class FittedLaw:
+    """A law of one group of arms.
+
+    group: its options. cells: what is fitted. x [m, variables], y [m]: of these cells.
+    left_out: how many finished cells say nothing of y, and why, in words.
+    scaling: None if there is no cell to fit.
+    """
+
+    law: ScalingLaw
+    group: str
+    cells: list[CellResult]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    left_out: dict[str, int]
+    scaling: ScalingFit | None
+
+
+def fit_laws(results: GridResults) -> list[FittedLaw]:
+    """Every law of every group. Seeds of an arm are one configuration of the fit."""
+    out = []
+    for law in results.report.scaling:
+        groups: dict[str, list[CellResult]] = {}
+        for cell in results.cells:
+            options = [cell.options[axis] for axis in law.by if axis in cell.options]
+            groups.setdefault(",".join(options), []).append(cell)
+        out += [_fit_group(law, group, cells) for group, cells in groups.items()]
+    return out
+
+
+def _fit_group(law: ScalingLaw, group: str, cells: Sequence[CellResult]) -> FittedLaw:
+    used: list[CellResult] = []
+    left_out: dict[str, int] = {}
+    for cell in (cell for cell in cells if cell.metrics):
+        if fault := _why_left_out(law, cell):
+            left_out[fault] = left_out.get(fault, 0) + 1
+        else:
+            used.append(cell)
+    x = np.array([[cell.metrics[name] for name in law.x] for cell in used], dtype=np.float64)
+    y = np.array([cell.metrics[law.y] for cell in used], dtype=np.float64)
+    scaling = None
+    if used:
+        arms = [cell.arm for cell in used]
+        scaling = fit_scaling(x[:, 0] if len(law.x) == 1 else x, y, arms, rises=law.rises)
+    return FittedLaw(law, group, used, x, y, left_out, scaling)
+
+
+def _why_left_out(law: ScalingLaw, cell: CellResult) -> str | None:
+    """Why a finished cell says nothing of the law."""
+    missing = [name for name in (law.y, *law.x) if cell.metrics.get(name) is None]
+    if missing:
+        return f"no {missing[0]}"
+    y = cell.metrics[law.y]
+    if not math.isfinite(y) or y <= 0:
+        return f"{law.y} is below the smallest that was tested" if y == 0 else f"{law.y} is {y}"
+    if law.y.startswith("capacity/") and y == _largest_tested(cell):
+        return f"{law.y} is the largest that was tested, or more"
+    return None
+
+
+def _largest_tested(cell: CellResult) -> int | None:
+    tested = [re.fullmatch(r"accuracy_pairs/(\d+)", name) for name in cell.metrics]
+    return max((int(found[1]) for found in tested if found), default=None)

@@ -12,10 +12,12 @@ from scipy import stats
 
 from layerzoo.metrics import SuccessRate
 
+from .power_laws import Array
+
 BOOTSTRAP_PAIRS = 10
 """From so many pairs on there is a bootstrap interval; of fewer it is too narrow."""
 
-SUCCESS = 0.9
+SUCCESS_ACCURACY = 0.9
 """Recall is bimodal over seeds (a phase transition), so the share above this is shown too."""
 
 
@@ -49,12 +51,12 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate
 
 def success_rate(accuracies: Sequence[float]) -> float:
     """The share of the runs that reach SUCCESS."""
-    metric = SuccessRate(SUCCESS)
+    metric = SuccessRate(SUCCESS_ACCURACY)
     metric.update(torch.tensor(accuracies, dtype=torch.float64))
     return float(metric.compute())
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """The mean of paired differences.
 
     half: half the width of its t interval. p: of the two-sided paired t test, None without a test.
@@ -68,7 +70,7 @@ class Difference(NamedTuple):
     interval: tuple[float, float] | None
 
 
-def paired(differences: Sequence[float], confidence: float = 0.95) -> Difference:
+def paired_difference(differences: Sequence[float], confidence: float = 0.95) -> PairedDifference:
     """What paired differences say: Student's t interval and test of their mean.
 
     The t test, since no rank test of 5 pairs can give p < .05 (signed ranks: 2 / 2^5 = .0625).
@@ -81,10 +83,10 @@ def paired(differences: Sequence[float], confidence: float = 0.95) -> Difference
     n, values = len(differences), np.asarray(differences, dtype=np.float64)
     mean, half, _ = mean_interval(differences, confidence)
     if not np.isfinite(values).all():
-        return Difference(mean, half, None, n, None)
+        return PairedDifference(mean, half, None, n, None)
     # Differences of floats that are equal but for rounding have no spread either.
     if n < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
-        return Difference(mean, half, None if n < 2 or values.any() else 1.0, n, None)
+        return PairedDifference(mean, half, None if n < 2 or values.any() else 1.0, n, None)
     interval = None
     if n >= BOOTSTRAP_PAIRS:
         found = stats.bootstrap(
@@ -93,10 +95,10 @@ def paired(differences: Sequence[float], confidence: float = 0.95) -> Difference
         low, high = found.confidence_interval
         interval = float(low), float(high)
     _, p = np.array(stats.ttest_1samp(values, 0.0)).tolist()
-    return Difference(mean, half, p, n, interval)
+    return PairedDifference(mean, half, p, n, interval)
 
 
-def holm(p: Sequence[float | None]) -> list[float | None]:
+def holm_corrected(p: Sequence[float | None]) -> list[float | None]:
     """p values after Holm's correction (1979) for the size of their family.
 
     The k-th smallest of m is multiplied by m - k + 1, is at least the one before and at most 1. A
@@ -116,3 +118,17 @@ def window_bound(ceiling: float, chance: float, queries: float) -> tuple[float, 
     rest, `ceiling + (1 - ceiling) chance`, and the standard error of a measured one."""
     bound = ceiling + (1 - ceiling) * chance
     return bound, math.sqrt(bound * (1 - bound) / queries) if queries else math.nan
+
+
+def draw_resamples(
+    configurations: int, least: int, resamples: int, rng: np.random.Generator
+) -> Array:
+    """How often each configuration is drawn [resamples, configurations], with `least` or more
+    different ones in each."""
+    draws: list[np.ndarray] = []
+    while len(draws) < resamples:
+        drawn = rng.integers(configurations, size=configurations)
+        times = np.bincount(drawn, minlength=configurations)
+        if np.count_nonzero(times) >= least:
+            draws.append(times)
+    return np.array(draws, dtype=np.float64)

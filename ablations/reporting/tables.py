@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..running.folder import reason
-from .contrasts import Compared
+from ..running.folder import reason_of
+from .arm_rows import ArmRow, is_accuracy, is_share
+from .comparisons import MeasuredContrast, Verdict
 from .findings import Findings
-from .laws import Fitted
-from .numbers import NOTHING, head, is_accuracy, is_share, mean_alone, probability, shown
-from .rows import Row
-from .statistics import SUCCESS, Estimate, success_rate
+from .formats import NOTHING, column_head, estimate_text, mean_text, p_text
+from .scaling import FittedLaw
+from .statistics import SUCCESS_ACCURACY, Estimate, success_rate
 
-WINDOW = ("recall/beyond_window", "recall/ceiling", "chance")
-HEADS = {
+WINDOW_METRICS = ("recall/beyond_window", "recall/ceiling", "chance")
+COLUMN_HEADS = {
     "recall/beyond_window": "beyond\nwindow (%)",
     "recall/ceiling": "ceiling\n(%)",
     "chance": "chance\n(%)",
@@ -34,28 +34,32 @@ def new_table(title: str, *heads: str) -> Table:
     return out
 
 
-def results_table(findings: Findings, rows: Sequence[Row], name: str) -> Table:
+def results_table(findings: Findings, rows: Sequence[ArmRow], name: str) -> Table:
     """Mean and 95% t interval over seeds, a line a row; columns that say nothing are left out."""
     headline = findings.headline
     columns = {
         "cells": [_counts(row) for row in rows],
-        head(headline): [shown(headline, row.estimate(row.metric)) for row in rows],
+        column_head(headline): [estimate_text(headline, row.estimate(row.metric)) for row in rows],
     }
     if is_accuracy(headline) and rows is findings.rows:
-        columns[f"≥{SUCCESS:.0%}"] = [_successes(row) for row in rows]
-    others = (*WINDOW, *findings.results.report.columns, "loss/held_out")
+        columns[f"≥{SUCCESS_ACCURACY:.0%}"] = [_successes(row) for row in rows]
+    others = (*WINDOW_METRICS, *findings.results.report.columns, "loss/held_out")
     for figure in dict.fromkeys(others):
         if figure != headline:
             alone = figure in ("recall/ceiling", "chance")
             estimates = [row.estimate(figure) for row in rows]
             if alone:
                 estimates = [e._replace(half=float("nan")) for e in estimates]
-            columns[HEADS.get(figure, head(figure))] = [shown(figure, e) for e in estimates]
+            columns[COLUMN_HEADS.get(figure, column_head(figure))] = [
+                estimate_text(figure, e) for e in estimates
+            ]
     for figure in ("parameters", "state_bytes"):
-        sizes = [mean_alone(row.estimate(figure), "{:,.0f}") for row in rows]
-        columns[HEADS.get(figure, figure)] = sizes
+        sizes = [mean_text(row.estimate(figure), "{:,.0f}") for row in rows]
+        columns[COLUMN_HEADS.get(figure, figure)] = sizes
     told = {
-        h: cells for h, cells in columns.items() if h == head(headline) or {*cells} != {NOTHING}
+        h: cells
+        for h, cells in columns.items()
+        if h == column_head(headline) or {*cells} != {NOTHING}
     }
     out = new_table(f"{name}: mean ± 95% t interval over seeds", "arm", *told)
     for row, *cells in zip(rows, *told.values(), strict=True):
@@ -63,19 +67,19 @@ def results_table(findings: Findings, rows: Sequence[Row], name: str) -> Table:
     return out
 
 
-def _successes(row: Row) -> str:
+def _successes(row: ArmRow) -> str:
     n = len(row.scores)
     return f"{success_rate(row.scores) * n:.0f}/{n}" if n else NOTHING
 
 
-def _counts(row: Row) -> str:
+def _counts(row: ArmRow) -> str:
     """Finished and planned cells."""
     lost = {"diverged": row.diverged, "failed": row.failed}
     told = (f", {count} {state}" for state, count in lost.items() if count)
     return f"{len(row.cells)}/{row.planned}{''.join(told)}"
 
 
-def contrasts_table(name: str, family: Sequence[Compared]) -> Table:
+def contrasts_table(name: str, family: Sequence[MeasuredContrast]) -> Table:
     """Of one figure, paired by seed."""
     points = " (points)" if is_share(name) else ""
     heads = ["contrast", f"difference{points}", "p", "Holm p", "pairs", "first is"]
@@ -87,14 +91,16 @@ def contrasts_table(name: str, family: Sequence[Compared]) -> Table:
         found = each.difference
         cells = [
             each.contrast.label,
-            shown(name, Estimate(found.mean, found.half, found.pairs), sign="+"),
-            probability(found.p),
-            probability(each.holm),
+            estimate_text(name, Estimate(found.mean, found.half, found.pairs), sign="+"),
+            p_text(found.p),
+            p_text(each.holm),
             str(found.pairs),
             each.words,
         ]
         if bootstrapped:
-            ends = [shown(name, Estimate(x, float("nan")), "+") for x in found.interval or ()]
+            ends = [
+                estimate_text(name, Estimate(x, float("nan")), "+") for x in found.interval or ()
+            ]
             cells.append(" to ".join(ends) or NOTHING)
         out.add_row(*cells)
     return out
@@ -111,7 +117,7 @@ def confounds_table(findings: Findings) -> Table | None:
     return out
 
 
-def scaling_table(fits: Sequence[Fitted]) -> Table:
+def scaling_table(fits: Sequence[FittedLaw]) -> Table:
     """The forms of one law, by group."""
     law = fits[0].law
     out = new_table(f"{law.y} against {', '.join(law.x)}", ", ".join(law.by) or "law")
@@ -136,7 +142,7 @@ def scaling_table(fits: Sequence[Fitted]) -> Table:
     return out
 
 
-def continual_table(rows: Sequence[Row]) -> Table | None:
+def continual_table(rows: Sequence[ArmRow]) -> Table | None:
     """Forgetting and transfer, if the cells went through phases."""
     found = {n: None for row in rows for cell in row.cells for n in cell.metrics}
     names = [n for n in found if n.startswith("continual/") and "/task=" not in n]
@@ -145,7 +151,7 @@ def continual_table(rows: Sequence[Row]) -> Table | None:
     heads = (f"{name.removeprefix('continual/')}\n(%)" for name in names)
     out = new_table("continual learning", "arm", *heads)
     for row in rows:
-        out.add_row(row.arm, *(shown(name, row.estimate(name)) for name in names))
+        out.add_row(row.arm, *(estimate_text(name, row.estimate(name)) for name in names))
     return out
 
 
@@ -179,7 +185,7 @@ def unfinished_table(findings: Findings) -> Table | None:
     for cell in (*cells, *trials):
         tried = f" (tuning {', '.join(cell.tuned.values())})" if cell in trials else ""
         state = "missing" if cell.state == "pending" else cell.state
-        why = without_folders(reason(results.root / cell.path)) or NOTHING
+        why = without_folders(reason_of(results.root / cell.path)) or NOTHING
         out.add_row(cell.arm + tried, str(cell.seed), state, why)
     return out
 
@@ -187,3 +193,14 @@ def unfinished_table(findings: Findings) -> Table | None:
 def without_folders(text: str) -> str:
     """Paths shortened to their last part: a report is not of this machine."""
     return re.sub(r"(?<![\w./])/(?:[^\s/:'\",()]+/)+(?=[^\s/])", "", text)
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> Table:
+    out = Table(title="claims, by the mean over seeds", box=SIMPLE_HEAD, padding=(0, 1))
+    for n, head in enumerate(("arm", "metric", "expected", "measured", "verdict")):
+        out.add_column(head, justify="right" if n in (2, 3) else "left")
+    for v in verdicts:
+        expected, measured = v.shown
+        within = f"{expected} {v.tolerance}"
+        out.add_row(v.claim.subject, v.claim.metric, within, measured, v.word)
+    return out

@@ -12,7 +12,7 @@ from layerzoo.support.json_files import floats
 
 from .executor import Outcome
 from .folder import PROGRESS, read_json
-from .pace import Pace, say
+from .pace import Pace, duration_text
 
 
 class Display:
@@ -70,8 +70,8 @@ class Display:
             highlight=False,
         )
 
-    def look(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
-        self.left = say(self.pace.left(waiting, running, self.slots))
+    def tick(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
+        self.left = duration_text(self.pace.left(waiting, running, self.slots))
         if not self.console.is_terminal:
             return
         self.bars.update(self.all, note=f"left: {self.left}")

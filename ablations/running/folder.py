@@ -45,10 +45,10 @@ ENDED: tuple[Literal["finished"], Literal["diverged"]] = ("finished", "diverged"
 def read_json(path: Path) -> dict[str, Any]:
     """What a file of `write_json` holds; {} if there is none, or it is damaged: what it said is
     found out again. Of figures, `floats` makes numbers again."""
-    return _whole(path) or {}
+    return _read_whole(path) or {}
 
 
-def _whole(path: Path) -> dict[str, Any] | None:
+def _read_whole(path: Path) -> dict[str, Any] | None:
     """A file's tree; None of one that is missing or damaged."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def _whole(path: Path) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def prepare(cell: Cell, out: Path) -> Path:
+def prepare_folder(cell: Cell, out: Path) -> Path:
     """Make the cell's folder, or what it has lost of its first two files.
 
     Raises:
@@ -67,7 +67,7 @@ def prepare(cell: Cell, out: Path) -> Path:
     about = read_json(folder / CELL)
     if about and about["identity"] != cell.identity:
         raise SpecError(f"{folder}: is of another config; give another --out")
-    if not about and folder.is_dir() and not all(_ours(path.name) for path in folder.iterdir()):
+    if not about and folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
         raise SpecError(f"{folder}: is not a cell's folder; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if not about or not (folder / CONFIG).is_file():
@@ -75,18 +75,18 @@ def prepare(cell: Cell, out: Path) -> Path:
             yaml.safe_dump(cell.config, sort_keys=False), encoding="utf-8"
         )
     if not about:
-        write_json(folder / CELL, about_cell(cell))
+        write_json(folder / CELL, cell_facts(cell))
     return folder
 
 
-def _ours(name: str) -> bool:
+def _is_ours(name: str) -> bool:
     """Whether a file is one that cells have."""
     known = (CONFIG, CELL, METRICS, RECORD, DIVERGED, FAILED, PROGRESS, CHECKPOINTS, LOG, LOCK)
     logged = name == "hparams.yaml" or name.startswith("events.") or name.endswith(".png")
     return name in known or logged or name.endswith(".part")
 
 
-def about_cell(cell: Cell) -> dict[str, Any]:
+def cell_facts(cell: Cell) -> dict[str, Any]:
     return {
         "arm": cell.arm,
         "options": cell.options,
@@ -100,7 +100,7 @@ def about_cell(cell: Cell) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
+def cell_lock(folder: Path) -> Iterator[bool]:
     """Hold the cell's lock; False if another process holds it. It goes with its process."""
     with open(folder / LOCK, "w", encoding="utf-8") as file:
         try:
@@ -111,26 +111,26 @@ def locked(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def state(folder: Path) -> State:
+def cell_state(folder: Path) -> State:
     """What the folder says of its cell; a lock that is held says that it runs."""
-    if _whole(folder / METRICS) is not None:
+    if _read_whole(folder / METRICS) is not None:
         return "finished"
-    if _whole(folder / DIVERGED) is not None:
+    if _read_whole(folder / DIVERGED) is not None:
         return "diverged"
-    if _held(folder / LOCK):
+    if _is_held(folder / LOCK):
         return "running"
     if (folder / FAILED).is_file():
         return "failed"
     return "started" if any((folder / CHECKPOINTS).glob("*.ckpt")) else "pending"
 
 
-def reason(folder: Path) -> str:
+def reason_of(folder: Path) -> str:
     """Why its cell has no figures; empty if it has, or has not ended."""
-    name = {"diverged": DIVERGED, "failed": FAILED}.get(state(folder))
+    name = {"diverged": DIVERGED, "failed": FAILED}.get(cell_state(folder))
     return str(read_json(folder / name).get("reason", "unknown")) if name else ""
 
 
-def _held(path: Path) -> bool:
+def _is_held(path: Path) -> bool:
     """Whether a process holds the lock. Reading is enough to tell."""
     try:
         with open(path, encoding="utf-8") as file:

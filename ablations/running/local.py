@@ -18,8 +18,8 @@ import torch
 from .executor import Outcome
 from .folder import LOG
 
-Worker = subprocess.Popen[bytes]
-EXIT = 10.0
+WorkerProcess = subprocess.Popen[bytes]
+EXIT_SECONDS = 10.0
 """Seconds in which a process that has raised must have gone."""
 
 
@@ -38,8 +38,8 @@ class LocalExecutor:
 
     def __init__(self, slots: int, threads: int, every: float) -> None:
         self.slots, self.threads, self.every = slots, threads, every
-        self.idle: list[Worker] = []
-        self.busy: dict[Worker, Path] = {}
+        self.idle: list[WorkerProcess] = []
+        self.busy: dict[WorkerProcess, Path] = {}
         self.unstarted: list[tuple[Path, Outcome]] = []
         self.started = 0
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as its processes)
@@ -58,7 +58,7 @@ class LocalExecutor:
             worker.stdin.write(f"{folder}\n".encode())
             worker.stdin.flush()
 
-    def _living(self) -> Worker | None:
+    def _living(self) -> WorkerProcess | None:
         """One that is idle, but for those that died so: that is not the next cell's fault."""
         while self.idle:
             worker = self.idle.pop()
@@ -67,7 +67,7 @@ class LocalExecutor:
             self._release(worker, 0)
         return None
 
-    def _spawn(self) -> Worker:
+    def _spawn(self) -> WorkerProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         gpus = torch.cuda.device_count()
         if gpus:
@@ -102,11 +102,11 @@ class LocalExecutor:
                 self.idle.append(worker)
                 found.append((folder, Outcome(*json.loads(answer))))
             else:
-                self._release(worker, EXIT)
+                self._release(worker, EXIT_SECONDS)
                 found.append((folder, Outcome("failed", self._reason(folder / LOG, worker))))
         return found
 
-    def _release(self, worker: Worker, patience: float) -> None:
+    def _release(self, worker: WorkerProcess, patience: float) -> None:
         """Wait for it to go, then see to it that it and its loader's processes are gone."""
         assert worker.stdin is not None and worker.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -134,7 +134,7 @@ class LocalExecutor:
                 self._release(worker, 0)
             self.errors.close()
 
-    def _reason(self, log: Path, worker: Worker) -> str:
+    def _reason(self, log: Path, worker: WorkerProcess) -> str:
         if worker.returncode < 0:
             return f"killed by signal {-worker.returncode}"
         self.errors.seek(0)

@@ -107,7 +107,7 @@ class RayExecutor:
 
 def run_task(folder: Path, every: float, threads: int) -> Outcome:
     """`worker.run_cell`, which a SIGINT asks to stop."""
-    from .worker import run_cell  # lightning, on the node
+    from .worker import run_cell
 
     stop = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())

@@ -26,7 +26,7 @@ class Pace:
     def _begun(self, folder: Path) -> float:
         """The share of a waiting cell that an earlier run has done."""
         if folder not in self.begun:
-            self.begun[folder] = _share(read_json(folder / PROGRESS))
+            self.begun[folder] = _share_done(read_json(folder / PROGRESS))
         return self.begun[folder]
 
     def finished(self, folder: Path) -> None:
@@ -40,30 +40,33 @@ class Pace:
         progress = {folder: read_json(folder / PROGRESS) for folder in running}
         known = {arm: [*seconds.values()] for arm, seconds in self.seconds.items()}
         for folder, now in progress.items():
-            if self._arm(folder) not in self.seconds and (whole := _projected(now)) is not None:
+            if (
+                self._arm(folder) not in self.seconds
+                and (whole := _projected_seconds(now)) is not None
+            ):
                 known.setdefault(self._arm(folder), []).append(whole)
         if not known:
             return None
         means = {arm: fmean(seconds) for arm, seconds in known.items()}
         overall = fmean(means.values())
         share = {folder: self._begun(folder) for folder in waiting}
-        share |= {folder: _share(now) for folder, now in progress.items()}
+        share |= {folder: _share_done(now) for folder, now in progress.items()}
         left = {f: means.get(self._arm(f), overall) * (1 - done) for f, done in share.items()}
         longest = max((left[folder] for folder in running), default=0.0)
         return max(sum(left.values()) / max(1, slots), longest)
 
 
-def _projected(progress: Mapping[str, Any]) -> float | None:
+def _projected_seconds(progress: Mapping[str, Any]) -> float | None:
     """Seconds of the whole run, by the updates made so far."""
     made = progress.get("step", 0) - progress.get("first", 0)
     return progress["seconds"] * progress["steps"] / made if made > 0 else None
 
 
-def _share(progress: Mapping[str, Any]) -> float:
+def _share_done(progress: Mapping[str, Any]) -> float:
     return progress["step"] / progress["steps"] if progress else 0.0
 
 
-def say(seconds: float | None) -> str:
+def duration_text(seconds: float | None) -> str:
     """In words: 40 s, 12 min, 3.5 h, 12 days; a question mark for None."""
     if seconds is None:
         return "?"

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 from .executor import Executor, Outcome
-from .folder import ENDED, FAILED, reason, state, write_json
+from .folder import ENDED, FAILED, cell_state, reason_of, write_json
 
-LOOK = 0.5
+LOOK_SECONDS = 0.5
 """Seconds between two looks at what runs."""
 
 
-class Watcher(Protocol):
+class RunObserver(Protocol):
     """What is told of a run as it goes."""
 
     def ended(self, folder: Path, outcome: Outcome) -> None:
@@ -33,13 +33,13 @@ class Watcher(Protocol):
         """A cell is another process's, and waited for."""
         ...
 
-    def look(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
+    def tick(self, running: Sequence[Path], waiting: Sequence[Path]) -> None:
         """Called about every LOOK seconds."""
         ...
 
 
-def run(
-    folders: Sequence[Path], executor: Executor, retries: int, watcher: Watcher
+def run_folders(
+    folders: Sequence[Path], executor: Executor, retries: int, observer: RunObserver
 ) -> dict[Path, Outcome]:
     """Run cells to their ends, each failed one up to `retries` times again, and return these:
     finished, diverged or failed, as their folders say, too.
@@ -53,52 +53,52 @@ def run(
 
     def end(folder: Path, outcome: Outcome) -> None:
         ends[folder] = outcome
-        watcher.ended(folder, outcome)
+        observer.ended(folder, outcome)
 
     while running or (queue and not full):
         for _ in range(len(queue) if not full else 0):
             if len(running) == executor.slots:
                 break
             folder = queue.popleft()
-            now = state(folder)
+            now = cell_state(folder)
             if now in ENDED:  # in another process, meanwhile
-                end(folder, Outcome(now, reason(folder)))
+                end(folder, Outcome(now, reason_of(folder)))
             elif time.monotonic() < not_before.get(folder, 0):
                 queue.append(folder)
             else:
                 executor.start(folder)
                 running[folder] = None
         if not running and queue:
-            time.sleep(LOOK)  # all that is left runs elsewhere
-        for folder, outcome in executor.ended(LOOK) if running else ():
+            time.sleep(LOOK_SECONDS)  # all that is left runs elsewhere
+        for folder, outcome in executor.ended(LOOK_SECONDS) if running else ():
             del running[folder]
             if outcome.end == "busy":
-                not_before[folder] = time.monotonic() + 2 * LOOK
+                not_before[folder] = time.monotonic() + 2 * LOOK_SECONDS
                 queue.append(folder)
                 if folder not in told:
-                    watcher.waits(folder)
+                    observer.waits(folder)
                 told.add(folder)
                 continue
-            outcome = _checked(folder, outcome)
+            outcome = _checked_outcome(folder, outcome)
             full = full or disk_full(outcome)
             if outcome.end == "failed":
                 tries[folder] += 1
                 with suppress(OSError):  # a full disk: the next run tries again anyway
                     write_json(folder / FAILED, {"reason": outcome.reason})
                 if tries[folder] <= retries and not full:
-                    watcher.retried(folder, outcome)
+                    observer.retried(folder, outcome)
                     queue.append(folder)
                     continue
             end(folder, outcome)
-        watcher.look([*running], [*queue])
+        observer.tick([*running], [*queue])
     return ends
 
 
-def _checked(folder: Path, outcome: Outcome) -> Outcome:
+def _checked_outcome(folder: Path, outcome: Outcome) -> Outcome:
     """An outcome that the folder does not bear out is a failure."""
     if outcome.end == "stopped":
         return Outcome("failed", "was stopped, but not by this run")
-    if outcome.end in ENDED and state(folder) != outcome.end:
+    if outcome.end in ENDED and cell_state(folder) != outcome.end:
         return Outcome("failed", f"{outcome.end}, but its folder has lost what it wrote")
     return outcome
 

@@ -14,11 +14,11 @@ from rich.table import Table
 from layerzoo.spec import SpecError
 from layerzoo.support.json_files import dumps, floats
 
-from .folder import CELLS, ENDED, PROGRESS, STATES, read_json, reason, state
-from .pace import Pace, say
+from .folder import CELLS, ENDED, PROGRESS, STATES, cell_state, read_json, reason_of
+from .pace import Pace, duration_text
 
 
-def read_cells(root: Path) -> list[dict[str, Any]]:
+def read_listed_cells(root: Path) -> list[dict[str, Any]]:
     """The cells that `layerzoo ablate run` listed, each with its state.
 
     Raises:
@@ -33,24 +33,24 @@ def read_cells(root: Path) -> list[dict[str, Any]]:
     except ValueError:
         damaged = f"{root / CELLS}: is damaged; `layerzoo ablate run` writes it anew"
         raise SpecError(damaged) from None
-    return [{**cell, "state": state(root / cell["path"])} for cell in cells]
+    return [{**cell, "state": cell_state(root / cell["path"])} for cell in cells]
 
 
-def status(root: Path, as_json: bool) -> int:
+def show_status(root: Path, as_json: bool) -> int:
     """Print states by arm, what runs, and what went wrong. The exit status is 0 once all cells
     have ended well or diverged, 1 before."""
-    cells = read_cells(root)
+    cells = read_listed_cells(root)
     ended = all(cell["state"] in ENDED for cell in cells)
     for cell in cells:
         if cell["state"] in ("running", "started"):
             cell["progress"] = floats(read_json(root / cell["path"] / PROGRESS))
-        if why := reason(root / cell["path"]):
+        if why := reason_of(root / cell["path"]):
             cell["reason"] = why
     if as_json:
         print(dumps(cells))
         return 0 if ended else 1
     console = Console()
-    console.print(_table(cells))
+    console.print(_states_table(cells))
     running = [root / cell["path"] for cell in cells if cell["state"] == "running"]
     for cell in cells:
         if cell["state"] in ("running", "started") and (now := cell["progress"]):
@@ -66,12 +66,12 @@ def status(root: Path, as_json: bool) -> int:
             if cell["state"] == "finished":
                 pace.finished(root / cell["path"])
         waiting = [root / c["path"] for c in cells if c["state"] in ("pending", "started")]
-        left = say(pace.left(waiting, running, len(running)))
+        left = duration_text(pace.left(waiting, running, len(running)))
         console.print(f"left: {left}, {len(running)} at a time")
     return 0 if ended else 1
 
 
-def _table(cells: list[dict[str, Any]]) -> Table:
+def _states_table(cells: list[dict[str, Any]]) -> Table:
     arms: dict[str, Counter[str]] = {}
     for cell in cells:
         name = cell["arm"] if cell["split"] == "test" else f"{cell['arm']} (tuning)"

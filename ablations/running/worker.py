@@ -49,15 +49,15 @@ from .folder import (
     METRICS,
     PROGRESS,
     RECORD,
-    locked,
+    cell_lock,
+    cell_state,
     read_json,
-    reason,
-    state,
+    reason_of,
     write_json,
 )
 
-SIZES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token", "length")
-MEASURED = ".measured"
+RECORDED_SIZES = ("parameters", "state_bytes", "state_bytes_memory", "flops_per_token", "length")
+MEASURED_SUFFIX = ".measured"
 """Ends the name of the events of the last measurement."""
 
 
@@ -65,7 +65,7 @@ class Stopped(Exception):
     """The runner asked to stop; a checkpoint is saved."""
 
 
-class Watch(Callback):
+class ProgressWatch(Callback):
     """Writes the cell's progress about once a second; ends a run that must stop."""
 
     def __init__(
@@ -119,15 +119,15 @@ def run_cell(
         whatever the cell's code raises.
     """
     torch.set_num_threads(threads)
-    with locked(folder) as free:
+    with cell_lock(folder) as free:
         if not free:
             return Outcome("busy")
-        ended = state(folder)
+        ended = cell_state(folder)
         if ended in ENDED:  # in another process, meanwhile
-            return Outcome(ended, reason(folder))
-        with _logged(folder / LOG):
+            return Outcome(ended, reason_of(folder))
+        with _logging_to(folder / LOG):
             try:
-                _run(folder, every, stop)
+                _train_and_measure(folder, every, stop)
                 return Outcome("finished")
             except Diverged as error:
                 write_json(folder / DIVERGED, {"reason": str(error)})
@@ -138,7 +138,7 @@ def run_cell(
                 gc.collect()  # the trainer and its model are cycles
 
 
-def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
+def _train_and_measure(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     started, about = time.monotonic(), read_json(folder / CELL)
     spent = read_json(folder / PROGRESS).get("spent", 0.0)  # by runs that were killed
     checkpoints = folder / CHECKPOINTS
@@ -154,11 +154,13 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
     keep = Checkpoints(folder=str(checkpoints), seconds=every)
     ours = (Checkpoint, SaveConfigCallback)
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ours)]
-    trainer.callbacks += [Watch(folder, spent, keep, stop), keep]
+    trainer.callbacks += [ProgressWatch(folder, spent, keep, stop), keep]
     trainer.fit(cli.model, cli.datamodule, ckpt_path=resume)
-    for stale in folder.glob(f"events.*{MEASURED}"):  # of a run that was killed while it measured
+    for stale in folder.glob(
+        f"events.*{MEASURED_SUFFIX}"
+    ):  # of a run that was killed while it measured
         stale.unlink()
-    trainer.logger = _logger(folder, filename_suffix=MEASURED)
+    trainer.logger = _logger(folder, filename_suffix=MEASURED_SUFFIX)
     # The step of what is logged now, which a run that was killed after its training lacks.
     internals.set_logged_step(trainer, trainer.global_step)
     measure = trainer.test if about["split"] == "test" else trainer.validate
@@ -175,7 +177,7 @@ def _run(folder: Path, every: float, stop: Callable[[], bool]) -> None:
             **figures,
             "steps": trainer.global_step,
             "chance": getattr(cli.datamodule, "chance", None),
-            **{name: facts[name] for name in SIZES},
+            **{name: facts[name] for name in RECORDED_SIZES},
         },
     )
     last = checkpoints / f"step={trainer.global_step}.ckpt"
@@ -189,7 +191,7 @@ def _logger(folder: Path, **options: Any) -> TensorBoardLogger:
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
+def _logging_to(path: Path) -> Iterator[None]:
     """Everything that the run prints, from any library, goes into its log, tracebacks too."""
     kept = [os.dup(fd) for fd in (1, 2)]
     with open(path, "ab", buffering=0) as log:

@@ -18,8 +18,8 @@ GRID = (
     ("schema", "Fields", "The fields of a grid file."),
     ("match", "Match", "`match` makes the arms' models equally large."),
     ("tune", "Tune", "`tune` tries every arm with the product of some axes."),
-    ("report", "Report", "`report` says what cells are compared by."),
-    ("report", "ScalingLaw", "An item of `report.scaling` is a law."),
+    ("report_options", "Report", "`report` says what cells are compared by."),
+    ("report_options", "ScalingLaw", "An item of `report.scaling` is a law."),
     ("claims", "Claim", "An item of `expect` is a claim."),
 )
 

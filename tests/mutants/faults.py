@@ -398,8 +398,8 @@ FAULTS = [
     Fault(
         "grid",
         "ablations/cells/confounds.py",
-        "if most is not None and ratios[most] > 1 + TOLERANCE:",
-        "if most is not None and ratios[most] > 2 + TOLERANCE:",
+        "if most is not None and ratios[most] > 1 + SIZE_TOLERANCE:",
+        "if most is not None and ratios[most] > 2 + SIZE_TOLERANCE:",
         ("tests/test_confounds.py",),
     ),
     # Statistics
@@ -426,7 +426,7 @@ FAULTS = [
     ),
     Fault(
         "statistics",
-        "ablations/reporting/verdicts.py",
+        "ablations/reporting/comparisons.py",
         "return self.measured * self.expected > 0",
         "return self.measured >= 0",
         ("tests/test_validate.py", "tests/test_report.py"),

@@ -1,1 +1,1 @@
-"""A grid's cells side by side in TensorBoard, and their means over seeds."""
+"""What a grid looks like in TensorBoard."""

@@ -1,4 +1,4 @@
-"""`layerzoo ablate board DIR`: grids in TensorBoard."""
+"""`layerzoo ablate board DIR`: serves grids in TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tensorboard.program import TensorBoard, TensorBoardServerException
 
 from layerzoo.spec import SpecError
 
-from ..figures import figures_of, pictures
-from ..findings import find
-from ..report import page
-from ..results import read_grids
+from ..findings import read_findings
+from ..page import markdown_page
+from ..plots import figures_by_name, report_plots
+from ..results import read_all_results
 from .hparams import write_hparams
-from .summary import FOLDER, write_summary_run
+from .summary_run import SUMMARY_FOLDER, write_summary_run
 
-SHOWN = 40
+RUNS_SHOWN = 40
 """Of more runs TensorBoard shows none until they are picked."""
 
 
-def board(root: Path, host: str, port: int | None) -> int:
+def serve_board(root: Path, host: str, port: int | None) -> int:
     """Write the summary of a grid's folder, or of all grids' folders in a folder, anew, and serve
     TensorBoard on it until ^C. Returns the exit status, 0.
 
@@ -30,19 +30,21 @@ def board(root: Path, host: str, port: int | None) -> int:
     Raises:
         SpecError: no grid has run there; or it cannot listen there.
     """
-    grids = read_grids(root)
+    grids = read_all_results(root)
     write_hparams(grids, root)
     for grid in grids:
         if grid.cells:  # some arms are tuned
-            findings = find(grid.root)
-            write_summary_run(grid, figures_of(pictures(findings)), page(findings, {}))
-    url = _launch(root, host, port)
-    at = f"^{FOLDER}/" if grids[0].root == root else f"^[^/]+/{FOLDER}/"
-    runs = sum(1 for grid in grids for _ in (grid.root / FOLDER).rglob("events.*"))
+            findings = read_findings(grid.root)
+            write_summary_run(
+                grid, figures_by_name(report_plots(findings)), markdown_page(findings, {})
+            )
+    url = _launch_server(root, host, port)
+    at = f"^{SUMMARY_FOLDER}/" if grids[0].root == root else f"^[^/]+/{SUMMARY_FOLDER}/"
+    runs = sum(1 for grid in grids for _ in (grid.root / SUMMARY_FOLDER).rglob("events.*"))
     print(f"TensorBoard: {url}")
-    print(f"over seeds:  {_margins(url, at if runs <= SHOWN else f'{at}[^/]+$')}")
+    print(f"over seeds:  {_margins_url(url, at if runs <= RUNS_SHOWN else f'{at}[^/]+$')}")
     if any(grid.report.by for grid in grids):
-        print(f"by axis:     {_margins(url, f'{at}[^/]+/')}")
+        print(f"by axis:     {_margins_url(url, f'{at}[^/]+/')}")
     print("^C stops it", flush=True)
     try:
         threading.Event().wait()
@@ -51,13 +53,13 @@ def board(root: Path, host: str, port: int | None) -> int:
     return 0
 
 
-def _margins(url: str, runs: str) -> str:
+def _margins_url(url: str, runs: str) -> str:
     """The address of the margin charts of the runs that match."""
     runs = quote(runs, safe="")
     return f"{url}?runFilter={runs}#custom_scalars&regexInput={runs}"
 
 
-def _launch(root: Path, host: str, port: int | None) -> str:
+def _launch_server(root: Path, host: str, port: int | None) -> str:
     """Start the server, in a thread of its own. Returns its address."""
     where = () if port is None else ("--port", str(port))
     program = TensorBoard()

@@ -8,21 +8,38 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cells.cell import Seed
-from .results import Result
+from .results import CellResult
 from .statistics import Estimate, mean_interval, mean_of
+
+_SHARE = re.compile(
+    r"(accuracy(_\w+)?|errors|continual(_matrix)?|recall_\w+)/.*"
+    r"|recall/(?!queries|half_life).*"
+    r"|chance"
+)
+
+
+def is_share(name: str) -> bool:
+    """Whether a figure is one of all answers, or a difference of such; they are shown in %."""
+    return _SHARE.fullmatch(name) is not None
+
+
+def is_accuracy(name: str) -> bool:
+    """Whether a figure is the share of right answers."""
+    return is_share(name) and not name.startswith("errors/")
+
 
 ACCURACIES = ("recall/accuracy", "accuracy/all")
 """What a task's headline is, the first that it has."""
 
 
-def figure(metrics: Mapping[str, Any], name: str | None) -> float | None:
+def metric_of(metrics: Mapping[str, Any], name: str | None) -> float | None:
     """A figure of a cell; None is named for the accuracy that its task has."""
     names = ACCURACIES if name is None else (name,)
     return next((metrics[n] for n in names if metrics.get(n) is not None), None)
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmRow:
     """An arm, or several, over seeds.
 
     cells: of the finished ones. planned: how many there are in all. diverged, failed: how many of
@@ -31,7 +48,7 @@ class Row:
 
     arm: str
     options: dict[str, str]
-    cells: list[Result] = field(default_factory=list)
+    cells: list[CellResult] = field(default_factory=list)
     planned: int = 0
     diverged: int = 0
     failed: int = 0
@@ -43,7 +60,7 @@ class Row:
         are not."""
         found: dict[Seed, list[float]] = {}
         for cell in self.cells:
-            if (value := figure(cell.metrics, name)) is not None:
+            if (value := metric_of(cell.metrics, name)) is not None:
                 found.setdefault(cell.seed, []).append(value)
         return {seed: mean_of(values) for seed, values in found.items()}
 
@@ -72,33 +89,35 @@ class Row:
         return {n: self.estimate(f"{family}/{n}") for n in numbers}
 
 
-def rows_of(cells: Sequence[Result], metric: str | None = None) -> list[Row]:
+def rows_by_arm(cells: Sequence[CellResult], metric: str | None = None) -> list[ArmRow]:
     """The cells by arm, in the grid's order."""
-    groups: dict[str, list[Result]] = {}
+    groups: dict[str, list[CellResult]] = {}
     for cell in cells:
         groups.setdefault(cell.arm, []).append(cell)
-    return [_row(arm, mine[0].options, mine, metric) for arm, mine in groups.items()]
+    return [_arm_row(arm, mine[0].options, mine, metric) for arm, mine in groups.items()]
 
 
-def pooled(cells: Sequence[Result], by: Sequence[str], metric: str | None = None) -> list[Row]:
+def rows_by_axes(
+    cells: Sequence[CellResult], by: Sequence[str], metric: str | None = None
+) -> list[ArmRow]:
     """The cells with the same options of these axes, as one row each. At a seed that not all of
     its arms have, a row has nothing: the mean would be of other arms than at the others."""
-    groups: dict[str, tuple[dict[str, str], list[Result]]] = {}
+    groups: dict[str, tuple[dict[str, str], list[CellResult]]] = {}
     for cell in cells:
         options = {axis: cell.options[axis] for axis in by if axis in cell.options}
         groups.setdefault(",".join(options.values()), (options, []))[1].append(cell)
-    return [_row(name, *group, metric, whole=True) for name, group in groups.items()]
+    return [_arm_row(name, *group, metric, whole=True) for name, group in groups.items()]
 
 
-def _row(
+def _arm_row(
     name: str,
     options: Mapping[str, str],
-    cells: Sequence[Result],
+    cells: Sequence[CellResult],
     metric: str | None,
     whole: bool = False,
-) -> Row:
+) -> ArmRow:
     lacking = {cell.seed for cell in cells if not cell.metrics} if whole else set()
-    return Row(
+    return ArmRow(
         name,
         {**options},
         [cell for cell in cells if cell.metrics and cell.seed not in lacking],
@@ -109,8 +128,8 @@ def _row(
     )
 
 
-def differences(
-    cells: Sequence[Result], pairs: Sequence[tuple[str, str]], name: str | None
+def differences_by_seed(
+    cells: Sequence[CellResult], pairs: Sequence[tuple[str, str]], name: str | None
 ) -> list[float]:
     """Differences of a figure, first arm minus second, one at each seed that all arms have.
 
@@ -118,7 +137,7 @@ def differences(
         name: the figure; None is the accuracy that each task has.
         pairs: of arms; over several pairs the difference is their mean.
     """
-    at = {(cell.arm, cell.seed): figure(cell.metrics, name) for cell in cells}
+    at = {(cell.arm, cell.seed): metric_of(cell.metrics, name) for cell in cells}
     out = []
     for seed in dict.fromkeys(cell.seed for cell in cells):
         both = [(at.get((a, seed)), at.get((b, seed))) for a, b in pairs]

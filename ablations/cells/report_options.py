@@ -62,13 +62,13 @@ class Report(Config):
 
 def read_report(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm]) -> Report:
     """The report, its baseline and its contrasts as `Contrast`s, its scaling as `ScalingLaw`s."""
-    with source.at("report"):
+    with source.locating("report"):
         report: Report = read_config(Report, source.value("report"))
     _require_axes(source, axes, report.by, "report", "by")
     names = [arm_name(arm) for arm in arms]
     contrasts: list[Contrast] = []
     if report.baseline is not None:
-        base = arms[names.index(_arm(source, names, "report", "baseline"))]
+        base = arms[names.index(_read_arm(source, names, "report", "baseline"))]
         contrasts += [_with_baseline(arm, base) for arm in arms if arm is not base]
     for n, item in enumerate(report.contrasts):
         place = ("report", "contrasts", str(n))
@@ -79,7 +79,7 @@ def read_report(source: Source, axes: Mapping[str, Axis], arms: Sequence[Arm]) -
         place = ("report", "scaling", str(n))
         if not isinstance(fields, dict):
             raise source.error(place, f"expected y, x, .., got {fields!r}")
-        with source.at(*place):
+        with source.locating(*place):
             law: ScalingLaw = read_config(ScalingLaw, fields)
         _require_axes(source, axes, law.by, *place, "by")
         laws.append(law)
@@ -101,7 +101,7 @@ def _require_axes(
             raise source.error((*place, str(n)), f"no such axis; {suggest(axis, axes)}")
 
 
-def _arm(source: Source, names: Sequence[str], *place: str) -> str:
+def _read_arm(source: Source, names: Sequence[str], *place: str) -> str:
     name = source.written(*place)
     if name not in names:
         raise source.error(place, f"no arm '{name}'; {suggest(name, names)}")
@@ -127,7 +127,7 @@ def _by_arms(
         fault = f"expected two arms, [arm, arm], or {{axis: [option, option]}}, got {pair!r}"
         raise source.error(place, fault)
     names = [arm_name(arm) for arm in arms]
-    first, second = (_arm(source, names, *place, side) for side in "01")
+    first, second = (_read_arm(source, names, *place, side) for side in "01")
     return Contrast(f"{first} - {second}", ((first, second),))
 
 
@@ -143,9 +143,9 @@ def _by_axis(
             raise source.error(inner, f"no such axis; {suggest(name, axes)}")
         if isinstance(options, list):
             sides = [(*inner, str(n)) for n in range(len(options))]
-            varied[name] = [axes[name].find(source, side) for side in sides]
+            varied[name] = [axes[name].label_at(source, side) for side in sides]
         else:
-            where[name] = axes[name].find(source, inner)
+            where[name] = axes[name].label_at(source, inner)
     if len(varied) != 1:
         raise source.error(place, "expected one axis with two options, [option, option]")
     ((axis, options),) = varied.items()

@@ -1,4 +1,4 @@
-"""The figures of a grid's report."""
+"""The plots of a grid's report."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from ..findings import Findings
-from .continual import continual
-from .curves import curve_families, curves
-from .overview import against_state, by_both, overview
-from .scaling import scaling
+from .curves import curve_families, plot_continual, plot_curves
+from .overview import plot_against_state, plot_headline, plot_scaling, plot_two_axes
 
 
-class Picture(NamedTuple):
+class ReportPlot(NamedTuple):
     """section: of the report, which it stands in."""
 
     section: str
@@ -23,40 +21,45 @@ class Picture(NamedTuple):
     figure: Figure
 
 
-def pictures(findings: Findings) -> dict[str, Picture]:
+def report_plots(findings: Findings) -> dict[str, ReportPlot]:
     """By the names of their files, without the ending, in the report's order."""
     return {
-        name: Picture(section, caption, figure)
-        for name, section, caption, figure in _all(findings)
+        name: ReportPlot(section, caption, figure)
+        for name, section, caption, figure in _all_plots(findings)
         if figure is not None
     }
 
 
-def figures_of(pictures: Mapping[str, Picture]) -> dict[str, Figure]:
+def figures_by_name(pictures: Mapping[str, ReportPlot]) -> dict[str, Figure]:
     return {name: picture.figure for name, picture in pictures.items()}
 
 
-def _all(findings: Findings) -> Iterator[tuple[str, str, str, Figure | None]]:
+def _all_plots(findings: Findings) -> Iterator[tuple[str, str, str, Figure | None]]:
     head = findings.headline
-    yield "overview", "results", f"{head} by arm", overview(findings)
+    yield "overview", "results", f"{head} by arm", plot_headline(findings)
     axes = " and ".join(dict.fromkeys(axis for row in findings.rows for axis in row.options))
-    yield "axes", "results", f"{head} by {axes}, mean over seeds", by_both(findings)
-    yield "state", "results", f"{head} against the bytes of state", against_state(findings)
+    yield "axes", "results", f"{head} by {axes}, mean over seeds", plot_two_axes(findings)
+    yield "state", "results", f"{head} against the bytes of state", plot_against_state(findings)
     for family in curve_families(findings):
         sides = " and ".join(family.sides)
         caption = f"{family.name} by {sides}, mean over seeds with 95% t interval"
-        yield _slug(f"{family.name}-{sides}"), "curves", caption, curves(findings, family)
+        yield (
+            _file_name(f"{family.name}-{sides}"),
+            "curves",
+            caption,
+            plot_curves(findings, family),
+        )
     yield (
         "continual_matrix",
         "continual",
         "Accuracy on each task after each phase (0: before training), mean over seeds",
-        continual(findings),
+        plot_continual(findings),
     )
     for n, law in enumerate(findings.results.report.scaling, 1):
         fits = [fit for fit in findings.laws if fit.law is law]
         caption = f"{law.y} against {' and '.join(law.x)}; hollow: held out for the misses"
-        yield f"scaling-{n}", f"scaling {n}", caption, scaling(fits)
+        yield f"scaling-{n}", f"scaling {n}", caption, plot_scaling(fits)
 
 
-def _slug(name: str) -> str:
+def _file_name(name: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", name)

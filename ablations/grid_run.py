@@ -18,9 +18,9 @@ from layerzoo.support.json_files import floats
 
 from .cells.cell import Cell
 from .cells.grid import Grid, load_grid
-from .cells.tune import Choice, Figures
-from .reporting.compare import compare
-from .reporting.results import GRID
+from .cells.tune import Choice, RunMetrics
+from .reporting.report_files import compare
+from .reporting.results import GRID_FILE
 from .running import runner
 from .running.display import Display
 from .running.executor import Executor, Outcome
@@ -29,24 +29,24 @@ from .running.folder import (
     ENDED,
     LOG,
     METRICS,
-    about_cell,
-    prepare,
+    cell_facts,
+    cell_state,
+    prepare_folder,
     read_json,
-    reason,
-    state,
+    reason_of,
     write_json,
 )
 from .running.local import LocalExecutor, default_slots
 from .running.on_ray import RayExecutor, run_task
 
-TUNING = "tuning.json"
+TUNING_FILE = "tuning.json"
 """In the grid's folder: what was tried for each arm, and what was chosen."""
-PATIENCE = 15.0
+SAVE_SECONDS = 15.0
 """Seconds that running cells get to save a checkpoint when a run is interrupted."""
 
 
 @dataclass(frozen=True)
-class How:
+class RunOptions:
     """How to run a grid; nothing of it changes a result.
 
     jobs: cells at a time. threads: of the CPU, a cell; a number of its own, for the last digits
@@ -64,22 +64,22 @@ class How:
     every: float = 30.0
 
 
-class Run:
+class GridRun:
     """One call of `layerzoo ablate run`."""
 
-    def __init__(self, grid: Grid, how: How, console: Console) -> None:
-        self.grid, self.how, self.console = grid, how, console
-        self.out = how.out / grid.name
-        self.budget = how.limit
+    def __init__(self, grid: Grid, options: RunOptions, console: Console) -> None:
+        self.grid, self.options, self.console = grid, options, console
+        self.out = options.out / grid.name
+        self.budget = options.limit
         self.folders: list[Path] = []
         self.ends: dict[Path, Outcome] = {}
         self._executor: Executor | None = None
 
     def stage(self, title: str, cells: Sequence[Cell]) -> None:
         """Run the cells that have not ended."""
-        folders = [prepare(cell, self.out) for cell in self._shard(cells)]
+        folders = [prepare_folder(cell, self.out) for cell in self._shard(cells)]
         self.folders += folders
-        states = {folder: state(folder) for folder in folders}
+        states = {folder: cell_state(folder) for folder in folders}
         done = [f for f, now in states.items() if now in ENDED]
         todo = [f for f, now in states.items() if now not in ENDED]
         todo = todo[: self.budget]
@@ -95,27 +95,27 @@ class Run:
         self.console.print(f"{text}, {slots} at a time", highlight=False)
         display = Display(self.console, self.out, len(folders), done, slots)
         with display.bars:
-            self.ends |= runner.run(todo, executor, self.how.retries, display)
+            self.ends |= runner.run_folders(todo, executor, self.options.retries, display)
 
     def executor(self) -> Executor:
         """One for all stages: its processes are kept."""
         if self._executor is None:
-            how = self.how
-            if how.executor == "ray":
-                task = partial(run_task, every=how.every, threads=how.threads)
-                self._executor = RayExecutor(task, how.jobs, how.threads)
+            options = self.options
+            if options.executor == "ray":
+                task = partial(run_task, every=options.every, threads=options.threads)
+                self._executor = RayExecutor(task, options.jobs, options.threads)
             else:
-                slots = how.jobs or default_slots(how.threads)
-                self._executor = LocalExecutor(slots, how.threads, how.every)
+                slots = options.jobs or default_slots(options.threads)
+                self._executor = LocalExecutor(slots, options.threads, options.every)
         return self._executor
 
     def close(self) -> None:
         if self._executor is not None:
-            self._executor.close(PATIENCE)
+            self._executor.close(SAVE_SECONDS)
 
     def _shard(self, cells: Sequence[Cell]) -> Sequence[Cell]:
         """Every n-th cell; of a grid that tunes, arm, so that an arm is tuned where it runs."""
-        part, parts = self.how.shard
+        part, parts = self.options.shard
         if self.grid.tuning is None:
             return cells[part - 1 :: parts]
         arms = [*dict.fromkeys(cell.arm for cell in cells)][part - 1 :: parts]
@@ -125,7 +125,9 @@ class Run:
     def failed(self) -> dict[str, str]:
         """The reasons by path, also of cells that failed before and were not tried again. (Of a
         full disk there is none in the folder.)"""
-        now = {folder: reason(folder) for folder in self.folders if state(folder) == "failed"}
+        now = {
+            folder: reason_of(folder) for folder in self.folders if cell_state(folder) == "failed"
+        }
         now |= {folder: o.reason for folder, o in self.ends.items() if o.end == "failed"}
         return {folder.relative_to(self.out).as_posix(): why for folder, why in now.items()}
 
@@ -134,7 +136,7 @@ class Run:
         return any(map(runner.disk_full, self.ends.values()))
 
 
-def run(name: str, how: How, size: str | None = None, tables: bool = True) -> int:
+def run_grid(name: str, options: RunOptions, size: str | None = None, tables: bool = True) -> int:
     """Run the unfinished cells of a grid, then compare all that have ended.
 
     Args:
@@ -144,59 +146,59 @@ def run(name: str, how: How, size: str | None = None, tables: bool = True) -> in
     Returns: the exit status, 0; 1 if cells failed, or a claim does not hold; 130 if interrupted.
     """
     grid = load_grid(name, size, digests=True)
-    out = how.out / grid.name
+    out = options.out / grid.name
     console = Console(width=None if sys.stdout.isatty() else 160)
-    this = Run(grid, how, console)
+    grid_run = GridRun(grid, options, console)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, as ^C
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / GRID).write_text(grid.source.copy, encoding="utf-8")
-        return _run(this, tables)
+        (out / GRID_FILE).write_text(grid.source.copy, encoding="utf-8")
+        return _run_stages(grid_run, tables)
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):
             console.print("interrupted; saving checkpoints (^C again: at once, without)")
-            this.close()
+            grid_run.close()
         console.print("the same command goes on where this one stopped")
         return 130
     except OSError as error:
         raise SpecError(f"--out {out}: {error.strerror}; the same command goes on") from None
     finally:
-        this.close()
+        grid_run.close()
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(this: Run, tables: bool) -> int:
-    grid, out = this.grid, this.out
+def _run_stages(grid_run: GridRun, tables: bool) -> int:
+    grid, out = grid_run.grid, grid_run.out
     tuning = grid.tune_cells()
     choices: dict[str, Choice] = {}
     if tuning:
-        _list([*tuning, *grid.cells(grid.choose(figures_of(tuning, out)))], out)
-        this.stage(f"{grid.name}, tuning", tuning)
-    if tuning and not this.full:
-        choices = grid.choose(figures_of(tuning, out))
+        _write_cell_list([*tuning, *grid.cells(grid.choose(ended_metrics(tuning, out)))], out)
+        grid_run.stage(f"{grid.name}, tuning", tuning)
+    if tuning and not grid_run.full:
+        choices = grid.choose(ended_metrics(tuning, out))
         arms = [*dict.fromkeys(cell.arm for cell in tuning)]
-        for line in said(choices, arms, read_json(out / TUNING)):
-            this.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        write_json(out / TUNING, {arm: asdict(choice) for arm, choice in choices.items()})
+        for line in tuning_lines(choices, arms, read_json(out / TUNING_FILE)):
+            grid_run.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        write_json(out / TUNING_FILE, {arm: asdict(choice) for arm, choice in choices.items()})
     holds = True
-    cells = [] if this.full else grid.cells(choices)
-    if not this.full:
-        _list([*tuning, *cells], out)
+    cells = [] if grid_run.full else grid.cells(choices)
+    if not grid_run.full:
+        _write_cell_list([*tuning, *cells], out)
     if cells:  # some arms are tuned
-        this.stage(grid.name, cells)
-        holds = compare(out, this.console if tables else Console(quiet=True))
-    for path, why in this.failed.items():
+        grid_run.stage(grid.name, cells)
+        holds = compare(out, grid_run.console if tables else Console(quiet=True))
+    for path, why in grid_run.failed.items():
         print(f"failed: {path}: {why} (see {out / path / LOG})", file=sys.stderr)
-    if this.full:
+    if grid_run.full:
         print("the disk is full: free some space; the same command goes on", file=sys.stderr)
-    return 0 if holds and not this.failed else 1
+    return 0 if holds and not grid_run.failed else 1
 
 
-def _list(cells: Sequence[Cell], out: Path) -> None:
-    write_json(out / CELLS, [{"path": cell.path, **about_cell(cell)} for cell in cells])
+def _write_cell_list(cells: Sequence[Cell], out: Path) -> None:
+    write_json(out / CELLS, [{"path": cell.path, **cell_facts(cell)} for cell in cells])
 
 
-def said(
+def tuning_lines(
     choices: Mapping[str, Choice], arms: Sequence[str], before: Mapping[str, Any]
 ) -> list[str]:
     """What was chosen for each arm, without which runs, and where there is reason to doubt it.
@@ -224,14 +226,14 @@ def said(
     return lines
 
 
-def figures_of(cells: Sequence[Cell], out: Path) -> Figures:
+def ended_metrics(cells: Sequence[Cell], out: Path) -> RunMetrics:
     """The figures of the cells that ended, or why there are none: they diverged or failed."""
     found = dict[str, Mapping[str, Any] | str]()
     for cell in cells:
         folder = out / cell.path
-        now = state(folder)
+        now = cell_state(folder)
         if now == "finished":
             found[cell.path] = floats(read_json(folder / METRICS))
         elif now in ("diverged", "failed"):
-            found[cell.path] = f"{now}: {reason(folder)}"
+            found[cell.path] = f"{now}: {reason_of(folder)}"
     return found

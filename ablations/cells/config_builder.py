@@ -1,4 +1,4 @@
-"""A base config under a grid's overrides, and which of them is to blame for an error."""
+"""Builds the training configs of a grid, and finds the override that is to blame for an error."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from layerzoo.support.yaml_files import config_path, read_yaml
 
 from .axes import Override
 from .cell import Seed
-from .configs import Tree, digests, model, resolve, task
+from .configs import Tree, digests_of, model_of, resolve, task_of
 from .source import Source
 
-SEEDS = ("seed_everything", "data.init_args.seed")
+SEED_KEYS = ("seed_everything", "data.init_args.seed")
 MAX_STEPS = "trainer.max_steps"
 
 
-class Drafts:
+class ConfigBuilder:
     """Makes the training configs of a grid from its base. Until they are resolved they are plain
     trees, whose interpolations are text: a grid has hundreds, and OmegaConf takes its time."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.file = source, ""
         base = source.value("base")
-        with source.at("base"):
+        with source.locating("base"):
             if isinstance(base, dict):
                 written = OmegaConf.create(base)
             else:
@@ -56,11 +56,11 @@ class Drafts:
         """The base with the overrides. A later one replaces an earlier one."""
         config = copy.deepcopy(self.base)
         for place, key, value in overrides:
-            with self.source.at(*place):
-                _override(config, key, value)
+            with self.source.locating(*place):
+                _set_key(config, key, value)
         return config
 
-    def tree(self, draft: Tree, seed: Seed, budget: int | None) -> Tree:
+    def resolved(self, draft: Tree, seed: Seed, budget: int | None) -> Tree:
         """The draft, resolved, with the seeds. It validates at least once in its budget."""
         draft["seed_everything"] = seed.init
         if isinstance(data := draft.get("data"), dict):
@@ -90,7 +90,7 @@ class Drafts:
         """The draft's tree with another seed; most configs don't refer to the seeds, and need
         not be resolved again."""
         if re.search(r"\$\{[^}]*seed", json.dumps(draft, default=str)):
-            return self.tree(draft, seed, budget)
+            return self.resolved(draft, seed, budget)
         tree = copy.deepcopy(tree)
         tree["seed_everything"], tree["data"]["init_args"]["seed"] = seed
         return tree
@@ -106,7 +106,7 @@ class Drafts:
         """
         draft = self.draft(overrides)
         try:
-            tree = self.tree(draft, seed, budget)
+            tree = self.resolved(draft, seed, budget)
             self.reach(tree)
             return draft, tree
         except SpecError as error:
@@ -121,8 +121,8 @@ class Drafts:
             [(tree.get("model") or {}).get("network"), {**tree["data"], "init_args": options}]
         )
         if key not in self._reaches:
-            built = model(tree)
-            task(tree).attach(built)
+            built = model_of(tree)
+            task_of(tree).attach(built)
             self._reaches[key] = built.reach()
         return self._reaches[key]
 
@@ -135,7 +135,7 @@ class Drafts:
         )
         if key not in self._digests:
             try:
-                self._digests[key] = digests(tree)
+                self._digests[key] = digests_of(tree)
             except SpecError as error:
                 raise self._in_base(error) from None
         return self._digests[key]
@@ -143,7 +143,7 @@ class Drafts:
     def _blame(self, overrides: Sequence[Override], seed: Seed, error: str) -> SpecError:
         for n in reversed(range(len(overrides))):
             try:
-                self.reach(self.tree(self.draft(overrides[:n]), seed, None))
+                self.reach(self.resolved(self.draft(overrides[:n]), seed, None))
             except SpecError as other:
                 if str(other) == error:
                     continue
@@ -151,15 +151,15 @@ class Drafts:
         return self._in_base(SpecError(error))
 
 
-def _override(config: Any, key: str, value: Any) -> None:
+def _set_key(config: Any, key: str, value: Any) -> None:
     """Set a dotted key whose parent exists: a mistyped section is an error, not a new section. In
     a list of layers a name stands for all layers of that name, children too."""
     *path, last = key.split(".")
-    for section in _sections(config, path, ""):
+    for section in _sections_at(config, path, ""):
         section[last] = copy.deepcopy(value)
 
 
-def _sections(node: Any, path: Sequence[str], place: str) -> list[Tree]:
+def _sections_at(node: Any, path: Sequence[str], place: str) -> list[Tree]:
     """What a path leads to from a node of a config, which is at the place."""
     if not path:
         if isinstance(node, list):
@@ -168,11 +168,11 @@ def _sections(node: Any, path: Sequence[str], place: str) -> list[Tree]:
     first, *rest = path
     inner = f"{place}.{first}" if place else first
     if isinstance(node, list) and not first.isdecimal():
-        named = [layer for layer in _layers(node) if layer.get("name") == first]
+        named = [layer for layer in _layers_with_fields(node) if layer.get("name") == first]
         if not named:
-            known = suggest(first, {str(layer.get("name")) for layer in _layers(node)})
+            known = suggest(first, {str(layer.get("name")) for layer in _layers_with_fields(node)})
             raise SpecError(f"{place} has no layer '{first}'; {known}")
-        return [section for layer in named for section in _sections(layer, rest, inner)]
+        return [section for layer in named for section in _sections_at(layer, rest, inner)]
     if isinstance(node, list):
         child = node[int(first)] if int(first) < len(node) else None
     else:
@@ -180,13 +180,13 @@ def _sections(node: Any, path: Sequence[str], place: str) -> list[Tree]:
     if not isinstance(child, (dict, list)):
         known = suggest(first, map(str, node)) if isinstance(node, dict) else "see its length"
         raise SpecError(f"the base config has no '{inner}'; {known}")
-    return _sections(child, rest, inner)
+    return _sections_at(child, rest, inner)
 
 
-def _layers(specs: list[Any]) -> Iterator[Tree]:
+def _layers_with_fields(specs: list[Any]) -> Iterator[Tree]:
     """The layers of a list that are written with fields, and their children."""
     for spec in specs:
         if isinstance(spec, dict):
             yield spec
             if isinstance(children := spec.get("children"), list):
-                yield from _layers(children)
+                yield from _layers_with_fields(children)

@@ -1,4 +1,4 @@
-"""What figures have in common: how arms look, how long names fit, how SVG is saved."""
+"""What plots have in common: how arms look, how long names fit, how SVG is saved."""
 
 from __future__ import annotations
 
@@ -13,86 +13,93 @@ from matplotlib.ticker import PercentFormatter
 
 from layerzoo.support.style import COLOURS, MARKERS
 
-from ..rows import Row
+from ..arm_rows import ArmRow
 
 GREY = "0.4"
-WIDEST = 64
+LINE_WIDTH = 64
 """Characters of a name in a line."""
 
 
-def groups(rows: Sequence[Row]) -> list[list[Row]] | None:
+def rows_by_first_axis(rows: Sequence[ArmRow]) -> list[list[ArmRow]] | None:
     """The rows by their options of the first axis, if these are few and of few rows each."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[ArmRow]] = {}
     for row in rows:
-        found.setdefault(_first(row), []).append(row)
+        found.setdefault(_first_option(row), []).append(row)
     few = 1 < len(found) <= len(MARKERS) and max(map(len, found.values())) <= len(COLOURS)
     return [*found.values()] if few else None
 
 
-Look = tuple[str, str]
+LineStyle = tuple[str, str]
 """Colour and marker."""
 
 
-def looks(rows: Sequence[Row]) -> dict[str, Look]:
+def arm_styles(rows: Sequence[ArmRow]) -> dict[str, LineStyle]:
     """By arm, the same in all figures; no two alike up to 72 arms."""
-    if parts := _parts(rows):
+    if parts := _two_part_styles(rows):
         colours, markers = parts
-        return {row.arm: (colours[_rest(row)], markers[_first(row)]) for row in rows}
+        return {
+            row.arm: (colours[_other_options(row)], markers[_first_option(row)]) for row in rows
+        }
     return {
         row.arm: (COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)])
         for n, row in enumerate(rows)
     }
 
 
-def keys(rows: Sequence[Row]) -> dict[str, Look]:
+def legend_styles(rows: Sequence[ArmRow]) -> dict[str, LineStyle]:
     """What a legend says: arms; or, if the looks have two parts, the options of each."""
-    if parts := _parts(rows):
+    if parts := _two_part_styles(rows):
         colours, markers = parts
         return {name: (GREY, marker) for name, marker in markers.items()} | {
             name: (colour, "s") for name, colour in colours.items()
         }
-    return looks(rows)
+    return arm_styles(rows)
 
 
-def _parts(rows: Sequence[Row]) -> tuple[dict[str, str], dict[str, str]] | None:
+def _two_part_styles(rows: Sequence[ArmRow]) -> tuple[dict[str, str], dict[str, str]] | None:
     """Of more arms than there are colours: a colour for all but the first option, a marker for
     the first; None if these are too many, or are all that an arm has."""
-    rests = [*dict.fromkeys(_rest(row) for row in rows)]
-    if len(rows) <= len(COLOURS) or len(rests) > len(COLOURS) or not groups(rows) or "" in rests:
+    rests = [*dict.fromkeys(_other_options(row) for row in rows)]
+    if (
+        len(rows) <= len(COLOURS)
+        or len(rests) > len(COLOURS)
+        or not rows_by_first_axis(rows)
+        or "" in rests
+    ):
         return None
-    firsts = dict.fromkeys(_first(row) for row in rows)
+    firsts = dict.fromkeys(_first_option(row) for row in rows)
     return (
         dict(zip(rests, COLOURS, strict=False)),
         dict(zip(firsts, MARKERS, strict=False)),
     )
 
 
-def _first(row: Row) -> str:
+def _first_option(row: ArmRow) -> str:
     return next(iter(row.options.values()), "")
 
 
-def _rest(row: Row) -> str:
+def _other_options(row: ArmRow) -> str:
     return ",".join([*row.options.values()][1:])
 
 
 def wrapped(name: str) -> str:
     """A long name in lines, parted at commas if it can be."""
-    lines = textwrap.wrap(name.replace(",", ", "), WIDEST)
+    lines = textwrap.wrap(name.replace(",", ", "), LINE_WIDTH)
     return "\n".join(line.replace(", ", ",") for line in lines)
 
 
-def inches(names: Sequence[str], size: float = 9) -> float:
+def width_of_names(names: Sequence[str], size: float = 9) -> float:
     """The width of the longest line of names at a font size, roughly."""
     longest = max((len(line) for name in names for line in wrapped(name).split("\n")), default=0)
     return longest * size * 0.6 / 72
 
 
-def legend(axes: Any, **options: Any) -> None:
+def add_legend(axes: Any, **options: Any) -> None:
     """Beside the panel, so that it covers no data."""
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
 
 
-def in_percent(axis: Any) -> None:
+def show_percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
