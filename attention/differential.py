@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from layerzoo.annotations import tensor
 from layerzoo.attend import CACHE, append, attend_causal, empty_cache
-from layerzoo.checked import Signature
-from layerzoo.forms import tensor
 from layerzoo.layer import State, StateBytes
 from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.signature import Signature
 from layerzoo.spec import SpecError
 
 from .common import Attention

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from layerzoo.annotations import tensor
 from layerzoo.attend import CACHE, append, attend_causal, attend_one, empty_cache
-from layerzoo.checked import Signature
-from layerzoo.forms import tensor
 from layerzoo.layer import State, StateBytes
 from layerzoo.nn import RMSNorm
 from layerzoo.ops import Op
 from layerzoo.shell import QKV, next_position
+from layerzoo.signature import Signature
 from layerzoo.spec import SpecError
 
 from .common import Attention

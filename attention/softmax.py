@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from layerzoo.attend import CACHE, append, attend_causal, attend_one, empty_cache
-from layerzoo.checked import Signature
 from layerzoo.layer import Reduction, State, StateBytes
 from layerzoo.ops import Op
+from layerzoo.signature import Signature
 
 from .common import Attention
 from .sink_logit import attend_causal_with_sink, remove_sink, sink_parameter, with_sink

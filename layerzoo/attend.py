@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerzoo.forms import tensor
+from layerzoo.annotations import tensor
 from layerzoo.layer import State
 from layerzoo.ops import transforming
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from layerzoo.spec import Diverged, SpecError, suggest
-from layerzoo.support import foreign
+from layerzoo.support import error_lines
 
 TRAIN = "layerzoo.train.command"
 COMMANDS = {
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Diverged as error:
         return _say(f"diverged: {error}", 1)
     except Exception as error:
-        message = foreign.line(error)
+        message = error_lines.line(error)
         if message is None or os.environ.get(TRACEBACK):
             raise
         return _say(f"error: {message}", 2)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from layerzoo.checked import Match
-from layerzoo.forms import Form, form_of, tensor
+from layerzoo.annotations import Form, form_of, tensor
 from layerzoo.ops import IMPLS, Op
+from layerzoo.signature import Match
 from layerzoo.spec import Config, SpecError, suggest
 
 if TYPE_CHECKING:

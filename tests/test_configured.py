@@ -15,9 +15,9 @@ from lightning import Trainer
 from layerzoo import SpecError
 from layerzoo.data import MQAR, Task, list_tasks
 from layerzoo.hf.distil import Distil
-from layerzoo.train.identity import trained_on
 from layerzoo.train.lit import LitModel
 from layerzoo.train.module import TaskModule
+from layerzoo.train.trained_on import trained_on
 
 
 class Plain(Task):

@@ -17,7 +17,7 @@ import torch
 from layerzoo import SpecError, cli
 from layerzoo.ablations.running import folder as folders
 from layerzoo.cli import TRACEBACK, main
-from layerzoo.support import foreign
+from layerzoo.support import error_lines
 from layerzoo.support.arguments import check_file
 from layerzoo.train.find_checkpoint import find_checkpoint
 
@@ -137,8 +137,8 @@ def test_a_fault_of_the_program_is_not_an_error_of_use(monkeypatch: pytest.Monke
     monkeypatch.setattr("layerzoo.tools.list.list_layers", broken)
     with pytest.raises(ValueError, match="a fault of ours"):
         main(["list"])
-    assert foreign.line(KeyError("x")) is None
-    assert foreign.line(OSError(13, "Permission denied", b"f")) == "f: Permission denied"
+    assert error_lines.line(KeyError("x")) is None
+    assert error_lines.line(OSError(13, "Permission denied", b"f")) == "f: Permission denied"
 
 
 def test_where_an_error_was_raised_is_shown_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

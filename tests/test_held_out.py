@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from layerzoo.cli import main
 from layerzoo.data import MQAR
 from layerzoo.model import ModelConfig
-from layerzoo.support.figures import Family, draw, families
+from layerzoo.support.curve_plots import Family, draw, families
 from layerzoo.train.command import quiet
 from layerzoo.train.held_out import HeldOutFigures, Rows, markdown, table
 from layerzoo.train.lit import LitModel

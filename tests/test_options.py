@@ -234,7 +234,7 @@ def test_a_grid_names_the_way_out_of_another_tasks_options(tmp_path: Path) -> No
 def test_options_are_recorded_as_they_count() -> None:
     from lightning import Trainer
 
-    from layerzoo.train.identity import trained_on
+    from layerzoo.train.trained_on import trained_on
 
     def of(task: Task) -> dict[str, Any]:
         return trained_on(Trainer(logger=False), TaskModule(), task, 0)["settings"]

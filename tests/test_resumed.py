@@ -17,10 +17,10 @@ from lightning import Trainer
 from layerzoo import SpecError
 from layerzoo.cli import main
 from layerzoo.data import Continual, Copying, Text
-from layerzoo.train.identity import TRAINED_ON, trained_on
 from layerzoo.train.lit import load_model
 from layerzoo.train.module import TaskModule
 from layerzoo.train.resumed import Resumed
+from layerzoo.train.trained_on import TRAINED_ON, trained_on
 
 from .here import quick
 

@@ -48,7 +48,7 @@ class Cell:
     split: which held-out split it is measured on; a tuning run never sees the test split.
     tuned: tuning axis -> option: what a tuning run tries, and what a reported one was given.
     matched: what was solved for and reached, if the grid matches its models.
-    digest: of what it reads, by option, see `layerzoo.train.identity.digests`; {} if that is
+    digest: of what it reads, by option, see `layerzoo.train.trained_on.digests`; {} if that is
         nothing, or if it is not to be run.
     """
 

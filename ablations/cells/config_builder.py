@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from layerzoo.data.replaced import replaced
+from layerzoo.data.replaced_task import replaced
 from layerzoo.layer import Reach
 from layerzoo.spec import SpecError, suggest
 from layerzoo.support.yaml_files import config_path, read_yaml

@@ -16,11 +16,11 @@ from layerzoo.data import Task
 from layerzoo.layer import EXECUTION
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.spec import SpecError, error_at, plain, required, suggest
-from layerzoo.support.foreign import spec_error
-from layerzoo.train.identity import digest_weights
+from layerzoo.support.error_lines import spec_error
 from layerzoo.train.lit import LitModel, initial_weights
 from layerzoo.train.module import TaskModule
 from layerzoo.train.parser import TrainingParser, check_trainer
+from layerzoo.train.trained_on import digest_weights
 
 Tree = dict[str, Any]
 
@@ -176,7 +176,7 @@ def forget_tasks() -> None:
 
 
 def digests_of(config: Tree) -> dict[str, str]:
-    """Of what a run of a resolved config would read now, see `layerzoo.train.identity.digests`.
+    """Of what a run of a resolved config would read now, see `layerzoo.train.trained_on.digests`.
 
     Raises:
         SpecError: it cannot be read, or the weights to start from are of another network.

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from layerzoo.annotations import tensor
 from layerzoo.attend import CACHE, append, attend_one, empty_cache
-from layerzoo.checked import LOGARITHM, Signature
-from layerzoo.forms import tensor
 from layerzoo.layer import Reach, Reduction, State, StateBytes
 from layerzoo.ops import Op, accumulator_dtype
 from layerzoo.shell import QKV
+from layerzoo.signature import LOGARITHM, Signature
 from layerzoo.spec import SpecError
 
 from ..common import Attention

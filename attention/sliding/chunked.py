@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerzoo.attend import (
-    attend_causal,
-    dot_product_attention,
-)
+from layerzoo.attend import attend_causal, dot_product_attention
 from layerzoo.ops import transforming
 
 from ..sink_logit import attend_causal_with_sink, with_sink

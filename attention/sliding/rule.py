@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from layerzoo.attend import (
-    CACHE,
-    append,
-    attend_one,
-    empty_cache,
-)
-from layerzoo.checked import Signature
+from layerzoo.attend import CACHE, append, attend_one, empty_cache
 from layerzoo.layer import Reach, Reduction, State, StateBytes
 from layerzoo.ops import Op
+from layerzoo.signature import Signature
 from layerzoo.spec import SpecError
 
 from ..common import Attention

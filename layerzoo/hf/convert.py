@@ -14,7 +14,7 @@ from layerzoo.data.tokenizer import reason
 from layerzoo.memory import Memory
 from layerzoo.registry import full_spec, get_layer
 from layerzoo.spec import SpecError, error_at
-from layerzoo.train.identity import digest_files
+from layerzoo.train.trained_on import digest_files
 
 from .config import LayerzooConfig
 from .model import LayerzooForCausalLM

@@ -19,8 +19,8 @@ from layerzoo.layer import State
 from layerzoo.model.language_model import unpack
 from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError, error_at, plain, require
-from layerzoo.train.identity import TRAINED_ON
 from layerzoo.train.module import TaskModule, within
+from layerzoo.train.trained_on import TRAINED_ON
 
 from .convert import load, source_digest
 from .losses import KnownGradients, distance, kl_from_hidden

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from layerzoo.checked import Bound, Match
 from layerzoo.generation import generate
 from layerzoo.layer import Reach, State, StateBytes, check_state
 from layerzoo.model.config import ModelConfig
 from layerzoo.nn import RMSNorm, ShortConv, SwiGLU
 from layerzoo.ops import Op, transforming
 from layerzoo.registry import build
+from layerzoo.signature import Bound, Match
 from layerzoo.spec import SpecError, error_at
 
 if TYPE_CHECKING:

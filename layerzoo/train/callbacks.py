@@ -22,8 +22,8 @@ from layerzoo.support.arguments import make_folder
 from layerzoo.support.configured import Configured
 from layerzoo.support.json_files import write_json
 from layerzoo.support.provenance import versions
-from layerzoo.train.identity import digests
 from layerzoo.train.module import SHOWN
+from layerzoo.train.trained_on import digests
 
 
 class TokensPerSecond(Callback):

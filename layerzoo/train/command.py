@@ -21,11 +21,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerzoo.data import Task
-from layerzoo.data.replaced import replaced
+from layerzoo.data.replaced_task import replaced
 from layerzoo.layer import EXECUTION
 from layerzoo.model import ModelConfig
 from layerzoo.spec import SpecError, error_at, plain, suggest
-from layerzoo.support import foreign, internals
+from layerzoo.support import error_lines, internals
 from layerzoo.support.arguments import make_folder
 from layerzoo.support.yaml_files import config_path, read_yaml
 from layerzoo.train.callbacks import ConfigWriter, PredictionWriter, Summary, TokensPerSecond
@@ -33,11 +33,11 @@ from layerzoo.train.checkpoints import AtomicIO, Resume
 from layerzoo.train.find_checkpoint import find_checkpoint
 from layerzoo.train.finite import Finite
 from layerzoo.train.held_out import HeldOutFigures
-from layerzoo.train.identity import TRAINED_ON, TrainedOn
 from layerzoo.train.lit import LitModel, read_checkpoint
 from layerzoo.train.named_module import MODULE, module_class, named_module, split_option
 from layerzoo.train.parser import TrainingParser, check_trainer
 from layerzoo.train.resumed import Resumed, same_start
+from layerzoo.train.trained_on import TRAINED_ON, TrainedOn
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 MAX_SEED = 2**32 - 1
@@ -179,7 +179,7 @@ class TrainCLI(LightningCLI):
         try:
             trainer: Any = super().instantiate_trainer(**options)
         except Exception as error:
-            if message := foreign.line(error):
+            if message := error_lines.line(error):
                 raise SpecError(f"trainer: {message}") from error
             raise
         for folder in {logger.save_dir for logger in trainer.loggers if logger.save_dir}:
@@ -195,7 +195,7 @@ class TrainCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise (foreign.spec_error(error) or error) from None
+            raise (error_lines.spec_error(error) or error) from None
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand] if self.subcommand else self.config

@@ -64,7 +64,7 @@ class HeldOutFigures(Callback):
             return
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second
 
-        from layerzoo.support.figures import draw, families
+        from layerzoo.support.curve_plots import draw, families
 
         for family in families(figures):
             canvas = FigureCanvasAgg(draw(family))

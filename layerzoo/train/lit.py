@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from layerzoo.model import LanguageModel, ModelConfig
 from layerzoo.ops import accumulator_dtype
 from layerzoo.spec import SpecError, error_at
-from layerzoo.train.identity import TRAINED_ON, digest_weights, first_difference
 from layerzoo.train.module import TaskModule
-from layerzoo.train.older import of_today
+from layerzoo.train.older_checkpoints import of_today
+from layerzoo.train.trained_on import TRAINED_ON, digest_weights, first_difference
 
 
 class LitModel(TaskModule):

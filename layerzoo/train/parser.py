@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from layerzoo.data import list_tasks
 from layerzoo.spec import Config, SpecError, error_at, suggest
-from layerzoo.support import foreign, internals
+from layerzoo.support import error_lines, internals
 from layerzoo.support.arguments import OneLine
 from layerzoo.support.configured import Configured
 from layerzoo.support.field_docs import field_docs
@@ -81,7 +81,7 @@ class TrainingParser(OneLine, LightningArgumentParser):
             message,
         )
         path = re.search(r"Expected a dot import path string: (\S+)", message)
-        if cause := foreign.spec_error(ex):
+        if cause := error_lines.spec_error(ex):
             raise SpecError(f"{place}{cause}") from None
         if unknown:
             word = next(filter(None, unknown.groups())).split("=")[0]
@@ -92,8 +92,8 @@ class TrainingParser(OneLine, LightningArgumentParser):
         if path:
             way = "give an import path such as package.module.Class"
             raise SpecError(f"{place}no class '{path[1]}'; {way}") from None
-        if foreign.UNION in message:
-            message = foreign.plain_union(message)
+        if error_lines.UNION in message:
+            message = error_lines.plain_union(message)
         if choices := re.search(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", message):
             known = re.findall(r"'([^']*)'", choices[1])
             way = f"one of {choices[1]}, got '{choices[2]}'; {suggest(choices[2], known)}"

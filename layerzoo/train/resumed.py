@@ -10,8 +10,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from layerzoo.spec import SpecError, error_at
 from layerzoo.train.find_checkpoint import find_checkpoint
-from layerzoo.train.identity import TRAINED_ON, digest_weights, digests, refuse_changed, trained_on
 from layerzoo.train.lit import read_checkpoint, read_weights
+from layerzoo.train.trained_on import (
+    TRAINED_ON,
+    digest_weights,
+    digests,
+    refuse_changed,
+    trained_on,
+)
 
 
 @dataclass(frozen=True)

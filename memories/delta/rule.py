@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
 from layerzoo.ops import Op
+from layerzoo.signature import LOGARITHM, Signature
 
 from ..common.matrix import DecayKind, MatrixConfig, MatrixMemory, per_token, strength, zero_state
 from ..common.plain import chunk_decays, chunks

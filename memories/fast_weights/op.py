@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from layerzoo.checked import FRACTION, Match, Signature
-from layerzoo.forms import form_of
+from layerzoo.annotations import form_of
 from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.signature import FRACTION, Match, Signature
 from layerzoo.spec import SpecError
 
 from . import engine, recurrent

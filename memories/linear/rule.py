@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from layerzoo.checked import LOGARITHM, Signature
 from layerzoo.layer import State
 from layerzoo.ops import Op
 from layerzoo.shell import QKV
+from layerzoo.signature import LOGARITHM, Signature
 from layerzoo.spec import SpecError
 
 from ..common.matrix import MatrixConfig, MatrixMemory, per_token, zero_state

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from layerzoo.checked import LOGARITHM, POSITIVE, Signature
 from layerzoo.layer import State, StateBytes
 from layerzoo.ops import Op, accumulator_dtype
+from layerzoo.signature import LOGARITHM, POSITIVE, Signature
 from layerzoo.spec import SpecError
 
 from ..common.matrix import MatrixConfig, MatrixMemory, per_token, strength, zero_state

@@ -462,7 +462,7 @@ FAULTS = [
     ),
     Fault(
         "resume",
-        "layerzoo/train/older.py",
+        "layerzoo/train/older_checkpoints.py",
         'before = {name: False for name in ("qk_norm", "out_gate") if name in fields}',
         "before = {}",
         ("tests/test_shell.py", *RESUME),

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from layerzoo.support.style import COLOURS, MARKERS
+from layerzoo.support.plot_style import COLOURS, MARKERS
 
 from ..arm_rows import ArmRow
 

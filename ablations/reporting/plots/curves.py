@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from layerzoo.support.figures import families, heat_map, write_not_finite
-from layerzoo.support.style import COLOURS, tidy
+from layerzoo.support.curve_plots import families, heat_map, write_not_finite
+from layerzoo.support.plot_style import COLOURS, tidy
 
 from ..arm_rows import ArmRow, is_share
 from ..findings import Findings

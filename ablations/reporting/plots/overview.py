@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from layerzoo.support.figures import heat_map
-from layerzoo.support.style import COLOURS, MARKERS, tidy
+from layerzoo.support.curve_plots import heat_map
+from layerzoo.support.plot_style import COLOURS, MARKERS, tidy
 
 from ..arm_rows import ArmRow, is_accuracy, is_share
 from ..findings import Findings, shared_window_bound

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from layerzoo.spec import SpecError
 from layerzoo.support.arguments import spec_of
 from layerzoo.support.json_files import read_figures
-from layerzoo.support.style import COLOURS, MARKERS, tidy
+from layerzoo.support.plot_style import COLOURS, MARKERS, tidy
 
 from .command import label_of
 from .report import digits

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from layerzoo.support.style import COLOURS, MARKERS, tidy
+from layerzoo.support.plot_style import COLOURS, MARKERS, tidy
 
 from .calls import MEASURES
 from .run import OURS, Row

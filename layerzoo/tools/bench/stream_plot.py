@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from layerzoo.support.style import COLOURS, tidy
+from layerzoo.support.plot_style import COLOURS, tidy
 
 from .plot import plt
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from layerzoo.support.style import COLOURS, MARKERS, tidy
+from layerzoo.support.plot_style import COLOURS, MARKERS, tidy
 
 from .report import binary, si
 

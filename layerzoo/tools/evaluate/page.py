@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from layerzoo.support.style import COLOURS, tidy
+from layerzoo.support.plot_style import COLOURS, tidy
 
 from .costs import MeasuredCost
 from .costs import table as cost_table

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from layerzoo.forms import Form, Many, open_sums, read_annotation
+from layerzoo.annotations import Form, Many, open_sums, read_annotation
 from layerzoo.ops import transforming
 from layerzoo.spec import SpecError
 

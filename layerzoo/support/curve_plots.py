@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from layerzoo.support.style import COLOURS, MARKERS, tidy
+from layerzoo.support.plot_style import COLOURS, MARKERS, tidy
 
 Points = dict[tuple[int, ...], float]
 
