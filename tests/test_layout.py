@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,3 +127,20 @@ def test_the_root_holds_what_a_layer_needs() -> None:
         "forms",
     }
     assert found == layer | {"spec"} | PUBLIC | ENTRY
+
+
+PAGES = [path for path in ROOT.rglob("*.md") if ".venv" not in path.parts]
+
+
+def test_the_pages_import_what_is_there() -> None:
+    """Every import of ours in an example of a page, and every module that a page names."""
+    found = {
+        line.strip()
+        for page in PAGES
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        for line in block.splitlines()
+        if re.match(r"\s*(from layerzoo[\w.]* import [\w, ]+|import layerzoo[\w.]*)$", line)
+    }
+    assert "from layerzoo.generation import load_state, save_state, stream" in found
+    for line in sorted(found):
+        exec(line, {})
