@@ -1,5 +1,5 @@
 """Peers of the memories: the eager forms of transformers, the naive chunk forms of
-flash-linear-attention (its kernels are in memories_gpu.py), and titans-pytorch. A benchmark imports
+flash-linear-attention (memories_gpu.py has its kernels), and titans-pytorch. A benchmark imports
 these libraries when it runs them.
 """
 
