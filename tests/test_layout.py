@@ -123,8 +123,8 @@ def test_the_root_holds_what_a_layer_needs() -> None:
         "attend",
         "nn",
         "ops",
-        "checked",
-        "forms",
+        "signature",
+        "annotations",
     }
     assert found == layer | {"spec"} | PUBLIC | ENTRY
 
