@@ -169,9 +169,8 @@ def commands(draw: Any) -> list[str]:
 def test_commands(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("file").write_text("a: b\n")
     Path("folder").mkdir()
-    monkeypatch.setattr(
-        "layerzoo.tools.bench.command.run", lambda *args: None
-    )  # it takes its time
+    # It takes its time.
+    monkeypatch.setattr("layerzoo.tools.bench.command.run_benchmarks", lambda *args: None)
     monkeypatch.setattr("layerzoo.tools.bench.stream.in_a_process", lambda *args: [])
 
     def check(argv: list[str]) -> None:

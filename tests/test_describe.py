@@ -61,8 +61,8 @@ def test_parts_sum_to_the_model(fields: dict[str, Any]) -> None:
     read = T + config.persistent
     layers = [block.layer for block in model.each_block()]
     want = [
-        sum(x.rule_flops(read_network) for x in layers),
-        sum(x.flops_per_token(read_network) for x in layers),
+        sum(x.rule_flops(read) for x in layers),
+        sum(x.flops_per_token(read) for x in layers),
     ]
     assert [found.mean_rule, found.mean] == pytest.approx([w * read / T for w in want])
     assert sum(part.rule for part in layer_parts(meta, T)) == pytest.approx(found.mean_rule)

@@ -193,7 +193,7 @@ def test_how_a_grid_ends_counts(
     for name in ("a", "b"):
         shipped.add(name, 1, claim(), **ONE)
         shipped.measured(name, window=accuracy, memory=0.4)
-    real = validation.run
+    real = validation.run_grid
 
     def run(name: str, how: RunOptions, tables: bool) -> int:
         real(name, how, tables=tables)
