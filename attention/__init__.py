@@ -1,5 +1,6 @@
 """Attention layers: one file per layer. The ops can be imported from here."""
 
+from .deltaformer import delta_attention
 from .differential import differential_attention
 from .forgetting import forgetting_attention
 from .latent import latent_attention
@@ -7,6 +8,7 @@ from .sliding import sliding_attention
 from .softmax import softmax_attention
 
 __all__ = [
+    "delta_attention",
     "differential_attention",
     "forgetting_attention",
     "latent_attention",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerzoo.attention.deltaformer import delta_attention
 from layerzoo.attention.forgetting import forgetting_attention
 from layerzoo.attention.sliding import sliding_attention
 from layerzoo.attention.softmax import softmax_attention
@@ -28,7 +29,8 @@ SLIDING = ["swa_nosink", "swa_sink"]
 FORGETTING = ["fox_full", "fox_window"]
 MESA = ["mesa_plain", "mesa_init"]
 SINK_LOGIT = ["sink_logit", "sink_logit_window"]
-ALL = MATRIX + SLIDING + FORGETTING + MESA + SINK_LOGIT
+DELTAFORMER = ["deltaformer"]
+ALL = MATRIX + SLIDING + FORGETTING + MESA + SINK_LOGIT + DELTAFORMER
 
 
 def load(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -53,6 +55,9 @@ def run(name: str, data: dict[str, Any], impl: str) -> dict[str, Tensor]:
     rule = name.rsplit("_", 1)[0]
     if rule == "mesa":
         return run_mesa(data, impl, steps=None)
+    if name in DELTAFORMER:
+        args = [data[key] for key in ("q", "k", "v", "beta")]
+        return {"o": delta_attention(*args, impl=impl)[0]}
     q, k, v, scale = (data[key] for key in ("q", "k", "v", "scale"))
     if name in SINK_LOGIT:
         how = {"scale": scale, "sink_logit": data["sink_logit"], "impl": impl}
