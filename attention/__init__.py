@@ -1,4 +1,4 @@
-"""Attention layers: one file per layer. The ops can be imported from here."""
+"""Attention layers: one file or folder per layer. The ops can be imported from here."""
 
 from .deltaformer import delta_attention
 from .differential import differential_attention

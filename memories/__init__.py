@@ -1,4 +1,4 @@
-"""Memory layers: one file per rule. The ops can be imported from here.
+"""Memory layers: one folder per rule. The ops can be imported from here.
 
 Two of them, `mesa` and `fast_weights`, have the names of their modules, which are called in their
 place and imported on demand.
