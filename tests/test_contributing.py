@@ -26,6 +26,7 @@ axes:
   layer:
     moving_average: {model.network.layers: [moving_average]}
     fading: {model.network.layers: [{name: fading, heads: 2}]}
+    alibi: {model.network.layers: [{name: alibi, heads: 2}]}
 seeds: [0]
 """
 
@@ -41,7 +42,7 @@ def installed(
     site = tmp_path / "site"
     info = site / "example-1.0.dist-info"
     info.mkdir(parents=True)
-    for mark, lines in (("example", 60), ("memory", 80)):
+    for mark, lines in (("example", 60), ("memory", 80), ("attention", 60)):
         found = re.search(rf"<!-- {mark} -->\n```python\n(.*?)```\n<!-- /{mark} -->", text, re.S)
         assert found is not None and len(found[1].splitlines()) < lines
         modules.append(f"{mark}_package")
@@ -69,8 +70,8 @@ def test_the_examples_are_found_checked_trained_and_swept(
 
     assert "s_t = a s_{t-1}" in call("list", "moving_average")
 
-    out = call("check", "moving_average", "fading", "--quick")
-    assert "pieces          holds in 4 " in out and " checks hold (" in out
+    out = call("check", "moving_average", "fading", "alibi", "--quick")
+    assert "pieces          holds in 6 " in out and " checks hold (" in out
 
     options = "--trainer.max_steps 40 --trainer.val_check_interval 20 --trainer.callbacks null"
     size = "--data.length 32 --data.val_samples 32 --model.network.dim 32"
@@ -85,5 +86,5 @@ def test_the_examples_are_found_checked_trained_and_swept(
     grid.write_text(GRID)
     with quick():
         out = call("ablate", "run", str(grid), "--jobs", "1")
-    assert "moving_average" in out and "fading" in out
-    assert len([*tmp_path.glob("runs/ablations/mine/*/*/metrics.json")]) == 2
+    assert all(name in out for name in ("moving_average", "fading", "alibi"))
+    assert len([*tmp_path.glob("runs/ablations/mine/*/*/metrics.json")]) == 3
