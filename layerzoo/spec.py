@@ -109,13 +109,13 @@ class Config:
                 why = self.reasons.get(field.name)
                 got = f"{value!r}: {why}" if why else repr(value)
                 raise SpecError(f"{field.name}: expected {want}, got {got}")
-        if self.chosen() is self:  # another config has been checked when it was made
+        if self.with_setting() is self:  # another config has been checked when it was made
             self.check()
 
     def check(self) -> None:
         """Refuse values that are of the right type but make no sense."""
 
-    def chosen(self) -> Self:
+    def with_setting(self) -> Self:
         """The config that counts, where the value of a field stands for those of others."""
         return self
 

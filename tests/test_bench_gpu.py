@@ -17,7 +17,7 @@ from layerzoo.tools.bench.command import arguments, specs_of
 from layerzoo.tools.bench.measure import Spread
 from layerzoo.tools.bench.peers import choose_peers, peers_of
 from layerzoo.tools.bench.report import Peaks
-from layerzoo.tools.bench.run import BenchSettings, Row, bytes_of
+from layerzoo.tools.bench.run import BenchRow, BenchSettings, bytes_of
 
 TABLE = yaml.safe_load(gpu.TABLE.read_text())
 
@@ -85,9 +85,9 @@ def test_the_bytes_that_an_op_moves() -> None:
 
 
 def test_the_share_of_the_roof() -> None:
-    def row(ms: float, flops: float, moved: int | None) -> Row:
+    def row(ms: float, flops: float, moved: int | None) -> BenchRow:
         more: Any = {"ms": Spread(ms, ms, ms), "gflops": flops / ms / 1e6, "moved": moved}
-        return Row("linear", 1, "forward", "layerzoo", False, [ms], **more)
+        return BenchRow("linear", 1, "forward", "layerzoo", False, [ms], **more)
 
     peaks = Peaks(gemm=1000.0, copy=1e9)
     assert peaks.roof(row(2.0, 1e6, 10**6)) == pytest.approx(0.5)  # 1 ms of bytes

@@ -16,7 +16,7 @@ import torch
 from layerzoo.support.json_files import dumps, floats, read_figures, write_json
 from layerzoo.tools.bench import report as bench_report
 from layerzoo.tools.bench.measure import Spread
-from layerzoo.tools.bench.run import BenchSettings, Row
+from layerzoo.tools.bench.run import BenchRow, BenchSettings
 
 FIGURES = {
     "a": math.nan,
@@ -73,7 +73,7 @@ def test_a_link_is_followed_and_a_pipe_is_written(tmp_path: Path) -> None:
 
 def test_a_benchmark_writes_a_ratio_that_is_no_number(tmp_path: Path) -> None:
     spread = Spread(math.inf, math.nan, 1.0)
-    row = Row("linear", 8, "forward", "chunked", False, [], ratio=spread)
+    row = BenchRow("linear", 8, "forward", "chunked", False, [], ratio=spread)
     peaks = bench_report.Peaks(math.nan, None)
     bench_report.write_json(tmp_path / "x.json", [row], BenchSettings("ops"), peaks)
     (found,) = strict((tmp_path / "x.json").read_text())["rows"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..launch import empty
 from . import muon
-from .chunk_parts import Chunked, Pair, Part, Rules, each, gates, part_rows, plan, write_part
+from .chunk_parts import Chunked, ChunkPart, Pair, Rules, each, gates, part_rows, plan, write_part
 from .epilogues import backward_error, backward_errors, backward_gated, outer
 from .weights import programs
 
@@ -86,7 +86,9 @@ def backward(
     )  # fmt: skip
 
 
-def backward_gates(d_A: Any, d_m: Any, retention: Any, part: Part, A: Any, to: Gradients) -> Any:
+def backward_gates(
+    d_A: Any, d_m: Any, retention: Any, part: ChunkPart, A: Any, to: Gradients
+) -> Any:
     """From the gradients of `gates`, `[g, N]`: those of the state's A and m, if this is the part
     that they enter."""
     d_A0 = None
@@ -109,7 +111,7 @@ class Step:
     """A part: its weights and activations again, for all its chunks at once."""
 
     def __init__(
-        self, call: Chunked, part: Part, kept: Pair, kept_S: Pair, U: Pair, q: Tensor,
+        self, call: Chunked, part: ChunkPart, kept: Pair, kept_S: Pair, U: Pair, q: Tensor,
         *tokens: Tensor,
     ) -> None:  # fmt: skip
         self.call, self.part, self.U = call, part, U

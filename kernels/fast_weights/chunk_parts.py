@@ -44,7 +44,7 @@ class Rules(NamedTuple):
     eps: float
 
 
-class Part(NamedTuple):
+class ChunkPart(NamedTuple):
     """g pieces of n tokens from token t; slot: the first one's mini-batch in this call."""
 
     t: int
@@ -54,14 +54,14 @@ class Part(NamedTuple):
     full: bool
 
 
-def plan(T: int, start: int, C: int, size: int) -> Iterator[Part]:
+def plan(T: int, start: int, C: int, size: int) -> Iterator[ChunkPart]:
     """size: elements of a hidden activation that belong to a token."""
     t = slot = 0
     while t < T:
         n = min(C - start, T - t)
         g = 1 if n < C else max(1, min((T - t) // C, GROUP // (size * C)))
         full = start + n == C
-        yield Part(t, n, g, slot, full)
+        yield ChunkPart(t, n, g, slot, full)
         t, slot, start = t + g * n, slot + g * full, (start + n) % C
 
 
@@ -70,7 +70,7 @@ def slots(T: int, C: int) -> int:
     return (T + C - 1) // C + 1
 
 
-def part_rows(x: Tensor, part: Part) -> Tensor:
+def part_rows(x: Tensor, part: ChunkPart) -> Tensor:
     """`[B, T, H, ..]` -> `[g, B H, n, ..]`."""
     B, _, H, *last = x.shape
     x = x[:, part.t : part.t + part.g * part.n].reshape(B, part.g, part.n, H, *last)
@@ -78,7 +78,7 @@ def part_rows(x: Tensor, part: Part) -> Tensor:
     return x.view(part.g, B * H, part.n, *last)
 
 
-def write_part(x: Tensor, part: Part, to: Tensor) -> None:
+def write_part(x: Tensor, part: ChunkPart, to: Tensor) -> None:
     """The inverse, into its place in `to`."""
     B, _, H, *last = to.shape
     rest = range(4, 4 + len(last))
@@ -150,7 +150,9 @@ class Chunked:
         return torch.baddbmm(q, h, R[1]) if self.rules.residual else torch.bmm(h, R[1])
 
 
-def gates(momentum: Any, retention: Any, part: Part, past: Pair, C: int) -> tuple[Any, Any, Any]:
+def gates(
+    momentum: Any, retention: Any, part: ChunkPart, past: Pair, C: int
+) -> tuple[Any, Any, Any]:
     """(A, sum of momentum, its mean over a full mini-batch) of every piece, `[g, N]`; past: the
     first two before the call, or None."""
     A = None if retention is None else part_rows(retention, part).prod(-1)

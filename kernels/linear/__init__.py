@@ -29,7 +29,7 @@ def run(
     g = None if log_decay is None else log_decay.float()
     given = (q, k, v, state) if g is None else (q, k, v, g, state)
     if q.shape[1] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        o, state = ops.one(q, k, v, g, state, float(scale))
+        o, state = ops.decode_step(q, k, v, g, state, float(scale))
         return o.to(dtype), state
     rows, columns = (launch.power_of_two(n) for n in (K, V))
     q, k, v = (launch.pad_channels(x, n) for x, n in ((q, rows), (k, rows), (v, columns)))

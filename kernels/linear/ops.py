@@ -20,7 +20,7 @@ def strides(g: Gate) -> tuple[int, int, int]:
     return (0, 0, g.stride(0)) if g.ndim == 1 else (g.stride(0), g.stride(1), g.stride(2))
 
 
-def chosen(q: Tensor, R: int, C: int) -> dict[str, Any]:
+def tile_of(q: Tensor, R: int, C: int) -> dict[str, Any]:
     heads = q.shape[0] * q.shape[2]
     return scan.settings(R, C, q.element_size(), launch.target(q.device), heads)
 
@@ -39,7 +39,7 @@ def split(
     if there is only one; and the tokens of a segment."""
     B, T, H, R = y.shape
     C = z.shape[3]
-    tile = chosen(y, R, C)
+    tile = tile_of(y, R, C)
     slots = tile.pop("slots")
     tokens, N = parts(T, slots)
     if N == 1:
@@ -68,7 +68,7 @@ def run_scan(
     """o of `scan.scan`, in segments of `tokens`; states: before those. kept: (W, kept, dG)."""
     B, T, H, R = x.shape
     C = z.shape[3]
-    tile = chosen(x, R, C)
+    tile = tile_of(x, R, C)
     tile.pop("slots")
     M, N = -(-tokens // tile["BT"]), -(-T // tokens)
     o = launch.empty((B, T, H, C), like=x)
@@ -83,7 +83,7 @@ def run_scan(
 def vector_tile(q: Tensor, v: Tensor) -> dict[str, Any]:
     """Both ways of the state have chunks of one size: what is prepared is of chunks."""
     K, V = q.shape[3], v.shape[3]
-    return {**chosen(q, K, V), "BT": min(chosen(q, *n)["BT"] for n in ((K, V), (V, K)))}
+    return {**tile_of(q, K, V), "BT": min(tile_of(q, *n)["BT"] for n in ((K, V), (V, K)))}
 
 
 def vector_split(
@@ -119,7 +119,7 @@ def vector_scan(
 ) -> Tensor:  # fmt: skip
     """out of `channels.scan`."""
     (B, T, H, R), C = x.shape, z.shape[3]
-    tile = {**chosen(x, R, C), "BT": vector_tile(x, z)["BT"]}
+    tile = {**tile_of(x, R, C), "BT": vector_tile(x, z)["BT"]}
     del tile["slots"]
     M, N = -(-tokens // tile["BT"]), -(-T // tokens)
     out = launch.empty((B, T, H, C), like=x)
@@ -190,7 +190,7 @@ def backward(
     if g is not None and g.ndim == 4:
         return vector_backward(q, k, v, g, state, scale, do, d_last)
     (B, T, H, K), V = q.shape, v.shape[3]
-    tile = chosen(q, V, K)
+    tile = tile_of(q, V, K)
     at_q = at_k = None
     dg = launch.empty((K // tile["BC"] if with_g else 0, B, T, H), like=state)
     if with_g:
@@ -240,7 +240,7 @@ forward.register_autograd(run_backward, setup_context=keep)
 
 
 @torch.library.custom_op("layerzoo::linear_attention_step", mutates_args=())
-def one(
+def decode_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """T = 1, without gradients."""
@@ -259,6 +259,6 @@ def one(
     return o, new
 
 
-@one.register_fake
+@decode_step.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Gate, state: Tensor, scale: float) -> Any:
     return v.new_empty(v.shape), state.new_empty(state.shape)

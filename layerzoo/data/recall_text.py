@@ -65,7 +65,7 @@ class RecallText(Text):
                 require(kind in KINDS, f"kinds: no '{kind}'; {suggest(kind, KINDS)}")
             super().check()
 
-        def chosen(self) -> Self:
+        def with_setting(self) -> Self:
             return self if self.kinds is not None else replace(self, kinds=tuple(KINDS))
 
     def __init__(self, config: Config) -> None:

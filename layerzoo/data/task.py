@@ -86,7 +86,7 @@ class Task(Configured, LightningDataModule):
                     f"lengths: expected numbers, as in 64,128, got '{self.lengths}'",
                 )
 
-        def chosen(self) -> Self:
+        def with_setting(self) -> Self:
             """The config with the values of its published setting in place of the defaults.
 
             Raises:
@@ -117,7 +117,7 @@ class Task(Configured, LightningDataModule):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config = config.chosen()
+        self.config = config = config.with_setting()
         for name in ("vocab_size", "length"):
             if hasattr(config, name):
                 setattr(self, name, getattr(config, name))
@@ -148,7 +148,7 @@ class Task(Configured, LightningDataModule):
 
     def varied(self, **changes: Any) -> Self:
         """A task with the same options but for these. What a setting set can be changed."""
-        return type(self)(**{**self.given.chosen().field_values(), **changes})
+        return type(self)(**{**self.given.with_setting().field_values(), **changes})
 
     # What a task is made of
 

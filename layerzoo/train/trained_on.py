@@ -64,7 +64,7 @@ def trained_on(trainer: Any, module: Any, task: Any, seed: Any) -> dict[str, Any
 def _options(place: str, task: Task) -> Iterator[tuple[str, Any]]:
     """The class of a task and its options, defaults too; of tasks of tasks those of each."""
     yield place, _path(task)
-    values = task.given.chosen().field_values()
+    values = task.given.with_setting().field_values()
     if (setting := getattr(task.given, "setting", None)) is not None:
         values["setting"] = setting
     for name, value in values.items():

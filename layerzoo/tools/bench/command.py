@@ -20,7 +20,7 @@ from layerzoo.tools.bench import report
 from .calls import MEASURES
 from .measure import copy_peak, gemm_peak
 from .peers import choose_peers, peers_of
-from .run import OURS, BenchSettings, Row, bench
+from .run import OURS, BenchRow, BenchSettings, bench
 
 MODES = ("ops", "layers")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -214,7 +214,7 @@ def run_benchmarks(
     peaks = report.Peaks(gemm_peak(settings.dtype, settings.device), copy_peak(settings.device))
     table = report.Table(specs, (OURS, *(peer.name for peer in peers)), peaks)
     print(report.header(settings, peaks), table.head(), sep="\n\n")
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     skipped: dict[str, None] = {}  # a set in order
     for label, spec in specs.items():
         for T in settings.lengths:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from layerzoo.support.plot_style import COLOURS, MARKERS, tidy
 
 from .calls import MEASURES
-from .run import OURS, Row
+from .run import OURS, BenchRow
 
 CROWD = 6
 """Lines that a panel can hold; of more, every layer gets a row of panels of its own."""
@@ -25,7 +25,7 @@ LABELS = {measure: "ms a call" for measure in MEASURES.values()} | {
 }
 
 
-def plot(title: str, rows: Sequence[Row], path: Path) -> None:
+def plot(title: str, rows: Sequence[BenchRow], path: Path) -> None:
     """Draw the rows that have a time, to a file of the path's kind."""
     rows = [row for row in rows if row.ms]
     layers = list(dict.fromkeys(row.layer for row in rows))
@@ -46,7 +46,7 @@ def plot(title: str, rows: Sequence[Row], path: Path) -> None:
     numbers: dict[Any, int] = {}  # of a colour: one a line, or one an implementation of all layers
     for axes_row, group in zip(grid, groups, strict=True):
         for axes, measure in zip(axes_row, measures, strict=True):
-            lines: dict[str, list[Row]] = {}
+            lines: dict[str, list[BenchRow]] = {}
             for row in rows:
                 if row.layer in group and row.measure == measure:
                     lines.setdefault(label(row, together), []).append(row)
@@ -64,14 +64,14 @@ def plot(title: str, rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def label(row: Row, together: bool) -> str:
+def label(row: BenchRow, together: bool) -> str:
     name = f"{row.impl} (yardstick)" if row.yardstick else row.impl
     if together:
         return row.layer if row.impl == OURS else f"{row.layer}, {name}"
     return name
 
 
-def draw(axes: Any, points: Sequence[Row], n: int) -> Any:
+def draw(axes: Any, points: Sequence[BenchRow], n: int) -> Any:
     """One line, with its quartiles as a band: ours solid, peers dashed, yardsticks dotted."""
     ours, yardstick = points[0].impl == OURS, points[0].yardstick
     colour = COLOURS[n % len(COLOURS)]

@@ -16,7 +16,7 @@ from layerzoo.support import json_files
 from .calls import MEASURES, PIECE, STEPS
 from .measure import WARMUP, Spread, gemm_size, hardware
 from .peers import Peer
-from .run import BenchSettings, Row
+from .run import BenchRow, BenchSettings
 
 HEAD = {
     "layer": "layer",
@@ -41,7 +41,7 @@ class Peaks(NamedTuple):
     gemm: float
     copy: float | None
 
-    def roof(self, row: Row) -> float | None:
+    def roof(self, row: BenchRow) -> float | None:
         """The time that FLOPs or bytes take at these peaks, whichever is longer, of a row's."""
         if self.copy is None or row.ms is None or row.moved is None:
             return None
@@ -65,7 +65,7 @@ class Table:
     def head(self) -> str:
         return self.line(HEAD)
 
-    def row(self, row: Row) -> str:
+    def row(self, row: BenchRow) -> str:
         cells = {
             "layer": row.layer,
             "T": str(row.T),
@@ -104,7 +104,7 @@ def where(settings: BenchSettings) -> str:
     return f"{hardware(settings.device)}{count}, {str(settings.dtype).removeprefix('torch.')}"
 
 
-def how(settings: BenchSettings) -> str:
+def describe_settings(settings: BenchSettings) -> str:
     return f"impl {settings.impl}{', compiled' * settings.compiled}"
 
 
@@ -113,7 +113,7 @@ def title(settings: BenchSettings, layers: Sequence[str]) -> str:
     what = layers[0] if len(layers) == 1 else settings.mode
     s = settings
     rows = f"B {s.batch}" if s.tokens is None else f"B x T {s.tokens}"
-    return f"{what}: {rows}, D {s.dim}, {s.heads} heads, {how(s)}\n{where(s)}"
+    return f"{what}: {rows}, D {s.dim}, {s.heads} heads, {describe_settings(s)}\n{where(s)}"
 
 
 def header(settings: BenchSettings, peaks: Peaks) -> str:
@@ -125,7 +125,7 @@ def header(settings: BenchSettings, peaks: Peaks) -> str:
     size = gemm_size(s.device)
     copy = "" if peaks.copy is None else f", copy {peaks.copy / 1e12:.2f} TB/s"
     return f"""\
-layerzoo bench {s.mode}: torch {torch.__version__}, {where(s)}, {how(s)}
+layerzoo bench {s.mode}: torch {torch.__version__}, {where(s)}, {describe_settings(s)}
 x [B, T, D]: {rows}, T {lengths}, D {s.dim}, {s.heads} heads; \
 GEMM peak {digits(peaks.gemm)} GFLOP/s ({size}^3, {dtype}){copy}
 
@@ -154,9 +154,9 @@ def versions(peers: Iterable[Peer]) -> dict[str, str]:
 
 
 def write_json(
-    path: Path, rows: Sequence[Row], settings: BenchSettings, peaks: Peaks, **more: Any
+    path: Path, rows: Sequence[BenchRow], settings: BenchSettings, peaks: Peaks, **more: Any
 ) -> None:
-    """All numbers, and what they are of; a row's fields are those of `Row`."""
+    """All numbers, and what they are of; a row's fields are those of `BenchRow`."""
     content = {
         **more,
         "machine": {
@@ -175,7 +175,7 @@ def write_json(
     json_files.write_json(path, content)
 
 
-def as_json(row: Row, peaks: Peaks) -> dict[str, Any]:
+def as_json(row: BenchRow, peaks: Peaks) -> dict[str, Any]:
     """A row's fields, spreads as {median, low, high}."""
     spreads = {k: v._asdict() for k, v in vars(row).items() if isinstance(v, Spread)}
     shares = {

@@ -51,7 +51,7 @@ class BenchSettings:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One measure of one implementation at one length; None is what it does not have.
 
     times: of each repeat, ms a call (decode: a call is one token of every row). us_per_token: of
@@ -80,7 +80,7 @@ class Row:
 
 def bench(
     spec: dict[str, Any], label: str, T: int, settings: BenchSettings, skipped: dict[str, None]
-) -> list[Row]:
+) -> list[BenchRow]:
     """All rows of a layer at a length. Peers that cannot run are added to `skipped`, with
     the reason.
 
@@ -104,7 +104,7 @@ def bench(
     ran = implementations(layer, ours)
     arms = {OURS: ours, **{peer.name: arm for peer, (arm, _) in theirs.items()}}
     yardsticks = {peer.name for peer in theirs if not peer.same_as(layer.name)}
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     for measure in settings.measures:
         flops = flops_of(layer, settings, measure, T)
         counted = settings.mode == "ops" and settings.device.type == "cuda"
@@ -115,7 +115,7 @@ def bench(
             if fields["times"] and name not in yardsticks:
                 fields["moved"] = moved
             rows.append(
-                Row(
+                BenchRow(
                     label,
                     T,
                     MEASURES[measure],
